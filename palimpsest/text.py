@@ -1,0 +1,162 @@
+"""Text to token ids and back: bytes as they are, or any tokenizer file of the `tokenizers` library.
+
+A tokenizer here is anything with `name`, `vocab_size`, `eos_id` (None if it has none), `encode(text)` and `decode(ids)`.
+"""
+
+import codecs
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no character, and for a character still incomplete
+
+
+class Tokenizer(Protocol):
+    """What training and generation ask of a tokenizer."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def eos_id(self) -> int | None: ...
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+class ByteTokenizer:
+    """UTF-8 bytes are the tokens, 0 to 255; 256 ends a document.
+
+    >>> tokenizer = ByteTokenizer()
+    >>> tokenizer.encode("héllo")
+    [104, 195, 169, 108, 108, 111]
+    >>> tokenizer.decode([104, 195, 169, 108, 108, 111, tokenizer.eos_id])
+    'héllo'
+    >>> tokenizer.vocab_size
+    257
+    """
+
+    name = "bytes"
+    vocab_size = 257
+    eos_id = 256
+
+    def encode(self, text: str | bytes) -> list[int]:
+        """The UTF-8 bytes of text, or the bytes given; no end mark is added."""
+        return list(text if isinstance(text, bytes) else text.encode("utf-8", errors="surrogatepass"))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids: bytes that are no UTF-8 become U+FFFD; ids from 256 on (end mark, padding) have none."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of ids, exactly."""
+        return bytes(i for i in ids if i < 256)
+
+
+class FileTokenizer:
+    """A `tokenizer.json` of the `tokenizers` library, or a folder that holds one.
+
+    Args:
+        path: the file, or its folder.
+        eos: the text of the end mark, such as "</s>"; by default `eos_token` of the `tokenizer_config.json` beside it.
+
+    Raises:
+        ValueError: the file is missing or is not a tokenizer, or eos is not one of its tokens.
+    """
+
+    def __init__(self, path: str | Path, *, eos: str | None = None):
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise ImportError("reading a tokenizer file needs tokenizers: pip install palimpsest-kda[train]") from error
+        file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+        if not file.is_file():
+            raise ValueError(
+                f"tokenizer {str(file)!r} does not exist; give a tokenizer.json, or 'bytes' for plain bytes"
+            )
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises a bare Exception with the parser's words
+            raise ValueError(f"{str(file)!r} is not a tokenizer file of the tokenizers library: {error}") from error
+        self.name = str(file)
+        eos = eos if eos is not None else _eos_beside(file)
+        self.eos_id: int | None = None if eos is None else self._tokenizer.token_to_id(eos)
+        if eos is not None and self.eos_id is None:
+            raise ValueError(f"eos {eos!r} is not a token of {str(file)!r}; name one that is")
+
+    @property
+    def vocab_size(self) -> int:
+        # Not the count of tokens: added tokens may leave holes, and an embedding must cover the largest id.
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of text; no begin or end mark is added."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, without special tokens."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+
+def load_tokenizer(name: str | Path, *, eos: str | None = None) -> Tokenizer:
+    """ "bytes", or the path of a `tokenizer.json` or its folder.
+
+    >>> load_tokenizer("bytes").encode("ab")
+    [97, 98]
+    """
+    return ByteTokenizer() if str(name) == "bytes" else FileTokenizer(name, eos=eos)
+
+
+class TextPieces:
+    """Tokens in, text out as soon as it is certain: no piece ends inside a character.
+
+    The pieces joined, with `end()` last, are `tokenizer.decode` of all tokens.
+
+    >>> pieces = TextPieces(ByteTokenizer())
+    >>> [pieces.push(token) for token in "né".encode()]
+    ['n', '', 'é']
+    >>> pieces.end()
+    ''
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._bytes = codecs.getincrementaldecoder("utf-8")("replace") if isinstance(tokenizer, ByteTokenizer) else None
+        self._sent: list[int] = []  # tokens whose text is out; the last few, as context: spaces depend on neighbours
+        self._held: list[int] = []  # tokens whose text may still change
+
+    def push(self, token: int) -> str:
+        """The text that became certain with this token; often empty inside a character."""
+        if self._bytes is not None:
+            return self._bytes.decode(bytes([token]) if token < 256 else b"")
+        self._held.append(token)
+        piece = self._piece()
+        if not piece or piece.endswith(REPLACEMENT):  # perhaps the first bytes of a character
+            return ""
+        self._sent, self._held = self._held, []
+        return piece
+
+    def end(self) -> str:
+        """What is left: an incomplete character becomes U+FFFD."""
+        if self._bytes is not None:
+            return self._bytes.decode(b"", final=True)
+        piece = self._piece() if self._held else ""
+        self._sent, self._held = [], []
+        return piece
+
+    def _piece(self) -> str:
+        before = self._tokenizer.decode(self._sent)
+        return self._tokenizer.decode(self._sent + self._held)[len(before) :]
+
+
+def _eos_beside(file: Path) -> str | None:
+    config = file.with_name("tokenizer_config.json")
+    if not config.is_file():
+        return None
+    eos = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
+    return eos.get("content") if isinstance(eos, dict) else eos
