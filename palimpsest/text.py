@@ -1,6 +1,6 @@
 """Text to token ids and back: bytes as they are, or any tokenizer file of the `tokenizers` library.
 
-A tokenizer here is anything with `name`, `vocab_size`, `eos_id` (None if it has none), `encode(text)` and `decode(ids)`.
+A tokenizer is anything with `name`, `vocab_size`, `eos_id` (None if it has none), `encode(text)` and `decode(ids)`.
 """
 
 import codecs

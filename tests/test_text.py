@@ -1,0 +1,88 @@
+"""Text and tokens: what goes in comes out, and no piece of a stream ends inside a character."""
+
+import json
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from palimpsest.text import ByteTokenizer, FileTokenizer, TextPieces, load_tokenizer
+
+SAMPLE = "naïve café, 東京, 🙂🙃 and plain words; "
+
+
+@pytest.fixture(scope="module")
+def byte_level(tmp_path_factory):
+    """A byte-level BPE with few merges, so that most characters beyond ASCII are split over several tokens."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=alphabet, special_tokens=["</s>"], show_progress=False
+    )
+    tokenizer.train_from_iterator([SAMPLE * 4], trainer)
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def pieces_of(tokenizer, ids):
+    pieces = TextPieces(tokenizer)
+    return [pieces.push(i) for i in ids] + [pieces.end()]
+
+
+@settings(deadline=None)
+@given(st.text())
+def test_bytes_return_the_text(text):
+    assert ByteTokenizer().decode(ByteTokenizer().encode(text)) == text
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 300)))
+def test_pieces_of_any_bytes_join_to_the_decoded_text(ids):
+    assert "".join(pieces_of(ByteTokenizer(), ids)) == ByteTokenizer().decode(ids)
+
+
+def test_a_character_comes_out_whole_with_its_last_byte():
+    assert pieces_of(ByteTokenizer(), "a🙂".encode()) == ["a", "", "", "", "🙂", ""]
+
+
+def test_an_unfinished_character_is_shown_as_one_replacement():
+    assert pieces_of(ByteTokenizer(), "🙂".encode()[:3]) == ["", "", "", "\ufffd"]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.text(max_size=20))
+def test_pieces_of_a_tokenizer_file_join_to_the_text(byte_level, text):
+    tokenizer = FileTokenizer(byte_level)
+    pieces = pieces_of(tokenizer, tokenizer.encode(text))
+    assert "".join(pieces) == tokenizer.decode(tokenizer.encode(text)) == text
+    assert all("\ufffd" not in p for p in pieces) or "\ufffd" in text
+
+
+def test_spaces_survive_streaming_where_the_decoder_drops_the_first(tmp_path):
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"▁a": 0, "▁b": 1, "?": 2}, unk_token="?"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    tokenizer.decoder = tokenizers.decoders.Metaspace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert "".join(pieces_of(FileTokenizer(tmp_path), [0, 1, 1, 0])) == "a b b a"
+
+
+def test_end_mark_from_argument_or_from_the_config_beside(byte_level, tmp_path):
+    assert FileTokenizer(byte_level).eos_id is None
+    assert FileTokenizer(byte_level, eos="</s>").eos_id == 0
+    (tmp_path / "tokenizer.json").write_bytes((byte_level / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "</s>"}}))
+    assert load_tokenizer(tmp_path).eos_id == 0
+
+
+def test_bad_tokenizers_are_refused_in_a_sentence(byte_level, tmp_path):
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(ValueError, match="does not exist; give a tokenizer"):
+        load_tokenizer(tmp_path / "nowhere.json")
+    with pytest.raises(ValueError, match="is not a tokenizer file"):
+        load_tokenizer(tmp_path / "broken.json")
+    with pytest.raises(ValueError, match="'<end>' is not a token of"):
+        FileTokenizer(byte_level, eos="<end>")
