@@ -56,3 +56,19 @@ def dplr(
         S_BHKV = S_BHKV + einsum("bhk,bhv->bhkv", b_BHK, held_BHV) + einsum("bhk,bhv->bhkv", k_BHK, v_BHV)
         outputs.append(einsum("bhk,bhkv->bhv", q_BHK, S_BHKV)[:, None])
     return torch.cat(outputs, dim=1), S_BHKV
+
+
+def softmax_lookup(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """The soft dictionary that these memories replace: every token asks all that was written so far.
+
+        o_t = sum_s softmax_s(q_t . key_s) value_s        s up to and including token t
+
+    Args:
+        q: [B, T, H, K], the last T tokens of the scroll.
+        keys, values: [B, S, H, K] and [B, S, H, V] with S >= T, the whole scroll.
+    """
+    before, outputs = keys.shape[1] - q.shape[1], [values[:, :0]]
+    for t, q_BHK in enumerate(q.unbind(1), start=before + 1):
+        weights_BHS = einsum("bhk,bshk->bhs", q_BHK, keys[:, :t]).softmax(-1)
+        outputs.append(einsum("bhs,bshv->bhv", weights_BHS, values[:, :t])[:, None])
+    return torch.cat(outputs, dim=1)

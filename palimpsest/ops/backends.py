@@ -1,0 +1,104 @@
+"""Which implementation runs, and why. A backend states its limits as a sentence; nothing here guesses."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+Op = Literal["core", "kda", "kda_from_logits", "dplr", "step", "lookup"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The facts of one call that a backend may depend on. An option that is not a field here does not exist."""
+
+    op: Op
+    variant: str  # the public function that was called
+    device: str
+    dtype: torch.dtype  # of q, k and v
+    key_dim: int
+    value_dim: int
+    tokens: int
+    sequences: int
+    heads: int
+    value_heads: int
+    packed: bool = False  # by cu_seqlens
+    needs_grad: bool = False
+    gate: str = "none"  # kda_from_logits: "softplus" or "sigmoid"
+    capability: tuple[int, int] | None = None  # of a CUDA device
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A set of implementations under one name; None where it has none of its own.
+
+    Every run function gets checked tensors: heads as the caller gave them (q and k may have fewer than v), state
+    never None, scale a number, cu_seqlens int or None. It returns (output in v's dtype, state in fp32, or fp64 for
+    fp64 inputs) and is differentiable. `step` edits its state in place and returns the output alone.
+
+        core(q, k, erase, write, log_decay, state, scale, cu_seqlens)
+        kda(q, k, v, log_decay, beta, state, scale, cu_seqlens)
+        kda_from_logits(q, k, v, decay_logits, beta_logits, gate, state, scale, cu_seqlens)
+        dplr(q, k, v, a, b, log_decay, state, scale, cu_seqlens)
+        step(q, k, v, log_decay, beta, state, scale)
+        lookup(q, k, v, keys, values, scale, cu_seqlens) -> output
+    """
+
+    name: str
+    refuses: Callable[[Problem], str | None]  # None: can do it; otherwise the reason it cannot
+    core: Callable | None = None
+    kda: Callable | None = None
+    kda_from_logits: Callable | None = None
+    dplr: Callable | None = None
+    step: Callable | None = None
+    lookup: Callable | None = None
+
+    def refusal(self, problem: Problem) -> str | None:
+        """Why this backend cannot take the problem, as a sentence; None if it can."""
+        if getattr(self, problem.op) is None:
+            return f"has no {problem.op} of its own"
+        return self.refuses(problem)
+
+
+_BACKENDS: list[Backend] = []  # fastest first
+
+
+def register(backend: Backend, *, first: bool = False) -> None:
+    """Add a backend; "auto" tries them in order of registration, or this one before all others."""
+    if backend.name in names():
+        raise ValueError(f"backend {backend.name!r} is registered already; give yours another name")
+    _BACKENDS.insert(0 if first else len(_BACKENDS), backend)
+
+
+def names() -> tuple[str, ...]:
+    """The registered backends, in the order in which "auto" tries them."""
+    return tuple(backend.name for backend in _BACKENDS)
+
+
+def choose(problem: Problem, name: str = "auto") -> Backend:
+    """Return the named backend, or with "auto" the first that does not refuse. A name never falls back.
+
+    Raises:
+        ValueError: the name is unknown, or the named backend refuses; the message says why and what would run.
+    """
+    if name == "auto":
+        return next(backend for backend in _BACKENDS if backend.refusal(problem) is None)
+    for backend in _BACKENDS:
+        if backend.name == name:
+            if reason := backend.refusal(problem):
+                able = ", ".join(b.name for b in _BACKENDS if b.refusal(problem) is None)
+                raise ValueError(f"backend {name!r} cannot run this call: it {reason}; {able} can")
+            return backend
+    raise ValueError(f"backend {name!r} is unknown; this machine has {', '.join(names())}")
+
+
+def explain(problem: Problem) -> str:
+    """One line per backend: what it says to this call. The first "ok" is what "auto" runs.
+
+    >>> import torch
+    >>> problem = Problem("kda", "kda", "cpu", torch.float64, 64, 64, 128, sequences=1, heads=4, value_heads=4)
+    >>> print(explain(problem).splitlines()[-1])
+    reference  ok
+    """
+    return "\n".join(f"{backend.name:10} {backend.refusal(problem) or 'ok'}" for backend in _BACKENDS)

@@ -1,0 +1,568 @@
+/* The delta memory on a CPU: forward, exact backward, and one token in place.
+
+   Law      palimpsest/ops/reference.py.  With a = exp(log_decay), for every token
+                S <- Diag(a) S,    u = w - S^T e,    S <- S + k u^T,    o = S^T q
+            KDA is e = beta k, w = beta v: then `erase` is null, `beta` is not, and `value` is v. Otherwise `value` is w.
+
+   Form     Chunks of C = 16 tokens with decayed keys. When a chunk begins, let S be the memory and since_i the product
+            of the decays of its tokens 0..i. Each key is kept as it stands in the memory, kd_j, and every later token
+            multiplies it by its own decay. So, with kd_j as it stands at token i,
+                A_ij = e_i . kd_j  (j < i)      P_ij = q_i . kd_j  (j <= i)
+                (I + A) U = W - (E since) S     O = (Q since) S + P U     S <- Diag(since_last) S + kd^T U
+            No factor exceeds 1, no exponent is a difference of sums, nothing divides: as accurate as the recurrence
+            however fast the gates forget. The backward pass is the adjoint of these lines, in reverse order.
+
+   Layout   q, k [rows, H, K]; value, out [rows, HV, V]; log_decay, erase [rows, HV, K]; beta [rows, HV]; rows are tokens
+            of all sequences one after another, sequence n being rows cu[n] .. cu[n+1]. States [N, HV, K, V], fp32.
+            Arrays are contiguous, fp32 or bf16; arithmetic is fp32. Value head j reads key head j / (HV / H).
+            Scratch rows are padded with zeros to whole vectors; a padding token neither decays, erases nor writes.
+
+   Threads  One task is one sequence and up to 4 heads, which advance together because their rows share memory pages.
+            Tasks write disjoint results in a fixed order: the bits do not depend on the number of threads.
+
+   Bound    Compute: 3 products of C x K x V multiply-adds per chunk and head forward, 8 more backward (2 recompute).
+            Memory: forward O(1) per thread; for the backward pass one state per 64 tokens (`checkpoints`).
+            Decode: one read and one write of the state.
+
+   Portable GNU C (gcc, clang): vector extensions, no intrinsics. OpenMP if there is any. */
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { C = 16, SEGMENT = 64, TOGETHER = 4 }; /* tokens in a chunk, tokens between checkpoints, heads in a task */
+
+#if defined(__AVX512F__)
+enum { VL = 16, TILE = 8, PAIR_ROWS = 8 }; /* floats in a vector; register tiles that fill, but fit, the registers */
+#elif defined(__AVX__)
+enum { VL = 8, TILE = 4, PAIR_ROWS = 2 };
+#else
+enum { VL = 4, TILE = 4, PAIR_ROWS = 1 };
+#endif
+
+typedef float vec __attribute__((vector_size(4 * VL), may_alias));
+typedef float loose_vec __attribute__((vector_size(4 * VL), may_alias, aligned(4)));
+typedef int32_t ivec __attribute__((vector_size(4 * VL), may_alias));
+typedef uint32_t uvec __attribute__((vector_size(4 * VL), may_alias));
+
+#define INLINE static inline __attribute__((always_inline))
+#define AT(p) (*(vec *)(p))
+#define LOOSE(p) (*(loose_vec *)(p))
+#if defined(_WIN32)
+#define EXPORT __declspec(dllexport)
+#else
+#define EXPORT __attribute__((visibility("default")))
+#endif
+
+typedef struct {
+    void *data;
+    int64_t bf16;
+} Array;
+
+typedef struct {
+    int64_t sequences, key_heads, value_heads, K, V, threads;
+    const int64_t *cu;
+    double scale; /* multiplies q */
+    Array q, k, value, log_decay, erase, beta;
+    const float *state;
+    Array out;
+    float *end_state, *checkpoints; /* checkpoints may be null forward; slot cu[n] / SEGMENT + n + s is sequence n at s */
+    Array d_out;                    /* from here on: backward only */
+    const float *d_end_state;
+    Array d_q, d_k, d_value, d_log_decay, d_erase, d_beta;
+    float *d_state;
+} Call;
+
+/* ---- vectors ---------------------------------------------------------------------------------------------------- */
+
+INLINE vec splat(float x) { return x - (vec){}; } /* minus: x + 0 may not be folded, because of the sign of zero */
+
+INLINE vec pick(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)yes) | (~mask & (ivec)no)); }
+
+INLINE float sum(vec x) {
+    float total = 0;
+    for (int i = 0; i < VL; i++) total += x[i];
+    return total;
+}
+
+/* exp to about 1 ulp: x = n log 2 + r, a Taylor polynomial in r, and 2^n in two factors so that no n overflows. */
+INLINE vec exp_vec(vec x) {
+    x = pick(x < -160, splat(-160), x); /* comparisons are false for NaN, which so stays NaN */
+    x = pick(x > 128, splat(128), x);
+    const vec round = splat(12582912.f); /* adding 1.5 2^23 rounds to an integer, found in the low bits */
+    vec shifted = x * 1.44269504f + round, n = shifted - round;
+    vec r = x - n * 0.693359375f - n * -2.12194440e-4f; /* log 2 in two parts: the first product is exact */
+    vec p = splat(1.f / 5040);
+    p = p * r + 1.f / 720, p = p * r + 1.f / 120, p = p * r + 1.f / 24, p = p * r + 1.f / 6, p = p * r + .5f;
+    p = p * r + 1, p = p * r + 1;
+    uvec exponent = (uvec)shifted - (uvec)round + 256, half = exponent >> 1;
+    return p * (vec)((half - 1) << 23) * (vec)((exponent - half - 1) << 23); /* 2 x 127 = 256 - 2 */
+}
+
+/* Denormals carry no accuracy and cost up to a hundred times: flush them while a task runs. */
+INLINE uint64_t flush_denormals(void) {
+    uint64_t old = 0;
+#if defined(__SSE__)
+    old = __builtin_ia32_stmxcsr();
+    __builtin_ia32_ldmxcsr((unsigned)old | 0x8040);
+#elif defined(__aarch64__)
+    __asm__ volatile("mrs %0, fpcr" : "=r"(old));
+    __asm__ volatile("msr fpcr, %0" ::"r"(old | 1 << 24));
+#endif
+    return old;
+}
+
+INLINE void restore_denormals(uint64_t old) {
+#if defined(__SSE__)
+    __builtin_ia32_ldmxcsr((unsigned)old);
+#elif defined(__aarch64__)
+    __asm__ volatile("msr fpcr, %0" ::"r"(old));
+#endif
+    (void)old;
+}
+
+/* ---- reading and writing the caller's arrays -------------------------------------------------------------------- */
+
+INLINE float from_bf16(uint16_t x) {
+    union { uint32_t bits; float value; } u = {.bits = (uint32_t)x << 16};
+    return u.value;
+}
+
+INLINE uint16_t to_bf16(float x) {
+    union { float value; uint32_t bits; } u = {.value = x};
+    uint32_t rounded = (u.bits + 0x7fff + (u.bits >> 16 & 1)) >> 16, quiet_nan = u.bits >> 16 | 0x40;
+    return (uint16_t)((u.bits & 0x7fffffff) > 0x7f800000 ? quiet_nan : rounded);
+}
+
+static void load(float *restrict to, Array from, int64_t offset, int64_t n, int64_t padded, float scale) {
+    if (from.bf16) {
+        const uint16_t *restrict x = (const uint16_t *)from.data + offset;
+        for (int64_t i = 0; i < n; i++) to[i] = scale * from_bf16(x[i]);
+    } else {
+        const float *restrict x = (const float *)from.data + offset;
+        for (int64_t i = 0; i < n; i++) to[i] = scale * x[i];
+    }
+    for (int64_t i = n; i < padded; i++) to[i] = 0;
+}
+
+static void store(Array to, int64_t offset, const float *restrict from, int64_t n, float scale) {
+    if (to.bf16) {
+        uint16_t *restrict x = (uint16_t *)to.data + offset;
+        for (int64_t i = 0; i < n; i++) x[i] = to_bf16(scale * from[i]);
+    } else {
+        float *restrict x = (float *)to.data + offset;
+        for (int64_t i = 0; i < n; i++) x[i] = scale * from[i];
+    }
+}
+
+static void copy_state(float *to, int64_t to_stride, const float *from, int64_t from_stride, int64_t K, int64_t V) {
+    for (int64_t c = 0; c < K; c++) memcpy(to + c * to_stride, from + c * from_stride, sizeof(float) * V);
+}
+
+/* ---- products --------------------------------------------------------------------------------------------------- */
+
+/* TILE rows and `columns` vectors of out = diag(keep) out_before + A B, held in registers. A[m, l] is at m am + l al. */
+INLINE void product_tile(int columns, int64_t depth, const float *A, int64_t am, int64_t al, const float *B, int64_t bs,
+                         const float *keep, const float *before, float *out, int64_t os) {
+    vec acc[TILE][2];
+    for (int m = 0; m < TILE; m++)
+        for (int v = 0; v < columns; v++) {
+            acc[m][v] = (vec){};
+            if (keep) acc[m][v] = keep[m] * AT(before + m * os + v * VL);
+        }
+    for (int64_t l = 0; l < depth; l++) {
+        vec b[2];
+        for (int v = 0; v < columns; v++) b[v] = AT(B + l * bs + v * VL);
+        for (int m = 0; m < TILE; m++) {
+            vec a = splat(A[m * am + l * al]);
+            for (int v = 0; v < columns; v++) acc[m][v] += a * b[v];
+        }
+    }
+    for (int m = 0; m < TILE; m++)
+        for (int v = 0; v < columns; v++) AT(out + m * os + v * VL) = acc[m][v];
+}
+
+INLINE void product(int64_t rows, int64_t width, int64_t depth, const float *A, int64_t am, int64_t al, const float *B,
+                    int64_t bs, const float *keep, const float *before, float *out, int64_t os) {
+    for (int64_t n = 0; n < width; n += 2 * VL)
+        for (int64_t m = 0; m < rows; m += TILE) {
+            const float *k = keep ? keep + m : 0, *b = before + m * os + n;
+            if (n + 2 * VL <= width)
+                product_tile(2, depth, A + m * am, am, al, B + n, bs, k, b, out + m * os + n, os);
+            else
+                product_tile(1, depth, A + m * am, am, al, B + n, bs, k, b, out + m * os + n, os);
+        }
+}
+
+/* to[n, m] = sign from[m, n], for m < 16 and n < width: log2(VL) rounds of interleaving the two halves of the rows. */
+INLINE void transpose_tile(const float *from, int64_t from_stride, float *to, int64_t to_stride, float sign) {
+    vec x[VL], y[VL];
+    for (int m = 0; m < VL; m++) x[m] = sign * AT(from + m * from_stride);
+#if defined(__GNUC__) && !defined(__clang__)
+    ivec low, high;
+    for (int i = 0; i < VL; i++) low[i] = i / 2 + i % 2 * VL, high[i] = low[i] + VL / 2;
+    for (int round = 1; round < VL; round *= 2) {
+        for (int m = 0; m < VL / 2; m++) {
+            y[2 * m] = __builtin_shuffle(x[m], x[m + VL / 2], low);
+            y[2 * m + 1] = __builtin_shuffle(x[m], x[m + VL / 2], high);
+        }
+        for (int m = 0; m < VL; m++) x[m] = y[m];
+    }
+#else
+    for (int m = 0; m < VL; m++)
+        for (int n = 0; n < VL; n++) y[n][m] = x[m][n];
+    for (int m = 0; m < VL; m++) x[m] = y[m];
+#endif
+    for (int m = 0; m < VL; m++) AT(to + m * to_stride) = x[m];
+}
+
+static void transpose(int64_t rows, int64_t width, const float *from, int64_t from_stride, float *to, int64_t to_stride,
+                      float sign) {
+    for (int64_t m = 0; m < rows; m += VL)
+        for (int64_t n = 0; n < width; n += VL)
+            transpose_tile(from + m * from_stride + n, from_stride, to + n * to_stride + m, to_stride, sign);
+}
+
+/* ---- a chunk ---------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    float *q, *k, *erase, *decay; /* [C, K] q scaled, e, a */
+    float *since;                 /* [C, K] product of the decays of tokens 0..i */
+    float *reads;                 /* [2C, K] erase since, then q since */
+    float *kd;                    /* [K, C] the keys, decayed to the end of the chunk */
+    float *pairs;                 /* [2C, C] A, then P; only j < i, j <= i mean anything */
+    float *fresh;                 /* [C, V] W, then U */
+    float *beta;                  /* [C] */
+} Chunk;
+
+typedef struct { /* strides of scratch rows, in floats: an odd number of cache lines, so that rows do not collide */
+    int64_t K, V, ks, vs;
+} Shape;
+
+static Shape shape_of(const Call *c) {
+    int64_t K = (c->K + 15) / 16 * 16, V = (c->V + 15) / 16 * 16;
+    return (Shape){K, V, K / 16 % 2 ? K : K + 16, V / 16 % 2 ? V : V + 16};
+}
+
+static float *take(float **arena, int64_t floats) {
+    float *p = *arena;
+    *arena += (floats + 15) / 16 * 16;
+    return p;
+}
+
+static Chunk take_chunk(float **arena, Shape s) {
+    Chunk x;
+    x.q = take(arena, C * s.ks), x.k = take(arena, C * s.ks), x.erase = take(arena, C * s.ks);
+    x.decay = take(arena, C * s.ks), x.since = take(arena, C * s.ks), x.reads = take(arena, 2 * C * s.ks);
+    x.kd = take(arena, s.K * C), x.pairs = take(arena, 2 * C * C), x.fresh = take(arena, C * s.vs);
+    x.beta = take(arena, C);
+    return x;
+}
+
+static void load_chunk(const Call *c, Shape s, int64_t row, int64_t tokens, int64_t head, Chunk x) {
+    const int64_t K = c->K, V = c->V, HV = c->value_heads, H = c->key_heads, key_head = head / (HV / H);
+    for (int64_t i = 0; i < C; i++, row++) {
+        float *q = x.q + i * s.ks, *k = x.k + i * s.ks, *e = x.erase + i * s.ks, *a = x.decay + i * s.ks;
+        float *since = x.since + i * s.ks, *reads = x.reads + i * s.ks, *w = x.fresh + i * s.vs;
+        int real = i < tokens;
+        load(q, c->q, real ? (row * H + key_head) * K : 0, real ? K : 0, s.K, (float)c->scale);
+        load(k, c->k, real ? (row * H + key_head) * K : 0, real ? K : 0, s.K, 1);
+        load(a, c->log_decay, real ? (row * HV + head) * K : 0, real ? K : 0, s.K, 1);
+        x.beta[i] = 1;
+        if (c->beta.data) {
+            load(x.beta + i, c->beta, real ? row * HV + head : 0, real, 1, 1);
+            for (int64_t n = 0; n < s.K; n += VL) AT(e + n) = x.beta[i] * AT(k + n);
+        } else
+            load(e, c->erase, real ? (row * HV + head) * K : 0, real ? K : 0, s.K, 1);
+        load(w, c->value, real ? (row * HV + head) * V : 0, real ? V : 0, s.V, x.beta[i]);
+        for (int64_t n = 0; n < s.K; n += VL) {
+            vec decay = exp_vec(AT(a + n)), product = decay;
+            if (i) product *= AT(since - s.ks + n);
+            AT(a + n) = decay, AT(since + n) = product;
+            AT(reads + n) = AT(e + n) * product, AT(reads + C * s.ks + n) = AT(q + n) * product;
+        }
+    }
+    transpose(C, s.K, x.k, s.ks, x.kd, C, 1);
+}
+
+/* A and P, one channel after another, all keys j at once: token i decays the keys before it, then reads them all. */
+static void pair_tokens(Shape s, Chunk x) {
+    ivec lane[C / VL];
+    for (int j = 0; j < C; j++) lane[j / VL][j % VL] = j;
+    for (int first = 0; first < C; first += PAIR_ROWS) {
+        vec A[PAIR_ROWS][C / VL], P[PAIR_ROWS][C / VL];
+        for (int r = 0; r < PAIR_ROWS; r++)
+            for (int v = 0; v < C / VL; v++) A[r][v] = P[r][v] = splat(0);
+        const float *decay = x.decay + first * s.ks, *erase = x.erase + first * s.ks, *q = x.q + first * s.ks;
+        for (int64_t n = 0; n < s.K; n++) {
+            vec kd[C / VL];
+            for (int v = 0; v < C / VL; v++) kd[v] = AT(x.kd + n * C + v * VL);
+            for (int r = 0; r < PAIR_ROWS; r++)
+                for (int v = 0; v < C / VL; v++) {
+                    kd[v] *= pick(lane[v] < first + r, splat(decay[r * s.ks + n]), splat(1));
+                    A[r][v] += kd[v] * erase[r * s.ks + n];
+                    P[r][v] += kd[v] * q[r * s.ks + n];
+                }
+            for (int v = 0; v < C / VL; v++) AT(x.kd + n * C + v * VL) = kd[v];
+        }
+        for (int r = 0; r < PAIR_ROWS; r++)
+            for (int v = 0; v < C / VL; v++) {
+                AT(x.pairs + (first + r) * C + v * VL) = A[r][v];
+                AT(x.pairs + (C + first + r) * C + v * VL) = P[r][v];
+            }
+    }
+}
+
+/* U by forward substitution and, unless out is null, O. `held` [2C, V] is scratch: what E and Q read from S. */
+static void solve(Shape s, Chunk x, const float *S, float *held, float *out) {
+    const float *A = x.pairs, *P = x.pairs + C * C;
+    product(out ? 2 * C : C, s.V, s.K, x.reads, s.ks, 1, S, s.vs, 0, held, held, s.vs);
+    for (int64_t n = 0; n < s.V; n += VL)
+        for (int i = 0; i < C; i++) {
+            vec u = AT(x.fresh + i * s.vs + n) - AT(held + i * s.vs + n);
+            for (int j = 0; j < i; j++) u -= A[i * C + j] * AT(x.fresh + j * s.vs + n);
+            AT(x.fresh + i * s.vs + n) = u;
+            if (!out) continue;
+            vec o = AT(held + (C + i) * s.vs + n);
+            for (int j = 0; j <= i; j++) o += P[i * C + j] * AT(x.fresh + j * s.vs + n);
+            AT(out + i * s.vs + n) = o;
+        }
+}
+
+/* S_after = Diag(since_last) S + kd^T U. The two may be the same memory. */
+static void advance(Shape s, Chunk x, const float *S, float *S_after) {
+    product(s.K, s.V, C, x.kd, C, 1, x.fresh, s.vs, x.since + (C - 1) * s.ks, S, S_after, s.vs);
+}
+
+/* ---- forward ---------------------------------------------------------------------------------------------------- */
+
+static int64_t slot(const Call *c, int64_t n, int64_t token) { return c->cu[n] / SEGMENT + n + token / SEGMENT; }
+
+static int64_t forward_floats(Shape s) {
+    float *end = 0;
+    take_chunk(&end, s);
+    return (end - (float *)0) + TOGETHER * s.K * s.vs + 3 * C * s.vs;
+}
+
+static void forward_task(const Call *c, Shape s, int64_t n, int64_t first_head, int64_t heads, float *arena) {
+    const int64_t K = c->K, V = c->V, HV = c->value_heads, tokens = c->cu[n + 1] - c->cu[n];
+    float *S = take(&arena, TOGETHER * s.K * s.vs), *held = take(&arena, 2 * C * s.vs), *out = take(&arena, C * s.vs);
+    Chunk x = take_chunk(&arena, s);
+    memset(S, 0, sizeof(float) * TOGETHER * s.K * s.vs);
+    for (int64_t h = 0; h < heads; h++)
+        copy_state(S + h * s.K * s.vs, s.vs, c->state + (n * HV + first_head + h) * K * V, V, K, V);
+    for (int64_t t = 0; t < tokens; t += C)
+        for (int64_t h = 0; h < heads; h++) {
+            const int64_t head = first_head + h, row = c->cu[n] + t, real = tokens - t < C ? tokens - t : C;
+            float *S_h = S + h * s.K * s.vs;
+            if (c->checkpoints && t % SEGMENT == 0)
+                copy_state(c->checkpoints + (slot(c, n, t) * HV + head) * K * V, V, S_h, s.vs, K, V);
+            load_chunk(c, s, row, real, head, x);
+            pair_tokens(s, x);
+            solve(s, x, S_h, held, out);
+            advance(s, x, S_h, S_h);
+            for (int64_t i = 0; i < real; i++) store(c->out, ((row + i) * HV + head) * V, out + i * s.vs, V, 1);
+        }
+    for (int64_t h = 0; h < heads; h++)
+        copy_state(c->end_state + (n * HV + first_head + h) * K * V, V, S + h * s.K * s.vs, s.vs, K, V);
+}
+
+/* ---- backward --------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    float *d;       /* [2C, V] minus dR, the gradient of the right-hand side, then dO */
+    float *d_t;     /* [V, 2C] its transpose */
+    float *fresh_t; /* [V, C] */
+    float *d_pairs; /* [2C, C] dA, then dP */
+    float *d_reads_t, *d_reads; /* [K, 2C] and [2C, K] */
+    float *d_kd_t, *d_kd;       /* [K, C] and [C, K] */
+    float *d_since;             /* [K] what the memory's own decay contributes */
+    float *d_erase, *d_decay;   /* [C, K] */
+    float *d_beta;              /* [C] */
+    float *value;               /* [V] */
+} Adjoint;
+
+static Adjoint take_adjoint(float **arena, Shape s) {
+    Adjoint y;
+    y.d = take(arena, 2 * C * s.vs), y.d_t = take(arena, s.V * 2 * C), y.fresh_t = take(arena, s.V * C);
+    y.d_pairs = take(arena, 2 * C * C), y.d_reads_t = take(arena, s.K * 2 * C), y.d_reads = take(arena, 2 * C * s.ks);
+    y.d_kd_t = take(arena, s.K * C), y.d_kd = take(arena, C * s.ks), y.d_since = take(arena, s.K);
+    y.d_erase = take(arena, C * s.ks), y.d_decay = take(arena, C * s.ks), y.d_beta = take(arena, C);
+    y.value = take(arena, s.V);
+    return y;
+}
+
+/* dR: solve (I + A)^T dR = kd dS + P^T dO by back substitution. Stored negated: it enters everything with a minus. */
+static void solve_adjoint(Shape s, Chunk x, const float *d_S, Adjoint y) {
+    const float *A = x.pairs, *P = x.pairs + C * C, *d_out = y.d + C * s.vs;
+    product(C, s.V, s.K, x.kd, 1, C, d_S, s.vs, 0, y.d, y.d, s.vs);
+    for (int64_t n = 0; n < s.V; n += VL)
+        for (int j = C - 1; j >= 0; j--) {
+            vec minus = -AT(y.d + j * s.vs + n);
+            for (int i = j; i < C; i++) minus -= P[i * C + j] * AT(d_out + i * s.vs + n);
+            for (int i = j + 1; i < C; i++) minus -= A[i * C + j] * AT(y.d + i * s.vs + n);
+            AT(y.d + j * s.vs + n) = minus;
+        }
+}
+
+/* The adjoint of pair_tokens, load_chunk's products and the decays: VL channels at a time, tokens backwards.
+   Adds to d_q and d_k [C, K]. */
+static void unpair_tokens(Shape s, Chunk x, Adjoint y, float *d_q_out, float *d_k_out) {
+    const float *dA = y.d_pairs, *dP = y.d_pairs + C * C;
+    vec d_beta[C];
+    for (int i = 0; i < C; i++) d_beta[i] = splat(0);
+    for (int64_t n = 0; n < s.K; n += VL) {
+        vec kd[C * (C + 1) / 2], d_kd[C]; /* kd_j at token i is entry i (i + 1) / 2 + j */
+        for (int i = 0; i < C; i++) {
+            vec a = AT(x.decay + i * s.ks + n), *now = kd + i * (i + 1) / 2, *before = now - i;
+            for (int j = 0; j < i; j++) now[j] = before[j] * a;
+            now[i] = AT(x.k + i * s.ks + n);
+            d_kd[i] = AT(y.d_kd + i * s.ks + n);
+        }
+        vec d_since = AT(y.d_since + n);
+        for (int i = C - 1; i >= 0; i--) {
+            const vec q = AT(x.q + i * s.ks + n), e = AT(x.erase + i * s.ks + n), a = AT(x.decay + i * s.ks + n);
+            const vec since = AT(x.since + i * s.ks + n), *now = kd + i * (i + 1) / 2;
+            const vec d_e_read = AT(y.d_reads + i * s.ks + n), d_q_read = AT(y.d_reads + (C + i) * s.ks + n);
+            d_since += e * d_e_read + q * d_q_read;
+            vec d_q = since * d_q_read, d_e = since * d_e_read, d_g = since * d_since;
+            for (int j = 0; j < i; j++) {
+                d_q += dP[i * C + j] * now[j];
+                d_e += dA[i * C + j] * now[j];
+                vec d = d_kd[j] + dP[i * C + j] * q + dA[i * C + j] * e;
+                d_g += d * now[j];
+                d_kd[j] = d * a;
+            }
+            d_q += dP[i * C + i] * now[i];
+            vec d_k = d_kd[i] + dP[i * C + i] * q + x.beta[i] * d_e;
+            d_since *= a;
+            d_beta[i] += now[i] * d_e;
+            AT(d_q_out + i * s.ks + n) += d_q;
+            AT(d_k_out + i * s.ks + n) += d_k;
+            AT(y.d_erase + i * s.ks + n) = d_e;
+            AT(y.d_decay + i * s.ks + n) = d_g;
+        }
+    }
+    for (int i = 0; i < C; i++) y.d_beta[i] = sum(d_beta[i]);
+}
+
+static void backward_chunk(const Call *c, Shape s, int64_t row, int64_t tokens, int64_t head, Chunk x, const float *S,
+                           float *d_S, Adjoint y, float *d_q, float *d_k) {
+    const int64_t K = c->K, V = c->V, HV = c->value_heads;
+    for (int64_t i = 0; i < C; i++)
+        load(y.d + (C + i) * s.vs, c->d_out, i < tokens ? ((row + i) * HV + head) * V : 0, i < tokens ? V : 0, s.V, 1);
+    solve_adjoint(s, x, d_S, y);
+    transpose(2 * C, s.V, y.d, s.vs, y.d_t, 2 * C, 1);
+    transpose(C, s.V, x.fresh, s.vs, y.fresh_t, C, 1);
+    product(2 * C, C, s.V, y.d, s.vs, 1, y.fresh_t, C, 0, y.d_pairs, y.d_pairs, C);
+    product(s.K, 2 * C, s.V, S, s.vs, 1, y.d_t, 2 * C, 0, y.d_reads_t, y.d_reads_t, 2 * C);
+    product(s.K, C, s.V, d_S, s.vs, 1, y.fresh_t, C, 0, y.d_kd_t, y.d_kd_t, C);
+    for (int64_t m = 0; m < s.K; m++) {
+        vec dot = splat(0);
+        for (int64_t n = 0; n < s.V; n += VL) dot += AT(S + m * s.vs + n) * AT(d_S + m * s.vs + n);
+        y.d_since[m] = sum(dot);
+    }
+    product(s.K, s.V, 2 * C, x.reads, 1, s.ks, y.d, s.vs, x.since + (C - 1) * s.ks, d_S, d_S, s.vs);
+    transpose(s.K, 2 * C, y.d_reads_t, 2 * C, y.d_reads, s.ks, 1);
+    transpose(s.K, C, y.d_kd_t, C, y.d_kd, s.ks, 1);
+    unpair_tokens(s, x, y, d_q, d_k);
+    for (int64_t i = 0; i < tokens; i++) {
+        const int64_t at = (row + i) * HV + head;
+        const float *minus_d_w = y.d + i * s.vs;
+        if (c->beta.data) {
+            vec dot = splat(0);
+            load(y.value, c->value, at * V, V, s.V, 1);
+            for (int64_t n = 0; n < s.V; n += VL) dot += AT(y.value + n) * AT(minus_d_w + n);
+            y.d_beta[i] -= sum(dot);
+            store(c->d_beta, at, y.d_beta + i, 1, 1);
+        } else
+            store(c->d_erase, at * K, y.d_erase + i * s.ks, K, 1);
+        store(c->d_value, at * V, minus_d_w, V, -x.beta[i]);
+        store(c->d_log_decay, at * K, y.d_decay + i * s.ks, K, 1);
+    }
+}
+
+static int64_t backward_floats(Shape s, int64_t group) {
+    float *end = 0;
+    for (int n = 0; n < SEGMENT / C; n++) take_chunk(&end, s);
+    take_adjoint(&end, s);
+    return (end - (float *)0) + (SEGMENT / C + TOGETHER * group) * s.K * s.vs + 3 * C * s.vs + 2 * SEGMENT * s.ks;
+}
+
+/* Key heads first_head .. first_head + heads of sequence n, with all their value heads. */
+static void backward_task(const Call *c, Shape s, int64_t n, int64_t first_head, int64_t heads, float *arena) {
+    const int64_t K = c->K, V = c->V, H = c->key_heads, HV = c->value_heads, group = HV / H;
+    const int64_t tokens = c->cu[n + 1] - c->cu[n], square = s.K * s.vs;
+    float *d_S = take(&arena, TOGETHER * group * square), *S = take(&arena, SEGMENT / C * square);
+    float *held = take(&arena, 3 * C * s.vs), *d_q = take(&arena, SEGMENT * s.ks), *d_k = take(&arena, SEGMENT * s.ks);
+    Adjoint y = take_adjoint(&arena, s);
+    Chunk x[SEGMENT / C];
+    for (int i = 0; i < SEGMENT / C; i++) x[i] = take_chunk(&arena, s);
+    memset(d_S, 0, sizeof(float) * TOGETHER * group * square);
+    memset(S, 0, sizeof(float) * SEGMENT / C * square);
+    for (int64_t h = 0; h < heads * group; h++)
+        copy_state(d_S + h * square, s.vs, c->d_end_state + (n * HV + first_head * group + h) * K * V, V, K, V);
+    for (int64_t t0 = (tokens - 1) / SEGMENT * SEGMENT; t0 >= 0 && tokens; t0 -= SEGMENT)
+        for (int64_t h = 0; h < heads; h++) {
+            const int64_t row = c->cu[n] + t0, real = tokens - t0 < SEGMENT ? tokens - t0 : SEGMENT;
+            const int64_t chunks = (real + C - 1) / C;
+            memset(d_q, 0, sizeof(float) * SEGMENT * s.ks);
+            memset(d_k, 0, sizeof(float) * SEGMENT * s.ks);
+            for (int64_t r = 0; r < group; r++) {
+                const int64_t head = (first_head + h) * group + r;
+                copy_state(S, s.vs, c->checkpoints + (slot(c, n, t0) * HV + head) * K * V, V, K, V);
+                for (int64_t i = 0; i < chunks; i++) {
+                    load_chunk(c, s, row + i * C, real - i * C < C ? real - i * C : C, head, x[i]);
+                    pair_tokens(s, x[i]);
+                    solve(s, x[i], S + i * square, held, 0);
+                    if (i + 1 < chunks) advance(s, x[i], S + i * square, S + (i + 1) * square);
+                }
+                for (int64_t i = chunks - 1; i >= 0; i--)
+                    backward_chunk(c, s, row + i * C, real - i * C < C ? real - i * C : C, head, x[i], S + i * square,
+                                   d_S + (h * group + r) * square, y, d_q + i * C * s.ks, d_k + i * C * s.ks);
+            }
+            for (int64_t i = 0; i < real; i++) {
+                store(c->d_q, ((row + i) * H + first_head + h) * K, d_q + i * s.ks, K, (float)c->scale);
+                store(c->d_k, ((row + i) * H + first_head + h) * K, d_k + i * s.ks, K, 1);
+            }
+        }
+    for (int64_t h = 0; h < heads * group; h++)
+        copy_state(c->d_state + (n * HV + first_head * group + h) * K * V, V, d_S + h * square, s.vs, K, V);
+}
+
+/* ---- entry points: 0, or 1 when memory runs out ----------------------------------------------------------------- */
+
+typedef void Task(const Call *, Shape, int64_t, int64_t, int64_t, float *);
+
+static int run(const Call *c, Task *task, int64_t heads, int64_t floats) {
+    const Shape s = shape_of(c);
+    int64_t together = (c->sequences * heads + c->threads - 1) / c->threads; /* enough tasks for every thread */
+    together = together < 1 ? 1 : together > TOGETHER ? TOGETHER : together;
+    const int64_t groups = (heads + together - 1) / together;
+    int failed = 0;
+#pragma omp parallel num_threads((int)c->threads) if (c->threads > 1 && c->sequences * groups > 1)
+    {
+        void *memory = malloc(sizeof(float) * floats + 64);
+        float *arena = (float *)(((uintptr_t)memory + 63) & ~(uintptr_t)63);
+        uint64_t mode = flush_denormals();
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < c->sequences * groups; i++) {
+            const int64_t first = i % groups * together;
+            if (memory)
+                task(c, s, i / groups, first, heads - first < together ? heads - first : together, arena);
+            else
+                failed = 1;
+        }
+        restore_denormals(mode);
+        free(memory);
+    }
+    return failed;
+}
+
+EXPORT int delta_memory_forward(const Call *c) {
+    return run(c, forward_task, c->value_heads, forward_floats(shape_of(c)));
+}
+
+EXPORT int delta_memory_backward(const Call *c) {
+    return run(c, backward_task, c->key_heads, backward_floats(shape_of(c), c->value_heads / c->key_heads));
+}

@@ -1,0 +1,69 @@
+"""Packed sequences: many sequences laid end to end in one row, with their borders in cu_seqlens.
+
+cu_seqlens is [N + 1] integers from 0 to T: sequence n is tokens cu_seqlens[n] to cu_seqlens[n + 1]; empty ones are
+allowed. This file is the one place in plain PyTorch that knows about ragged batches. It pads sequences of like
+length into a batch; a padding token has no decay, erases nothing and writes nothing, so the memory never sees it.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, batch: int, tokens: int) -> None:
+    """Raise ValueError unless cu_seqlens is [N + 1] integers that rise from 0 to `tokens`, with a batch of one.
+
+    Reads the values only when they are in host memory: on a GPU that would stop the stream.
+    """
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"cu_seqlens is {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}; it must be [sequences + 1] int32 or int64"
+        )
+    if batch != 1:
+        raise ValueError(f"cu_seqlens came with a batch of {batch}; packed sequences lie end to end in a batch of 1")
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        borders = cu_seqlens.tolist()
+        if borders[0] != 0 or borders[-1] != tokens or any(a > b for a, b in zip(borders, borders[1:])):
+            raise ValueError(f"cu_seqlens is {borders}; it must rise from 0 to the number of tokens, {tokens}")
+
+
+def by_sequence(
+    law: Callable[..., tuple[Tensor, Tensor]], sequences: tuple[Tensor, ...], state: Tensor, cu_seqlens: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Run `law(*sequences, state)` on every packed sequence by itself.
+
+    Args:
+        law: takes tensors [B, T, H, X] and a state [B, ...], returns an output [B, T, H, V] and the state.
+        sequences: tensors [1, T, H, X].
+        state: [N, ...], one memory a sequence.
+
+    Returns:
+        The output [1, T, H, V] in the order of the tokens, and the states [N, ...].
+    """
+    borders = cu_seqlens.tolist()
+    groups = defaultdict(list)  # sequences whose lengths share a power of two: padding at most doubles the work
+    for n, (start, stop) in enumerate(zip(borders, borders[1:])):
+        groups[(stop - start).bit_length()].append(n)
+
+    tokens, outputs, members, states = [], [], [], []
+    for size, group in sorted(groups.items()):
+        members += group
+        if size == 0:
+            states.append(state[group])
+            continue
+        starts = torch.tensor([borders[n] for n in group])[:, None]
+        lengths = torch.tensor([borders[n + 1] - borders[n] for n in group])[:, None]
+        offsets = torch.arange(int(lengths.max()))
+        real = (offsets < lengths).to(state.device)
+        index = torch.where(offsets < lengths, starts + offsets, starts).to(state.device)
+        padded = (torch.where(real[..., None, None], x[0, index], 0) for x in sequences)
+        output, final = law(*padded, state[group])
+        tokens.append(index[real])
+        outputs.append(output[real])
+        states.append(final)
+    if not tokens:
+        return sequences[0].new_zeros(1, 0, *state.shape[1:2], state.shape[-1]), state
+    output, final = torch.cat(outputs)[torch.argsort(torch.cat(tokens))][None], torch.cat(states)
+    return output, final[torch.argsort(torch.tensor(members, device=final.device))]

@@ -1,0 +1,65 @@
+"""The law and its chunked form as backends: any device, any dtype, any shape, in plain PyTorch.
+
+Half-precision inputs are computed in fp32, fp64 in fp64. Autocast is switched off inside, since it would round the
+very products that the fp32 state is there to protect.
+"""
+
+import torch
+from torch import Tensor
+
+from palimpsest.ops import chunked, reference
+from palimpsest.ops.backends import Backend
+from palimpsest.ops.packing import by_sequence
+
+
+def _backend(name: str, law) -> Backend:
+    def core(q, k, erase, write, log_decay, state, scale, cu_seqlens):
+        return _run(law.delta_memory, (q, k, erase, write, log_decay), state, scale, cu_seqlens)
+
+    def kda(q, k, v, log_decay, beta, state, scale, cu_seqlens):
+        k, v, beta = (x.to(state.dtype) for x in (k, v, beta[..., None]))
+        k = k.repeat_interleave(v.shape[2] // k.shape[2], dim=2)
+        output, state = core(q, k, beta * k, beta * v, log_decay, state, scale, cu_seqlens)
+        return output.to(q.dtype), state
+
+    def dplr(q, k, v, a, b, log_decay, state, scale, cu_seqlens):
+        return _run(law.dplr, (q, k, v, a, b, log_decay), state, scale, cu_seqlens, value=2)
+
+    def lookup(q, k, v, keys, values, scale, cu_seqlens):
+        q = q.repeat_interleave(v.shape[2] // q.shape[2], dim=2) * scale
+        keys, values = torch.cat((keys, k), 1), torch.cat((values, v), 1)
+        keys = keys.repeat_interleave(v.shape[2] // k.shape[2], dim=2)
+        if cu_seqlens is None:
+            return law.softmax_lookup(q, keys, values)
+        lengths = cu_seqlens.diff().tolist()
+        return torch.cat([law.softmax_lookup(*x) for x in zip(*(x.split(lengths, 1) for x in (q, keys, values)))], 1)
+
+    return Backend(name, lambda problem: None, core=core, kda=kda, dplr=dplr, step=step_, lookup=lookup)
+
+
+def _run(law, sequences, state, scale, cu_seqlens, value=3):
+    dtype, heads = sequences[value].dtype, sequences[value].shape[2]
+    with torch.autocast(state.device.type, enabled=False):
+        q, *rest = (x.to(state.dtype).repeat_interleave(heads // x.shape[2], dim=2) for x in sequences)
+        sequences = (q * scale, *rest)
+        if cu_seqlens is None:
+            output, state = law(*sequences, state)
+        else:
+            output, state = by_sequence(law, sequences, state, cu_seqlens)
+    return output.to(dtype), state
+
+
+def step_(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor, scale: float) -> Tensor:
+    """One token of KDA, in place: fade, see what is held, erase and write, read."""
+    with torch.autocast(state.device.type, enabled=False):
+        B, HV, K, V = state.shape
+        S = state.view(B * HV, K, V)
+        q, k = (x.to(S.dtype).repeat_interleave(HV // x.shape[1], 1).reshape(B * HV, 1, K) for x in (q, k))
+        S.mul_(log_decay.to(S.dtype).exp().reshape(B * HV, K, 1))
+        fresh = (v.reshape(B * HV, 1, V) - k @ S) * beta.to(S.dtype).reshape(B * HV, 1, 1)
+        S.baddbmm_(k.mT, fresh)
+        return (q @ S).mul_(scale).view(B, HV, V).to(v.dtype)
+
+
+CHUNKED = _backend("chunked", chunked)
+REFERENCE = _backend("reference", reference)

@@ -1,0 +1,51 @@
+"""Watch the memory at work: what it holds after each token has faded it, erased from it and written to it.
+
+Slow and complete, in the arithmetic of the law, for the lab, the course and the explainer.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, einsum
+
+
+class Trace(NamedTuple):
+    """Four beats of every token. B sequences, T tokens, H heads, K key channels, V value channels."""
+
+    decayed: Tensor  # [B, T, H, K, V], the memory after decay
+    erased: Tensor  # [B, T, H, K, V], after erase
+    written: Tensor  # [B, T, H, K, V], after write: the memory that the token leaves
+    read: Tensor  # [B, T, H, V], what the token reads
+    held: Tensor  # [B, T, H, V], what the memory answered to the eraser before it erased
+
+
+def trace(q, k, v, log_decay, beta, *, state=None, scale=None) -> Trace:
+    """Trace KDA. Arguments as `kda`, with as many heads in q and k as in v.
+
+    >>> q = k = torch.tensor([0.0, 1.0]).view(1, 1, 1, 2)
+    >>> v, beta = torch.full((1, 1, 1, 2), 5.0), torch.ones(1, 1, 1)
+    >>> log_decay = torch.tensor([1.0, 0.5]).log().view(1, 1, 1, 2)
+    >>> board = torch.tensor([[10.0, 10.0], [2.0, 2.0]]).view(1, 1, 2, 2)
+    >>> beats = trace(q, k, v, log_decay, beta, state=board)
+    >>> [beat[0, 0, 0].tolist() for beat in beats[:3]]
+    [[[10.0, 10.0], [1.0, 1.0]], [[10.0, 10.0], [0.0, 0.0]], [[10.0, 10.0], [5.0, 5.0]]]
+    """
+    beta = beta[..., None]
+    q = q * (q.shape[-1] ** -0.5 if scale is None else scale)
+    return trace_memory(q, k, beta * k, beta * v, log_decay, state)
+
+
+def trace_memory(q, k, erase, write, log_decay, state=None) -> Trace:
+    """Trace any member of the family by what it erases and writes. Arguments as reference.delta_memory."""
+    B, T, H, K = q.shape
+    S_BHKV = write.new_zeros(B, H, K, write.shape[-1]) if state is None else state
+    beats = []
+    for q_BHK, k_BHK, e_BHK, w_BHV, g_BHK in zip(*(x.unbind(1) for x in (q, k, erase, write, log_decay))):
+        decayed = g_BHK.exp()[..., None] * S_BHKV
+        held = einsum("bhk,bhkv->bhv", e_BHK, decayed)
+        erased = decayed - einsum("bhk,bhv->bhkv", k_BHK, held)
+        S_BHKV = erased + einsum("bhk,bhv->bhkv", k_BHK, w_BHV)
+        beats.append((decayed, erased, S_BHKV, einsum("bhk,bhkv->bhv", q_BHK, S_BHKV), held))
+    if not beats:
+        raise ValueError("q has no tokens; a trace needs at least one")
+    return Trace(*(torch.stack(beat, 1) for beat in zip(*beats)))

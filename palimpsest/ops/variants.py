@@ -1,0 +1,386 @@
+"""The delta-rule family. A variant says only what its gates erase and write; the memory is shared.
+
+    S <- Diag(exp log_decay) S;    S <- S + k (write - S^T erase)^T;    o = S^T q
+
+    kda                      erase = beta k         write = beta v         one decay per channel
+    gdn2                     erase = erase_gate k   write = write_gate v   one decay per channel
+    gated_delta              erase = beta k         write = beta v         one decay per head
+    delta_rule               erase = beta k         write = beta v         no decay
+    gated_linear_attention   erase = 0              write = v              one decay per channel
+    linear_attention         erase = 0              write = v              no decay
+
+Beside them stand `dplr`, the general transition that the paper compares with, and `softmax_lookup`, the scroll that
+keeps everything. To add a variant: write its function here and add it to VARIANTS; tests and docs find it there.
+
+Every function takes tensors in the layout [B, T, H, *] and returns (output, state). Heads may be grouped: v and the
+gates may have more heads than q and k, a multiple; value head j then uses key head j // (value heads / key heads).
+Sequences may be packed: a batch of one with cu_seqlens, the borders, and a state with one memory per sequence.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from palimpsest.ops.backends import Op, Problem, choose
+from palimpsest.ops.gates import SigmoidDecay, SoftplusDecay, l2norm
+from palimpsest.ops.packing import check_cu_seqlens
+
+
+class DeltaOutput(NamedTuple):
+    """What every variant returns."""
+
+    output: Tensor  # [B, T, HV, V] in v's dtype
+    state: Tensor  # [B, HV, K, V] or [sequences, HV, K, V], fp32 (fp64 for fp64 inputs): the memory after the last token
+
+
+def kda(q, k, v, log_decay, beta, *, state=None, scale=None, cu_seqlens=None, check=False, backend="auto"):
+    """Kimi Delta Attention: channel-wise decay, one strength beta for both erasing and writing.
+
+    Args:
+        q, k: [B, T, H, K]. Normalise k to unit length (`l2norm`) for a memory that cannot grow.
+        v: [B, T, HV, V], HV a multiple of H.
+        log_decay: [B, T, HV, K], natural log, <= 0. Keep it in fp32: bf16 rounds slow decays to none.
+        beta: [B, T, HV], in (0, 1); (0, 2) allows negative eigenvalues.
+        state: memory before the first token, [B, HV, K, V], or [N, HV, K, V] for N packed sequences; zeros if None.
+        scale: multiplies q; 1 / sqrt(K) if None.
+        cu_seqlens: [N + 1] borders of packed sequences, with B = 1.
+        check: also read the values and refuse a positive or NaN log_decay.
+        backend: "auto", or a name from `backends.names()`; a named backend never falls back.
+
+    Returns:
+        DeltaOutput(output [B, T, HV, V], state [B or N, HV, K, V]).
+
+    Raises:
+        ValueError: a shape, dtype or device disagrees, or the named backend cannot run this call.
+
+    Source: Kimi Linear, arXiv:2510.26692, equation 1.
+
+    >>> q = k = torch.tensor([0.0, 1.0]).view(1, 1, 1, 2)
+    >>> v, beta = torch.full((1, 1, 1, 2), 5.0), torch.ones(1, 1, 1)
+    >>> log_decay = torch.tensor([1.0, 0.5]).log().view(1, 1, 1, 2)
+    >>> board = torch.tensor([[10.0, 10.0], [2.0, 2.0]]).view(1, 1, 2, 2)
+    >>> kda(q, k, v, log_decay, beta, state=board).state[0, 0]
+    tensor([[10., 10.],
+            [ 5.,  5.]])
+    """
+    B, T, H, HV, K, V = _sizes(q, k, v)
+    _expect("log_decay", log_decay, (B, T, HV, K))
+    _expect("beta", beta, (B, T, HV))
+    if check:
+        _check_decay(log_decay)
+    return _run("kda", "kda", (q, k, v, log_decay, beta), v, state, scale, cu_seqlens, backend)
+
+
+def gdn2(
+    q, k, v, log_decay, erase_gate, write_gate, *, state=None, scale=None, cu_seqlens=None, check=False, backend="auto"
+):
+    """Gated DeltaNet 2: KDA with erasing gated per key channel and writing gated per value channel.
+
+    Args as `kda`, but for erase_gate [B, T, HV, K] and write_gate [B, T, HV, V] in place of beta. Source:
+    arXiv:2605.22791.
+    """
+    B, T, H, HV, K, V = _sizes(q, k, v)
+    _expect("log_decay", log_decay, (B, T, HV, K))
+    _expect("erase_gate", erase_gate, (B, T, HV, K))
+    _expect("write_gate", write_gate, (B, T, HV, V))
+    if check:
+        _check_decay(log_decay)
+    keys = _per_value_head(k, HV)
+    core = (q, k, erase_gate * keys, write_gate * v, log_decay)
+    return _run("core", "gdn2", core, v, state, scale, cu_seqlens, backend)
+
+
+def gated_delta(q, k, v, log_decay, beta, *, state=None, scale=None, cu_seqlens=None, check=False, backend="auto"):
+    """Gated DeltaNet: KDA with one decay per head, log_decay [B, T, HV]. Source: arXiv:2412.06464.
+
+    >>> q = k = v = torch.ones(1, 3, 1, 4) / 2
+    >>> gated_delta(q, k, v, torch.zeros(1, 3, 1), torch.ones(1, 3, 1)).output.shape
+    torch.Size([1, 3, 1, 4])
+    """
+    B, T, H, HV, K, V = _sizes(q, k, v)
+    _expect("log_decay", log_decay, (B, T, HV))
+    _expect("beta", beta, (B, T, HV))
+    if check:
+        _check_decay(log_decay)
+    log_decay = log_decay[..., None].expand(B, T, HV, K)
+    return _run("kda", "gated_delta", (q, k, v, log_decay, beta), v, state, scale, cu_seqlens, backend)
+
+
+def delta_rule(q, k, v, beta, *, state=None, scale=None, cu_seqlens=None, backend="auto"):
+    """DeltaNet: no decay; each write is one gradient step of size beta on 1/2 |S^T k - v|^2. arXiv:2406.06484."""
+    B, T, H, HV, K, V = _sizes(q, k, v)
+    _expect("beta", beta, (B, T, HV))
+    log_decay = beta.new_zeros(1, 1, 1, 1, dtype=_state_dtype(v)).expand(B, T, HV, K)
+    return _run("kda", "delta_rule", (q, k, v, log_decay, beta), v, state, scale, cu_seqlens, backend)
+
+
+def gated_linear_attention(
+    q, k, v, log_decay, *, state=None, scale=None, cu_seqlens=None, check=False, backend="auto"
+):
+    """Gated linear attention: channel-wise decay and no erasing, log_decay [B, T, HV, K]. arXiv:2312.06635."""
+    B, T, H, HV, K, V = _sizes(q, k, v)
+    _expect("log_decay", log_decay, (B, T, HV, K))
+    if check:
+        _check_decay(log_decay)
+    core = (q, k, torch.zeros_like(log_decay, dtype=k.dtype), v, log_decay)
+    return _run("core", "gated_linear_attention", core, v, state, scale, cu_seqlens, backend)
+
+
+def elu_plus_one(x: Tensor) -> Tensor:
+    """The feature map of the first linear transformer: positive everywhere. arXiv:2006.16236."""
+    return torch.nn.functional.elu(x) + 1
+
+
+def linear_attention(
+    q, k, v, *, feature_map=elu_plus_one, normalise=True, state=None, scale=1.0, cu_seqlens=None, backend="auto"
+):
+    """Linear attention: o_t = phi(q_t)^T sum_s phi(k_s) v_s^T, over phi(q_t)^T sum_s phi(k_s) when normalised.
+
+    Args as `kda`, without gates.
+        feature_map: phi, a function of tensors; `lambda x: x` for the plain outer-product memory.
+        normalise: divide by the sum of weights. The state then has a last column that holds it, [B, HV, K, V + 1].
+
+    Source: arXiv:2006.16236.
+
+    >>> q = k = v = torch.ones(1, 3, 1, 4)
+    >>> linear_attention(q, k, v).output[0, 2, 0]  # an average of equal values
+    tensor([1., 1., 1., 1.])
+    """
+    B, T, H, HV, K, V = _sizes(q, k, v)
+    q, k = feature_map(q), feature_map(k)
+    write = torch.cat((v, torch.ones_like(v[..., :1])), -1) if normalise else v
+    zeros = write.new_zeros(1, 1, 1, 1, dtype=_state_dtype(v)).expand(B, T, HV, K)
+    core = (q, k, zeros.to(k.dtype), write, zeros)
+    result = _run("core", "linear_attention", core, write, state, scale, cu_seqlens, backend)
+    if not normalise:
+        return result
+    return DeltaOutput(result.output[..., :V] / result.output[..., V:], result.state)
+
+
+def dplr(q, k, v, a, b, log_decay, *, state=None, scale=None, cu_seqlens=None, check=False, backend="auto"):
+    """Diagonal plus low rank: S <- (Diag(exp log_decay) + b a^T) S + k v^T with free vectors a, b: [B, T, HV, K].
+
+    a reads the memory before the token's decay. KDA is a = exp(log_decay) * k, b = -beta k, v = beta v.
+    Source: Kimi Linear, arXiv:2510.26692, section 3.2, which measures KDA against it.
+    """
+    B, T, H, HV, K, V = _sizes(q, k, v)
+    for name, tensor in (("a", a), ("b", b), ("log_decay", log_decay)):
+        _expect(name, tensor, (B, T, HV, K))
+    if check:
+        _check_decay(log_decay)
+    return _run("dplr", "dplr", (q, k, v, a, b, log_decay), v, state, scale, cu_seqlens, backend)
+
+
+def softmax_lookup(q, k, v, *, state=None, scale=None, cu_seqlens=None, backend="auto"):
+    """Causal softmax attention, the scroll: its state is every key and value so far, and grows with each token.
+
+    Args as `kda`, without gates.
+        state: (keys [B, S, H, K], values [B, S, HV, V]) before the first token; not with cu_seqlens.
+
+    Returns:
+        DeltaOutput(output [B, T, HV, V], state (keys, values) with these tokens appended).
+
+    >>> q = k = v = torch.ones(1, 3, 1, 4)
+    >>> output, (keys, values) = softmax_lookup(q, k, v)
+    >>> keys.shape
+    torch.Size([1, 3, 1, 4])
+    """
+    B, T, H, HV, K, V = _sizes(q, k, v)
+    keys, values = (k[:, :0], v[:, :0]) if state is None else state
+    _expect("state keys", keys, (B, keys.shape[1], H, K))
+    _expect("state values", values, (B, keys.shape[1], HV, V))
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, B, T)
+        if state is not None:
+            raise ValueError("state came with cu_seqlens; a scroll cannot be continued in a packed batch, unpack it first")
+    problem = _problem("lookup", "softmax_lookup", q, v, cu_seqlens, (q, k, v, keys, values))
+    run = choose(problem, backend).lookup
+    assert run is not None
+    output = run(q, k, v, keys, values, K**-0.5 if scale is None else scale, cu_seqlens)
+    return DeltaOutput(output, (torch.cat((keys, k), 1), torch.cat((values, v), 1)))
+
+
+def kda_from_logits(
+    q, k, v, decay_logits, beta_logits, *, gate, beta_max=1.0, state=None, scale=None, cu_seqlens=None, backend="auto"
+):
+    """KDA as a layer calls it: normalise q and k, gate the logits, then `kda`. One kernel where a backend has one.
+
+    Args as `kda`, but for
+        q, k: not normalised; `l2norm` is applied, eps 1e-6 inside the root.
+        decay_logits: [B, T, HV, K].
+        beta_logits: [B, T, HV]; beta = beta_max * sigmoid, in fp32.
+        gate: gates.SoftplusDecay(A_log, dt_bias), gates.SigmoidDecay(A_log, dt_bias, floor), or any function from
+            decay_logits to log_decay.
+        beta_max: 1, or up to 2 for negative eigenvalues.
+
+    >>> from palimpsest.ops import gates
+    >>> gate = gates.SoftplusDecay(A_log=torch.zeros(2), dt_bias=torch.zeros(2, 8))
+    >>> x = torch.randn(1, 5, 2, 8)
+    >>> kda_from_logits(x, x, x, x, x[..., 0], gate=gate).state.shape
+    torch.Size([1, 2, 8, 8])
+    """
+    B, T, H, HV, K, V = _sizes(q, k, v)
+    _expect("decay_logits", decay_logits, (B, T, HV, K))
+    _expect("beta_logits", beta_logits, (B, T, HV))
+    state = _state(state, v, K, cu_seqlens)
+    if isinstance(gate, (SoftplusDecay, SigmoidDecay)) and beta_max == 1.0:
+        tensors = (q, k, v, decay_logits, beta_logits)
+        problem = _problem(
+            "kda_from_logits", "kda", q, v, cu_seqlens, (*tensors, gate.A_log, gate.dt_bias, state), gate.name
+        )
+        fused = choose_fused(problem, backend)
+        if fused is not None:
+            scale = K**-0.5 if scale is None else scale
+            return DeltaOutput(*fused(*tensors, gate, state, scale, cu_seqlens))
+    beta = beta_max * beta_logits.to(_state_dtype(v)).sigmoid()
+    return kda(
+        l2norm(q), l2norm(k), v, gate(decay_logits), beta,
+        state=state, scale=scale, cu_seqlens=cu_seqlens, backend=backend,
+    )  # fmt: skip
+
+
+def choose_fused(problem: Problem, backend: str):
+    """The kernel that takes logits whole, if the backend that will run KDA has one; None otherwise."""
+    chosen = choose(Problem(**{**vars(problem), "op": "kda"}), backend)
+    return chosen.kda_from_logits if chosen.refusal(problem) is None else None
+
+
+@torch.no_grad()
+def kda_step_(q, k, v, log_decay, beta, state, *, scale=None, backend="auto") -> Tensor:
+    """One token of KDA against a state that is edited in place; returns what the token reads. No gradient.
+
+    Args:
+        q, k: [B, H, K]. v: [B, HV, V]. log_decay: [B, HV, K]. beta: [B, HV].
+        state: [B, HV, K, V], contiguous, fp32 (fp64 for fp64 inputs).
+
+    Returns:
+        [B, HV, V] in v's dtype.
+
+    Raises:
+        ValueError: as `kda`; RuntimeError: an argument asks for a gradient, which `kda` gives and this cannot.
+
+    >>> state = torch.zeros(1, 1, 2, 2)
+    >>> q = k = torch.tensor([[[0.0, 1.0]]])
+    >>> kda_step_(q, k, torch.full((1, 1, 2), 5.0), torch.zeros(1, 1, 2), torch.ones(1, 1), state, scale=1.0)
+    tensor([[[5., 5.]]])
+    >>> state[0, 0]
+    tensor([[0., 0.],
+            [5., 5.]])
+    """
+    tensors = (q, k, v, log_decay, beta)
+    if any(x.requires_grad and not x.is_leaf for x in tensors) or state.requires_grad:
+        raise RuntimeError("kda_step_ edits the state in place and has no gradient; call kda, or enter torch.no_grad()")
+    if q.ndim != 3 or v.ndim != 3:
+        raise ValueError(f"q has shape {tuple(q.shape)} and v {tuple(v.shape)}; a step takes [B, H, K] and [B, HV, V]")
+    B, _, H, HV, K, V = _sizes(q[:, None], k[:, None], v[:, None])
+    _expect("log_decay", log_decay, (B, HV, K))
+    _expect("beta", beta, (B, HV))
+    _expect("state", state, (B, HV, K, V))
+    _expect_state_dtype(state, v)
+    if not state.is_contiguous():
+        raise ValueError("state is not contiguous; it is edited in place, so pass state.contiguous() and keep that")
+    problem = _problem("step", "kda", q[:, None], v[:, None], None, ())
+    step = choose(problem, backend).step
+    assert step is not None
+    return step(q, k, v, log_decay, beta, state, K**-0.5 if scale is None else scale)
+
+
+VARIANTS = {
+    "kda": kda,
+    "gdn2": gdn2,
+    "gated_delta": gated_delta,
+    "delta_rule": delta_rule,
+    "gated_linear_attention": gated_linear_attention,
+    "linear_attention": linear_attention,
+    "dplr": dplr,
+}
+
+
+def _run(op: Op, variant, tensors, values, state, scale, cu_seqlens, backend) -> DeltaOutput:
+    q = tensors[0]
+    K = q.shape[-1]
+    _expect_one_device(q, tensors)
+    state = _state(state, values, K, cu_seqlens)
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, *q.shape[:2])
+    problem = _problem(op, variant, q, values, cu_seqlens, (*tensors, state))
+    run = getattr(choose(problem, backend), op)
+    return DeltaOutput(*run(*tensors, state, K**-0.5 if scale is None else scale, cu_seqlens))
+
+
+def _problem(op: Op, variant, q, v, cu_seqlens, tensors, gate="none") -> Problem:
+    B, T, H, K = q.shape
+    return Problem(
+        op=op,
+        variant=variant,
+        device=q.device.type,
+        dtype=v.dtype,
+        key_dim=K,
+        value_dim=v.shape[-1],
+        tokens=T,
+        sequences=B if cu_seqlens is None else len(cu_seqlens) - 1,
+        heads=H,
+        value_heads=v.shape[2],
+        packed=cu_seqlens is not None,
+        needs_grad=torch.is_grad_enabled() and any(x.requires_grad for x in tensors),
+        gate=gate,
+        capability=torch.cuda.get_device_capability(q.device) if q.device.type == "cuda" else None,
+    )
+
+
+def _sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int, int, int]:
+    if q.ndim != 4 or v.ndim != 4:
+        raise ValueError(f"q has shape {tuple(q.shape)} and v {tuple(v.shape)}; both must be [B, T, heads, channels]")
+    B, T, H, K = q.shape
+    HV, V = v.shape[2:]
+    _expect("k", k, (B, T, H, K))
+    _expect("v", v, (B, T, HV, V))
+    if H == 0 or HV % H:
+        raise ValueError(f"v has {HV} heads and q has {H}; the heads of v must be a multiple of those of q")
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not tensor.is_floating_point() or tensor.dtype != q.dtype:
+            raise ValueError(f"{name} is {tensor.dtype} and q is {q.dtype}; q, k and v must share one floating dtype")
+    return B, T, H, HV, K, V
+
+
+def _state(state: Tensor | None, v: Tensor, K: int, cu_seqlens: Tensor | None) -> Tensor:
+    B, T, HV, V = v.shape
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, B, T)
+        B = len(cu_seqlens) - 1
+    if state is None:
+        return v.new_zeros(B, HV, K, V, dtype=_state_dtype(v))
+    _expect("state", state, (B, HV, K, V))
+    _expect_state_dtype(state, v)
+    return state
+
+
+def _state_dtype(v: Tensor) -> torch.dtype:
+    return torch.float64 if v.dtype == torch.float64 else torch.float32
+
+
+def _expect_state_dtype(state: Tensor, v: Tensor) -> None:
+    if state.dtype != _state_dtype(v):
+        raise ValueError(f"state is {state.dtype}; with v in {v.dtype} it must be {_state_dtype(v)}: use state.to(...)")
+
+
+def _expect(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; q and v ask for {shape}")
+
+
+def _expect_one_device(q: Tensor, tensors: tuple[Tensor, ...]) -> None:
+    for tensor in tensors:
+        if tensor.device != q.device:
+            raise ValueError(f"q is on {q.device} and another argument on {tensor.device}; move all of them to one device")
+
+
+def _check_decay(log_decay: Tensor) -> None:
+    if not bool((log_decay <= 0).all()):
+        largest = log_decay.max().item()
+        raise ValueError(f"log_decay reaches {largest}; it is the log of a factor of at most 1, so it must be <= 0")
+
+
+def _per_value_head(k: Tensor, HV: int) -> Tensor:
+    return k if k.shape[2] == HV else k.repeat_interleave(HV // k.shape[2], dim=2)
