@@ -1,0 +1,244 @@
+"""Kimi Delta Attention: projections, short convolutions, gates, the memory, and a gated way out.
+
+Letters  B sequences, T tokens, N packed documents, H heads, K channels of a head (of key and value alike), D = H K.
+Numbers  beta and the decay are computed in float32, the memory is kept in it, whatever the dtype of the weights.
+Source   Kimi Linear, arXiv:2510.26692; parameter names, shapes and numerics are the released checkpoint's.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from palimpsest.layers._stub import (
+    SigmoidDecay,
+    SoftplusDecay,
+    gated_delta,
+    gated_linear_attention,
+    gdn2,
+    kda,
+    kda_from_logits,
+    kda_step_,
+    l2norm,
+)
+from palimpsest.layers.norms import RMSNorm
+from palimpsest.layers.padding import check_rows, pack, unpack
+from palimpsest.layers.parts import MemoryParts
+from palimpsest.layers.precision import Float32Tensors, float32
+from palimpsest.layers.short_conv import ShortConvolution
+from palimpsest.layers.state import KDAState
+
+
+class KimiDeltaAttention(Float32Tensors):
+    """One memory layer.
+
+    Args:
+        hidden_size: channels in and out.
+        num_heads, head_dim: H and K; each head has a K x K memory.
+        conv_size: width W of the short convolutions.
+        norm_eps: of the norm on the way out.
+        parts: what the layer is made of; the default is the released layer.
+
+    >>> layer = KimiDeltaAttention(64, num_heads=2, head_dim=16)
+    >>> y, state = layer(torch.randn(3, 10, 64))
+    >>> y.shape, state.memory.shape, state.conv[0].shape
+    (torch.Size([3, 10, 64]), torch.Size([3, 2, 16, 16]), torch.Size([3, 32, 3]))
+    >>> y, state = layer(torch.randn(3, 1, 64), state)
+    """
+
+    float32_names = ("A_log", "dt_bias")
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        head_dim: int,
+        *,
+        conv_size: int = 4,
+        norm_eps: float = 1e-5,
+        parts: MemoryParts = MemoryParts(),
+    ):
+        super().__init__()
+        self.num_heads, self.head_dim, self.parts = num_heads, head_dim, parts
+        D, H, K = num_heads * head_dim, num_heads, head_dim
+        linear = lambda inputs, outputs: nn.Linear(inputs, outputs, bias=False)
+
+        self.q_proj, self.k_proj, self.v_proj = (linear(hidden_size, D) for _ in range(3))
+        if parts.conv:
+            self.q_conv1d, self.k_conv1d, self.v_conv1d = (ShortConvolution(D, conv_size) for _ in range(3))
+
+        if parts.decay != "none":
+            rates = H if parts.decay == "head" else D
+            self.A_log = nn.Parameter(torch.empty(1, 1, H, 1, dtype=torch.float32))
+            self.dt_bias = nn.Parameter(torch.empty(rates, dtype=torch.float32))
+        if parts.decay == "channel" and parts.gate_rank == "low":
+            self.f_a_proj, self.f_b_proj = linear(hidden_size, K), linear(K, D)
+        elif parts.decay in ("channel", "head"):
+            self.f_proj = linear(hidden_size, D if parts.decay == "channel" else H)
+
+        if parts.rule in ("delta", "write"):
+            self.b_proj = linear(hidden_size, H)
+        elif parts.rule == "gdn2":
+            self.e_proj, self.w_proj = linear(hidden_size, D), linear(hidden_size, D)
+
+        if parts.output_gate != "none":
+            self.g_a_proj, self.g_b_proj = linear(hidden_size, K), linear(K, D)
+        self.o_norm = RMSNorm(K, norm_eps)
+        self.o_proj = linear(D, hidden_size)
+        self.reset_decay()
+
+    def reset_decay(self) -> None:
+        """Start the decays where the released code does: rates from 1 to 16, steps from 1e-3 to 1e-1, both at random."""
+        if self.parts.decay == "none":
+            return
+        with torch.no_grad():
+            self.A_log.uniform_(1, 16).log_()
+            step = self.dt_bias.uniform_(math.log(1e-3), math.log(1e-1)).exp().clamp(min=1e-4)
+            self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
+
+    def forward(
+        self,
+        x: Tensor,
+        state: KDAState | None = None,
+        *,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, KDAState]:
+        """Many tokens. The state given is not touched.
+
+        Args:
+            x: [B, T, hidden_size].
+            state: what came before; nothing if None.
+            mask: [B, T], True for a token, False for padding, on any side. Padding leaves no trace in the state.
+            cu_seqlens: [N + 1], borders of N documents packed end to end in a batch of 1; states then have N rows.
+
+        Returns:
+            y [B, T, hidden_size], zero where mask is False, and the state after the last token.
+        """
+        check_rows(x, mask, cu_seqlens)
+        if mask is not None:
+            packed, borders = pack(x, mask)
+            y, state = self(packed, state, cu_seqlens=borders)
+            return unpack(y, mask), state
+        if x.shape[1] == 1 and state is not None and cu_seqlens is None and not torch.is_grad_enabled():
+            state = KDAState(state.memory.clone(), tuple(window.clone() for window in state.conv))
+            y, state = self.step_(x[:, 0], state)
+            return y[:, None], state
+
+        streams = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
+        windows: tuple[Tensor, ...] = ()
+        if self.parts.conv:
+            before = (None,) * 3 if state is None else state.conv
+            convs = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
+            streams, windows = zip(
+                *(conv(s, window, cu_seqlens=cu_seqlens) for conv, s, window in zip(convs, streams, before))
+            )
+        else:
+            streams = [F.silu(s) for s in streams]
+        q_BTHK, k_BTHK, v_BTHK = (s.unflatten(-1, (self.num_heads, self.head_dim)) for s in streams)
+
+        memory = None if state is None else state.memory
+        output_BTHK, memory = self._remember(x, q_BTHK, k_BTHK, v_BTHK, memory, cu_seqlens)
+        return self._way_out(x, output_BTHK), KDAState(memory, tuple(windows))
+
+    def step_(self, x: Tensor, state: KDAState, mask: Tensor | None = None) -> tuple[Tensor, KDAState]:
+        """One token a sequence; the state's tensors are rewritten in place and belong to the caller alone.
+
+        Args:
+            x: [B, hidden_size].
+            state: updated in place.
+            mask: [B], False leaves that sequence's state as it is; its output means nothing.
+
+        Returns:
+            y [B, hidden_size], and the same state.
+        """
+        H, K = self.num_heads, self.head_dim
+        held = None if mask is None else [window.clone() for window in state.conv]
+        streams = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
+        if self.parts.conv:
+            convs = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
+            streams = [conv.step_(s, window) for conv, s, window in zip(convs, streams, state.conv)]
+        else:
+            streams = [F.silu(s) for s in streams]
+        q_BHK, k_BHK, v_BHK = (s.unflatten(-1, (H, K)) for s in streams)
+
+        if mask is not None and held is not None:
+            k_BHK = k_BHK * mask[:, None, None]
+            for window, before in zip(state.conv, held):
+                window.copy_(torch.where(mask[:, None, None], window, before))
+
+        if self.parts.rule == "delta":
+            log_decay_BHK, beta_BH = self._log_decay(x), self._beta(x)
+            if mask is not None:
+                log_decay_BHK, beta_BH = log_decay_BHK * mask[:, None, None], beta_BH * mask[:, None]
+            if self.parts.qk_norm:
+                q_BHK, k_BHK = l2norm(q_BHK), l2norm(k_BHK)
+            output_BHK = kda_step_(q_BHK, k_BHK, v_BHK, log_decay_BHK.expand_as(k_BHK), beta_BH, state.memory)
+        else:
+            output_B1HK, memory = self._remember(x[:, None], *(s[:, None] for s in (q_BHK, k_BHK, v_BHK)), state.memory)
+            state.memory.copy_(memory if mask is None else torch.where(mask[:, None, None, None], memory, state.memory))
+            output_BHK = output_B1HK[:, 0]
+        return self._way_out(x, output_BHK), state
+
+    def _remember(self, x, q, k, v, memory, cu_seqlens=None):
+        parts, rest = self.parts, {"state": memory, "cu_seqlens": cu_seqlens}
+        released = parts.rule == "delta" and parts.decay == "channel" and parts.qk_norm and parts.beta_max == 1.0
+        if released:
+            return kda_from_logits(q, k, v, self._decay_logits(x), self.b_proj(x), gate=self._gate(), **rest)
+
+        if parts.qk_norm:
+            q, k = l2norm(q), l2norm(k)
+        log_decay = self._log_decay(x)
+        if parts.rule == "delta" and parts.decay == "head":
+            return gated_delta(q, k, v, log_decay[..., 0], self._beta(x), **rest)
+        log_decay = log_decay.expand_as(k)
+        if parts.rule == "delta":
+            return kda(q, k, v, log_decay, self._beta(x), **rest)
+        if parts.rule == "gdn2":
+            erase_gate, write_gate = (
+                float32(p(x)).sigmoid().unflatten(-1, (self.num_heads, self.head_dim))
+                for p in (self.e_proj, self.w_proj)
+            )
+            return gdn2(q, k, v, log_decay, erase_gate, write_gate, **rest)
+        if parts.rule == "write":
+            v = (v * self._beta(x)[..., None]).to(v.dtype)
+        return gated_linear_attention(q, k, v, log_decay, **rest)
+
+    def _way_out(self, x: Tensor, output: Tensor) -> Tensor:
+        """Each head at its own scale, gated, and back to the hidden size."""
+        y = self.o_norm(float32(output))
+        if self.parts.output_gate != "none":
+            gate = float32(self.g_b_proj(self.g_a_proj(x))).view_as(y)
+            y = y * (gate.sigmoid() if self.parts.output_gate == "sigmoid" else F.silu(gate))
+        return self.o_proj(y.to(x.dtype).flatten(-2))
+
+    def _decay_logits(self, x: Tensor) -> Tensor:
+        """[..., H, K], or [..., H, 1] for one rate a head."""
+        if self.parts.decay == "constant":
+            logits = x.new_zeros(*x.shape[:-1], self.num_heads * self.head_dim)
+        elif hasattr(self, "f_proj"):
+            logits = self.f_proj(x)
+        else:
+            logits = self.f_b_proj(self.f_a_proj(x))
+        return logits.unflatten(-1, (self.num_heads, -1))
+
+    def _gate(self):
+        A_log_H, dt_bias = self.A_log.flatten(), self.dt_bias.unflatten(0, (self.num_heads, -1))
+        if self.parts.gate == "softplus":
+            return SoftplusDecay(A_log_H, dt_bias)
+        return SigmoidDecay(A_log_H, dt_bias, self.parts.floor)
+
+    def _log_decay(self, x: Tensor) -> Tensor:
+        if self.parts.decay == "none":
+            return float32(x).new_zeros(*x.shape[:-1], self.num_heads, 1)
+        return self._gate()(self._decay_logits(x))
+
+    def _beta(self, x: Tensor) -> Tensor:
+        return self.parts.beta_max * float32(self.b_proj(x)).sigmoid()
+
+    def extra_repr(self) -> str:
+        changes = "".join(f", {name}={value!r}" for name, value in self.parts.changes().items())
+        return f"heads={self.num_heads}, head_dim={self.head_dim}{changes}"

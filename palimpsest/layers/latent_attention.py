@@ -1,0 +1,177 @@
+"""Multi-head latent attention: softmax attention whose cache is one short row a token.
+
+Letters  B sequences, T new tokens, S tokens held (the new ones included), H heads, N key channels from the latent,
+         P position channels shared by all heads, V value channels, R latent channels.
+Two ways to the same numbers: *expanded* builds every head's keys and values from the latents and attends as usual;
+*absorbed* moves that projection to the query and to the output, so that one latent serves as key and value of all heads.
+Source   DeepSeek-V2, arXiv:2405.04434; without positions as in Kimi Linear, arXiv:2510.26692.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, einsum, nn
+
+from palimpsest.layers.norms import RMSNorm
+from palimpsest.layers.padding import borders, check_rows, pack, unpack
+from palimpsest.layers.precision import float32
+from palimpsest.layers.state import LatentState
+
+ABSORB_UP_TO = (
+    128  # tokens: absorbing costs R - N more products a pair and head, expanding N + V times R once a held token
+)
+
+
+class MultiHeadLatentAttention(nn.Module):
+    """One latent attention layer.
+
+    Args:
+        hidden_size: channels in and out.
+        num_heads: H.
+        kv_lora_rank: R. qk_nope_head_dim: N. qk_rope_head_dim: P. v_head_dim: V.
+        rope: base of rotary positions on the P channels, such as 10000.0; None, as released, gives the layer no positions.
+
+    >>> layer = MultiHeadLatentAttention(64, 2, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16)
+    >>> y, state = layer(torch.randn(3, 10, 64))
+    >>> y.shape, state.latent.shape
+    (torch.Size([3, 10, 64]), torch.Size([3, 10, 40]))
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        kv_lora_rank: int = 512,
+        qk_nope_head_dim: int = 128,
+        qk_rope_head_dim: int = 64,
+        v_head_dim: int = 128,
+        rope: float | None = None,
+    ):
+        super().__init__()
+        self.num_heads, self.rope = num_heads, rope
+        self.R, self.N, self.P, self.V = kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim
+        linear = lambda inputs, outputs: nn.Linear(inputs, outputs, bias=False)
+        self.q_proj = linear(hidden_size, num_heads * (self.N + self.P))
+        self.kv_a_proj_with_mqa = linear(hidden_size, self.R + self.P)
+        self.kv_a_layernorm = RMSNorm(self.R, 1e-6)  # not the model's eps: the released code leaves this at its default
+        self.kv_b_proj = linear(self.R, num_heads * (self.N + self.V))
+        self.o_proj = linear(num_heads * self.V, hidden_size)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: LatentState | None = None,
+        *,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, LatentState]:
+        """Many tokens. The state given stays as it is.
+
+        Args and return as KimiDeltaAttention.forward; without a mask every token is one.
+        """
+        check_rows(x, mask, cu_seqlens)
+        if mask is not None:
+            packed, cu_seqlens = pack(x, mask)
+            y, state = self(packed, state, cu_seqlens=cu_seqlens)
+            return unpack(y, mask), state
+        if cu_seqlens is not None:
+            return self._documents(x, state, borders(cu_seqlens, x.shape[1]))
+
+        start_B = x.new_zeros(x.shape[0], dtype=torch.long) if state is None else state.num_tokens()
+        q_BTHC, latent_BTC = self._project(x, start_B[:, None] + torch.arange(x.shape[1], device=x.device))
+        state = LatentState(latent_BTC) if state is None else state.append(latent_BTC)
+        T, S = x.shape[1], state.latent.shape[1]
+        attend = self._absorbed if T < S and T <= ABSORB_UP_TO else self._expanded
+        return self.o_proj(attend(q_BTHC, state.latent, state.valid).flatten(-2)), state
+
+    def step_(self, x: Tensor, state: LatentState, mask: Tensor | None = None) -> tuple[Tensor, LatentState]:
+        """One token a sequence, [B, hidden_size]; where mask [B] is False it is not kept, and its output means nothing."""
+        q_BTHC, latent_BTC = self._project(x[:, None], state.num_tokens()[:, None])
+        state = state.append(latent_BTC, None if mask is None else mask[:, None])
+        return self.o_proj(self._absorbed(q_BTHC, state.latent, state.valid).flatten(-2))[:, 0], state
+
+    def _documents(self, x: Tensor, state: LatentState | None, ends: list[int]) -> tuple[Tensor, LatentState]:
+        """Packed documents, each attending to itself and to what its own row of the state holds."""
+        past = [x.new_zeros(0, self.R + self.P)] * (len(ends) - 1) if state is None else state.rows()
+        if len(past) != len(ends) - 1:
+            raise ValueError(
+                f"state has {len(past)} rows and cu_seqlens {len(ends) - 1} documents; give one row a document"
+            )
+        position_T = torch.cat([torch.arange(len(p), len(p) + b - a) for p, a, b in zip(past, ends, ends[1:])])
+        q_1THC, latent_1TC = self._project(x, position_T.to(x.device)[None])
+        outputs = [
+            self._expanded(q_1THC[:, a:b], torch.cat([p[None], latent_1TC[:, a:b]], dim=1), None)
+            for p, a, b in zip(past, ends, ends[1:])
+            if a < b
+        ]
+        y = torch.cat(outputs, dim=1) if outputs else x.new_zeros(1, 0, self.num_heads, self.V)
+        new = LatentState.of_rows([latent_1TC[0, a:b] for a, b in zip(ends, ends[1:])])
+        return self.o_proj(y.flatten(-2)), new if state is None else state.append(new.latent, new.valid)
+
+    def _project(self, x: Tensor, position_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries [B, T, H, N + P] and latents [B, T, R + P], rotated if this layer has positions."""
+        q_BTHC = self.q_proj(x).unflatten(-1, (self.num_heads, self.N + self.P))
+        latent_BTR, shared_BTP = self.kv_a_proj_with_mqa(x).split([self.R, self.P], dim=-1)
+        if self.rope is not None:
+            q_BTHN, q_BTHP = q_BTHC.split([self.N, self.P], dim=-1)
+            q_BTHC = torch.cat([q_BTHN, rotate(q_BTHP, position_BT[..., None], self.rope)], dim=-1)
+            shared_BTP = rotate(shared_BTP, position_BT, self.rope)
+        return q_BTHC, torch.cat([self.kv_a_layernorm(latent_BTR), shared_BTP], dim=-1)
+
+    def _expanded(self, q_BTHC: Tensor, latent_BSC: Tensor, valid_BS: Tensor | None) -> Tensor:
+        B, T, H, _ = q_BTHC.shape
+        S = latent_BSC.shape[1]
+        latent_BSR, shared_BSP = latent_BSC.split([self.R, self.P], dim=-1)
+        k_BSHN, v_BSHV = self.kv_b_proj(latent_BSR).unflatten(-1, (H, self.N + self.V)).split([self.N, self.V], dim=-1)
+        k_BSHC = torch.cat([k_BSHN, shared_BSP[:, :, None].expand(B, S, H, self.P)], dim=-1)
+        q, k, v = (t.transpose(1, 2) for t in (q_BTHC, k_BSHC, v_BSHV))
+        seen = None if T == S and valid_BS is None else self._seen(T, S, valid_BS, q.device)[:, None]
+        y_BHTV = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None, scale=self.scale)
+        return y_BHTV.transpose(1, 2)
+
+    def _absorbed(self, q_BTHC: Tensor, latent_BSC: Tensor, valid_BS: Tensor | None) -> Tensor:
+        B, T, H, _ = q_BTHC.shape
+        S = latent_BSC.shape[1]
+        keys_HNR, values_HVR = self.kv_b_proj.weight.unflatten(0, (H, self.N + self.V)).split([self.N, self.V], dim=1)
+        q_BTHN, q_BTHP = q_BTHC.split([self.N, self.P], dim=-1)
+        q_BTHR = einsum("bthn,hnr->bthr", q_BTHN * self.scale, keys_HNR)
+        q_BTHC = torch.cat([q_BTHR, q_BTHP * self.scale], dim=-1)
+        scores_BTHS = float32(q_BTHC.flatten(1, 2) @ latent_BSC.mT).unflatten(1, (T, H))
+        if T > 1 or valid_BS is not None:
+            scores_BTHS = scores_BTHS.masked_fill(~self._seen(T, S, valid_BS, q_BTHC.device)[:, :, None], -torch.inf)
+        weights_BTHS = scores_BTHS.softmax(dim=-1).to(latent_BSC.dtype)
+        read_BTHR = (weights_BTHS.flatten(1, 2) @ latent_BSC[..., : self.R]).unflatten(1, (T, H))
+        return einsum("bthr,hvr->bthv", read_BTHR, values_HVR)
+
+    @staticmethod
+    def _seen(T: int, S: int, valid_BS: Tensor | None, device: torch.device) -> Tensor:
+        """Which of S tokens each of the last T may look at, [1 or B, T, S]; itself always, so that no row is empty."""
+        past_TS = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+        if valid_BS is None:
+            return past_TS[None]
+        itself_TS = past_TS & ~past_TS.roll(1, 0).index_fill(0, torch.zeros(1, dtype=torch.long, device=device), False)
+        itself_TS[0, : S - T] = False
+        return past_TS & valid_BS[:, None] | itself_TS
+
+    @property
+    def scale(self) -> float:
+        return (self.N + self.P) ** -0.5
+
+    def extra_repr(self) -> str:
+        return f"heads={self.num_heads}, positions={'none' if self.rope is None else f'rotary, base {self.rope:g}'}"
+
+
+def rotate(x: Tensor, position: Tensor, base: float) -> Tensor:
+    """Rotary positions (arXiv:2104.09864): turn channel i with channel i + P / 2 of x [..., P] by position / base^(2i/P).
+
+    >>> rotate(torch.tensor([1.0, 0.0]), torch.tensor(0), 10000.0)
+    tensor([1., 0.])
+    """
+    half = x.shape[-1] // 2
+    turns = base ** -(torch.arange(half, device=x.device, dtype=torch.float64) / half)
+    angle = position.double()[..., None] * turns
+    cos, sin = angle.cos().to(float32(x).dtype), angle.sin().to(float32(x).dtype)
+    a, b = float32(x).split(half, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)

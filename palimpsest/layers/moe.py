@@ -1,0 +1,178 @@
+"""A mixture of experts: each token goes through a few of many small MLPs, and through one that all share.
+
+Letters  N tokens, E experts, k experts a token, D hidden channels.
+Source   the router of DeepSeek-V3, arXiv:2412.19437, as in Kimi Linear; balancing without a loss, arXiv:2408.15664.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from palimpsest.layers.mlp import Expert, GatedMLP
+from palimpsest.layers.precision import Float32Tensors, float32
+
+
+class Router(Float32Tensors):
+    """Scores every expert for every token, in float32, and picks the best k.
+
+    Scores are sigmoids. A bias an expert, not trained by gradients, takes part in the choice but not in the weights.
+
+    Args as MoE.
+    """
+
+    float32_names = ("e_score_correction_bias",)
+    e_score_correction_bias: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        num_experts_per_token: int,
+        *,
+        num_groups: int = 1,
+        groups_per_token: int = 1,
+        renormalize: bool = True,
+        scaling: float = 2.446,
+        weigh_by: str = "unbiased",
+    ):
+        super().__init__()
+        self.num_experts_per_token, self.num_groups, self.groups_per_token = (
+            num_experts_per_token,
+            num_groups,
+            groups_per_token,
+        )
+        self.renormalize, self.scaling, self.weigh_by = renormalize, scaling, weigh_by
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size).normal_(std=0.02))
+        self.register_buffer("e_score_correction_bias", torch.zeros(num_experts, dtype=torch.float32))
+
+    def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """The chosen experts [N, k] and their weights [N, k], float32."""
+        with torch.autocast(x_ND.device.type, enabled=False):
+            scores_NE = F.linear(float32(x_ND), float32(self.weight)).sigmoid()
+        biased_NE = scores_NE + self.e_score_correction_bias
+        experts_Nk = self._within_best_groups(biased_NE).topk(self.num_experts_per_token, dim=-1).indices
+        weights_Nk = (scores_NE if self.weigh_by == "unbiased" else biased_NE).gather(1, experts_Nk)
+        if self.renormalize:
+            weights_Nk = weights_Nk / (weights_Nk.sum(-1, keepdim=True) + 1e-20)
+        return experts_Nk, weights_Nk * self.scaling
+
+    def _within_best_groups(self, biased_NE: Tensor) -> Tensor:
+        if self.num_groups == self.groups_per_token:
+            return biased_NE
+        biased_NGE = biased_NE.unflatten(1, (self.num_groups, -1))
+        best_NG = (
+            biased_NGE.topk(min(2, biased_NGE.shape[-1]), dim=-1).values.sum(-1).topk(self.groups_per_token).indices
+        )
+        outside_NG = torch.ones_like(biased_NGE[..., 0], dtype=torch.bool).scatter(1, best_NG, False)
+        return biased_NGE.masked_fill(outside_NG[..., None], -torch.inf).flatten(1)
+
+
+class MoE(nn.Module):
+    """A sparse layer: k routed experts a token, weighted, and the shared ones, unweighted.
+
+    Args:
+        hidden_size, intermediate_size: channels outside and inside an expert.
+        num_experts, num_experts_per_token: E and k.
+        num_shared_experts: their MLP is that many times as wide; 0 for none.
+        num_groups, groups_per_token: experts are chosen from the best groups only; 1 and 1 is no restriction.
+        renormalize: make a token's weights sum to 1, before scaling.
+        scaling: times the weights.
+        weigh_by: "unbiased", or "official_alias": by scores that include the bias, as the released remote code does.
+
+    After a forward, `last_load` holds how many tokens each expert was given, [E]. A model in training adds it to
+    `total_load`, from which `update_router_bias` balances.
+
+    >>> moe = MoE(8, 16, num_experts=4, num_experts_per_token=2)
+    >>> moe(torch.randn(2, 3, 8)).shape, moe.last_load.sum()
+    (torch.Size([2, 3, 8]), tensor(12))
+    """
+
+    last_load: Tensor
+    total_load: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        num_experts: int,
+        num_experts_per_token: int,
+        *,
+        num_shared_experts: int = 1,
+        num_groups: int = 1,
+        groups_per_token: int = 1,
+        renormalize: bool = True,
+        scaling: float = 2.446,
+        weigh_by: str = "unbiased",
+    ):
+        super().__init__()
+        self.gate = Router(
+            hidden_size,
+            num_experts,
+            num_experts_per_token,
+            num_groups=num_groups,
+            groups_per_token=groups_per_token,
+            renormalize=renormalize,
+            scaling=scaling,
+            weigh_by=weigh_by,
+        )
+        self.experts = nn.ModuleList(Expert(hidden_size, intermediate_size) for _ in range(num_experts))
+        if num_shared_experts:
+            self.shared_experts = GatedMLP(hidden_size, intermediate_size * num_shared_experts)
+        for name in ("last_load", "total_load"):
+            self.register_buffer(name, torch.zeros(num_experts, dtype=torch.int64), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] -> y [..., D]."""
+        x_ND = x.flatten(0, -2)
+        y_ND = self.route(x_ND, *self.gate(x_ND))
+        if hasattr(self, "shared_experts"):
+            y_ND = y_ND + self.shared_experts(x_ND)
+        return y_ND.view_as(x)
+
+    def route(self, x_ND: Tensor, experts_Nk: Tensor, weights_Nk: Tensor) -> Tensor:
+        """Each token through the experts given for it, times the weights given, summed in float32."""
+        N, k = experts_Nk.shape
+        order = experts_Nk.flatten().argsort(stable=True)  # (token, choice) pairs, those of one expert side by side
+        load_E = torch.bincount(experts_Nk.flatten(), minlength=len(self.experts))
+        self.last_load = load_E.detach()
+
+        shares = x_ND.index_select(0, order // k).split(load_E.tolist())
+        # While training an expert without tokens runs on none of them: its gradient is then zero and not missing, and
+        # processes that share a model agree on which gradients there are.
+        run = [expert(share) for expert, share in zip(self.experts, shares) if len(share) or torch.is_grad_enabled()]
+        outputs = torch.cat(run) if run else x_ND.new_zeros(0, x_ND.shape[1])
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(N * k, device=order.device))
+        chosen_NkD = float32(outputs.index_select(0, back)).unflatten(0, (N, k))
+        return (chosen_NkD * weights_Nk[..., None]).sum(1).to(x_ND.dtype)
+
+    def record_load(self) -> None:
+        """Add the load of the last forward to the total."""
+        self.total_load += self.last_load
+
+
+def update_router_bias(model: nn.Module, rate: float = 1e-3) -> None:
+    """Balance the experts of every MoE in model: raise the bias of those below the mean load, lower that of those above.
+
+    Call it after the optimiser's step. It uses the load since the last call, of all processes, and starts a new count.
+
+    Args:
+        rate: how far a bias moves.
+
+    >>> moe = MoE(8, 16, num_experts=2, num_experts_per_token=1)
+    >>> moe.total_load.copy_(torch.tensor([9, 1]))
+    tensor([9, 1])
+    >>> update_router_bias(moe, rate=0.5)
+    >>> moe.gate.e_score_correction_bias
+    tensor([-0.5000,  0.5000])
+    """
+    for moe in model.modules():
+        if isinstance(moe, MoE):
+            load_E = moe.total_load.clone()
+            if dist.is_available() and dist.is_initialized():
+                dist.all_reduce(load_E)
+            load_E = load_E.float()
+            moe.gate.e_score_correction_bias += rate * torch.sign(load_E.mean() - load_E)
+            moe.total_load.zero_()

@@ -1,0 +1,49 @@
+"""Padding is packing: a padded batch runs as its real tokens alone, so that no layer ever sees a pad."""
+
+import torch
+from torch import Tensor
+
+
+def check_rows(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    """Raise if mask or cu_seqlens does not fit x [B, T, ...]."""
+    B, T = x.shape[:2]
+    if mask is not None and cu_seqlens is not None:
+        raise ValueError("mask and cu_seqlens were both given; a packed batch has no padding, so give one of them")
+    if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) != (B, T)):
+        raise ValueError(f"mask is {mask.dtype} of shape {tuple(mask.shape)}; expected torch.bool of shape {(B, T)}")
+    if cu_seqlens is not None and (B != 1 or cu_seqlens.ndim != 1 or cu_seqlens.is_floating_point()):
+        raise ValueError(
+            f"cu_seqlens is {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)} with a batch of {B}; "
+            "expected whole numbers [N + 1] with the documents end to end in a batch of 1"
+        )
+
+
+def pack(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The real tokens of x [B, T, ...] end to end, [1, N, ...], and the borders between the rows, cu_seqlens [B + 1].
+
+    >>> pack(torch.tensor([[7, 8, 0], [0, 0, 9]]), torch.tensor([[True, True, False], [False, False, True]]))
+    (tensor([[7, 8, 9]]), tensor([0, 2, 3]))
+    """
+    lengths = mask.sum(1)
+    return x[mask][None], torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+
+
+def unpack(packed: Tensor, mask: Tensor) -> Tensor:
+    """The inverse of pack: [1, N, ...] back to [B, T, ...], zeros where mask is False."""
+    shape = (*mask.shape, *packed.shape[2:])
+    at = mask.view(*mask.shape, *[1] * (packed.ndim - 2))
+    return packed.new_zeros(shape).masked_scatter(at, packed)
+
+
+def borders(cu_seqlens: Tensor, T: int) -> list[int]:
+    """cu_seqlens as numbers, checked: from 0 to T without going back.
+
+    >>> borders(torch.tensor([0, 2, 2, 5]), 5)
+    [0, 2, 2, 5]
+    """
+    ends = cu_seqlens.tolist()
+    if len(ends) < 2 or ends[0] != 0 or ends[-1] != T or any(b < a for a, b in zip(ends, ends[1:])):
+        raise ValueError(
+            f"cu_seqlens is {ends[:8]}{' ...' if len(ends) > 8 else ''}; expected to rise from 0 to {T} tokens"
+        )
+    return ends

@@ -1,0 +1,58 @@
+"""What the memory layer is made of, as values: the official layer is the default, the rest is for comparison."""
+
+from dataclasses import asdict, dataclass, fields
+
+CHOICES = {
+    "rule": ("delta", "gdn2", "write", "add"),
+    "decay": ("channel", "head", "constant", "none"),
+    "gate": ("softplus", "sigmoid"),
+    "gate_rank": ("low", "full"),
+    "output_gate": ("sigmoid", "silu", "none"),
+}
+
+
+@dataclass(frozen=True)
+class MemoryParts:
+    """The parts of a memory layer. The defaults are Kimi Delta Attention as released.
+
+    Attributes:
+        rule: what a token does to the memory. "delta" erases and writes with one strength beta; "gdn2" erases per key
+            channel and writes per value channel; "write" writes with strength beta and erases nothing; "add" writes as is.
+        decay: one rate per "channel" and token, per "head" and token, a learned "constant" per channel, or "none".
+        gate: "softplus" (unbounded, the released weights) or "sigmoid" (bounded below by `floor`).
+        floor: the lowest log decay of the sigmoid gate.
+        gate_rank: the projection to a channel-wise gate, "low" (through head_dim channels) or "full".
+        beta_max: 1.0, or 2.0 to allow negative eigenvalues.
+        output_gate: "sigmoid", "silu" or "none".
+        conv: a short convolution on q, k and v.
+        qk_norm: q and k at unit length.
+
+    >>> MemoryParts(decay="head").rule
+    'delta'
+    """
+
+    rule: str = "delta"
+    decay: str = "channel"
+    gate: str = "softplus"
+    floor: float = -5.0
+    gate_rank: str = "low"
+    beta_max: float = 1.0
+    output_gate: str = "sigmoid"
+    conv: bool = True
+    qk_norm: bool = True
+
+    def __post_init__(self):
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(map(repr, choices))}")
+        if not self.floor < 0:
+            raise ValueError(f"floor is {self.floor}; a log decay is negative, so give a number below 0, such as -5.0")
+        if not 0 < self.beta_max <= 2:
+            raise ValueError(f"beta_max is {self.beta_max}; beyond 2 the memory grows without bound: give 1.0 or 2.0")
+
+    def changes(self) -> dict:
+        """The parts that differ from the released layer."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+
+    def to_dict(self) -> dict:
+        return asdict(self)

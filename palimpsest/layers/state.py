@@ -1,0 +1,97 @@
+"""What a layer remembers between calls: plain values, passed in and handed out.
+
+Letters  B sequences, H heads, K key channels, V value channels, D = H K (or H V) channels of a convolution, W its width,
+         S tokens held, T tokens to append, C = R + P: R latent channels beside P position channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+
+@dataclass(frozen=True)
+class KDAState:
+    """The memory of one KDA layer: constant in size, whatever the length.
+
+    Attributes:
+        memory: [B, H, K, V], float32 (float64 in a float64 model).
+        conv: the last W - 1 inputs of the q, k and v convolutions, oldest first, each [B, D, W - 1]; () without convolutions.
+    """
+
+    memory: Tensor
+    conv: tuple[Tensor, ...]
+
+
+@dataclass
+class Room:
+    """Rows behind a latent, with room to grow. Nobody rewrites a row that is filled, so older states stay true."""
+
+    rows: Tensor  # [B, capacity, C]
+    filled: int
+
+
+@dataclass(frozen=True)
+class LatentState:
+    """The cache of one latent attention layer: one latent row a token, shared by all heads.
+
+    Attributes:
+        latent: [B, S, R + P], the normalised latent beside the position channels of the key; often a view of `room`.
+        valid: [B, S], True where a row is a token and not padding; None when every row is.
+        room: spare rows behind latent, None if there are none; never needed to tell what the state holds.
+    """
+
+    latent: Tensor
+    valid: Tensor | None = None
+    room: Room | None = field(default=None, repr=False, compare=False)
+
+    def num_tokens(self) -> Tensor:
+        """Tokens of each sequence, [B]."""
+        B, S, _ = self.latent.shape
+        if self.valid is None:
+            return torch.full((B,), S, device=self.latent.device)
+        return self.valid.sum(1)
+
+    def rows(self) -> list[Tensor]:
+        """The tokens of each sequence without padding, [S_b, C] each."""
+        if self.valid is None:
+            return list(self.latent)
+        return [latent[valid] for latent, valid in zip(self.latent, self.valid)]
+
+    @classmethod
+    def of_rows(cls, rows: list[Tensor]) -> LatentState:
+        """One state from sequences of different lengths, [S_b, C] each: padded on the right."""
+        lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
+        latent = pad_sequence(rows, batch_first=True)
+        valid = torch.arange(latent.shape[1], device=latent.device) < lengths[:, None]
+        return cls(latent, None if len({len(row) for row in rows}) == 1 else valid)
+
+    def append(self, latent: Tensor, valid: Tensor | None = None) -> LatentState:
+        """The state with T more rows, [B, T, C]; valid [B, T] says which of them are tokens, all if None.
+
+        This state keeps its value. Without a graph to record, the rows go where the last append left room.
+        """
+        S, T = self.latent.shape[1], latent.shape[1]
+        if self.valid is not None or valid is not None:
+            old, new = (
+                torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if v is None else v
+                for x, v in ((self.latent, self.valid), (latent, valid))
+            )
+            valid = torch.cat([old, new], dim=1)
+        if torch.is_grad_enabled() and (self.latent.requires_grad or latent.requires_grad):
+            return LatentState(torch.cat([self.latent, latent], dim=1), valid)
+
+        room = self.room
+        mine = room is not None and room.filled == S and room.rows.data_ptr() == self.latent.data_ptr()
+        if not mine or room is None or room.rows.shape[1] < S + T or room.rows.shape[0] != len(self.latent):
+            rows = latent.new_empty(
+                len(latent), S + T + max(64, S // 8), latent.shape[2]
+            )  # an eighth: few copies, little waste
+            rows[:, :S] = self.latent
+            room = Room(rows, S)
+        room.rows[:, S : S + T] = latent
+        room.filled = S + T
+        return LatentState(room.rows[:, : S + T], valid, room)

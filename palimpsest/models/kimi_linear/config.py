@@ -1,0 +1,355 @@
+"""The numbers that define a Kimi Linear model, and their official JSON form.
+
+Field names are the official config.json's where it has one. Its layer lists count from 1 and are turned into
+`layer_types`, a name a layer, here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from palimpsest.layers.parts import MemoryParts
+
+LETTERS = {
+    "K": "kda",
+    "M": "mla",
+    "R": "mla_rope",
+    "G": "gated_delta",
+    "D": "delta_rule",
+    "E": "gdn2",
+    "A": "gated_linear_attention",
+    "L": "linear_attention",
+    "S": "scalar_decay",
+}
+LATENT_TYPES = ("mla", "mla_rope")
+MEMORY_RULES = {  # layer type -> the parts that make it what it is
+    "kda": {},
+    "gated_delta": {"rule": "delta", "decay": "head"},
+    "delta_rule": {"rule": "delta", "decay": "none"},
+    "gdn2": {"rule": "gdn2"},
+    "gated_linear_attention": {"rule": "add"},
+    "linear_attention": {"rule": "add", "decay": "none"},
+    "scalar_decay": {"rule": "write", "decay": "head"},  # the memory of Mamba-2: decays a head, never erases
+}
+ROUTERS = ("unbiased", "official_alias")
+OFFICIAL_PATTERN = "KKKM" * 6 + "KKM"
+
+
+@dataclass(frozen=True)
+class KimiLinearConfig:
+    """The shape of a Kimi Linear model. The defaults are the released 48B model.
+
+    Attributes:
+        layer_types: a name a layer, or letters: "K" KDA, "M" latent attention without positions, "R" the same with
+            rotary positions, "G" Gated DeltaNet, "D" DeltaNet, "E" GDN-2, "A" gated linear attention, "L" linear
+            attention, "S" scalar decay without erasing (as in Mamba-2).
+        num_experts: experts of the sparse layers; 0 makes every layer dense.
+        first_k_dense_replace, moe_layer_freq: layer i (from 0) is sparse from the first on, and where i divides by the
+            second.
+        router: "unbiased" weighs experts by their scores; "official_alias" by the biased scores, as the released remote
+            code does by mistake.
+        parts: what the memory layers are made of; `layer_types` other than "kda" override its rule and decay.
+        pad_token_id, bos_token_id, eos_token_id: None where the tokenizer has none.
+
+    Raises:
+        ValueError: numbers that do not fit together.
+
+    >>> KimiLinearConfig.tiny("KKKM").layer_types
+    ('kda', 'kda', 'kda', 'mla')
+    """
+
+    vocab_size: int = 163840
+    hidden_size: int = 2304
+    intermediate_size: int = 9216
+    layer_types: tuple[str, ...] = OFFICIAL_PATTERN  # type: ignore[assignment]  # letters become names below
+
+    linear_num_heads: int = 32
+    linear_head_dim: int = 128
+    short_conv_kernel_size: int = 4
+    parts: MemoryParts = field(default_factory=MemoryParts)
+
+    num_attention_heads: int = 32
+    kv_lora_rank: int = 512
+    qk_nope_head_dim: int = 128
+    qk_rope_head_dim: int = 64
+    v_head_dim: int = 128
+    rope_theta: float = 10000.0
+
+    num_experts: int = 256
+    num_experts_per_token: int = 8
+    num_shared_experts: int = 1
+    moe_intermediate_size: int = 1024
+    first_k_dense_replace: int = 1
+    moe_layer_freq: int = 1
+    moe_renormalize: bool = True
+    routed_scaling_factor: float = 2.446
+    num_expert_group: int = 1
+    topk_group: int = 1
+    router: str = "unbiased"
+
+    rms_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+    model_max_length: int = 1048576
+    bos_token_id: int | None = 163584
+    eos_token_id: int | None = 163586
+    pad_token_id: int | None = 163839
+
+    LATENT_TYPES: ClassVar[tuple[str, ...]] = LATENT_TYPES
+
+    def __post_init__(self):
+        object.__setattr__(self, "layer_types", read_layer_types(self.layer_types))
+        if isinstance(self.parts, Mapping):
+            object.__setattr__(self, "parts", _build(MemoryParts, dict(self.parts), "parts"))
+        _check(self)
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return len(self.layer_types)
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether layer (from 0) has a mixture of experts instead of a dense MLP."""
+        return self.num_experts > 0 and layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
+
+    def memory_parts(self, layer: int) -> MemoryParts:
+        """The parts of memory layer `layer` (from 0)."""
+        return dataclasses.replace(self.parts, **MEMORY_RULES[self.layer_types[layer]])
+
+    def replace(self, **changes: Any) -> KimiLinearConfig:
+        """The same config but for some fields.
+
+        >>> KimiLinearConfig.tiny().replace(router="official_alias").router
+        'official_alias'
+        """
+        return _build(KimiLinearConfig, {f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | changes)
+
+    @classmethod
+    def official_48b(cls) -> KimiLinearConfig:
+        """Kimi-Linear-48B-A3B: 27 layers, 49.1e9 parameters, 3e9 of them at work on each token."""
+        return cls()
+
+    @classmethod
+    def tiny(cls, layer_types: str | Iterable[str] = "KKKM", **changes: Any) -> KimiLinearConfig:
+        """A model of about 10^5 parameters with every part of the large one, for tests and first steps.
+
+        Bytes as tokens: 256 of them and an end mark.
+        """
+        small = {
+            "vocab_size": 257,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "linear_num_heads": 2,
+            "linear_head_dim": 16,
+            "num_attention_heads": 2,
+            "kv_lora_rank": 32,
+            "qk_nope_head_dim": 16,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 16,
+            "num_experts": 4,
+            "num_experts_per_token": 2,
+            "moe_intermediate_size": 32,
+            "model_max_length": 4096,
+            "bos_token_id": None,
+            "eos_token_id": 256,
+            "pad_token_id": None,
+        }
+        return _build(cls, {"layer_types": layer_types, **small, **changes})
+
+    @classmethod
+    def from_dict(cls, official: Mapping[str, Any]) -> KimiLinearConfig:
+        """The config of an official config.json, already parsed.
+
+        Raises:
+            ValueError: another model's, layers missing or listed twice, or an option that this model does not have.
+        """
+        return _from_official(cls, official)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The official config.json; what it has no field for goes under "palimpsest", and only if it is not the default."""
+        return _to_official(self)
+
+
+def read_layer_types(pattern: str | Iterable[str]) -> tuple[str, ...]:
+    """Names from letters or names.
+
+    >>> read_layer_types("KM")
+    ('kda', 'mla')
+    """
+    if isinstance(pattern, str):
+        unknown = sorted(set(pattern) - set(LETTERS))
+        if unknown:
+            known = ", ".join(f"{letter} ({name})" for letter, name in LETTERS.items())
+            raise ValueError(
+                f"layer_types {pattern!r} has unknown letters {', '.join(unknown)}; the letters are {known}"
+            )
+        pattern = [LETTERS[letter] for letter in pattern]
+    names = tuple(pattern)
+    unknown = [name for name in names if name not in LETTERS.values()]
+    if unknown:
+        raise ValueError(f"layer_types names {unknown[0]!r}; the types are {', '.join(LETTERS.values())}")
+    if not names:
+        raise ValueError("layer_types is empty; give at least one layer, such as 'KKKM'")
+    return names
+
+
+def _check(config: KimiLinearConfig) -> None:
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if f.type == "int" and (not isinstance(value, int) or isinstance(value, bool)):
+            raise ValueError(f"{f.name} is {value!r}; expected a whole number")
+        if f.type == "int" and value < (0 if f.name in MAY_BE_ZERO else 1):
+            raise ValueError(f"{f.name} is {value}; expected at least {0 if f.name in MAY_BE_ZERO else 1}")
+    if config.router not in ROUTERS:
+        raise ValueError(f"router is {config.router!r}; choose one of {', '.join(map(repr, ROUTERS))}")
+    if "mla_rope" in config.layer_types and config.qk_rope_head_dim % 2:
+        raise ValueError(f"qk_rope_head_dim is {config.qk_rope_head_dim}; rotation turns pairs, so it must be even")
+    if not config.num_experts:
+        return
+    E, k, groups = config.num_experts, config.num_experts_per_token, config.num_expert_group
+    if E % groups:
+        raise ValueError(f"num_experts {E} does not divide into num_expert_group {groups} groups")
+    if config.topk_group > groups:
+        raise ValueError(f"topk_group {config.topk_group} is more than the num_expert_group {groups} there are")
+    if k > E // groups * config.topk_group:
+        raise ValueError(f"num_experts_per_token {k} is more than the {E // groups * config.topk_group} to choose from")
+
+
+MAY_BE_ZERO = ("num_experts", "num_shared_experts", "first_k_dense_replace", "qk_rope_head_dim")
+
+
+def _build(cls, values: dict[str, Any], where: str = "the config"):
+    known = [f.name for f in dataclasses.fields(cls)]
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the fields are {', '.join(known)}"
+            raise ValueError(f"{where} has no field {name!r}; {hint}")
+    return cls(**values)
+
+
+SAME_NAME = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "rope_theta",
+    "num_experts",
+    "num_experts_per_token",
+    "num_shared_experts",
+    "moe_intermediate_size",
+    "first_k_dense_replace",
+    "moe_layer_freq",
+    "moe_renormalize",
+    "routed_scaling_factor",
+    "num_expert_group",
+    "topk_group",
+    "rms_norm_eps",
+    "initializer_range",
+    "tie_word_embeddings",
+    "model_max_length",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+LINEAR_NAMES = {  # official name inside linear_attn_config -> ours
+    "head_dim": "linear_head_dim",
+    "num_heads": "linear_num_heads",
+    "short_conv_kernel_size": "short_conv_kernel_size",
+}
+FIXED = {  # options of the official file that exist in one form only, here as in the released code
+    "q_lora_rank": None,
+    "rope_scaling": None,
+    "hidden_act": "silu",
+    "moe_router_activation_func": "sigmoid",
+    "use_grouped_topk": True,
+    "num_nextn_predict_layers": 0,
+}
+
+
+def _to_official(config: KimiLinearConfig) -> dict[str, Any]:
+    latent = [i + 1 for i, name in enumerate(config.layer_types) if name in LATENT_TYPES]
+    memory = [i + 1 for i, name in enumerate(config.layer_types) if name not in LATENT_TYPES]
+    official = {
+        "architectures": ["KimiLinearForCausalLM"],
+        "model_type": "kimi_linear",
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_key_value_heads": config.num_attention_heads,
+        "head_dim": config.hidden_size // config.num_attention_heads,
+        "mla_use_nope": "mla_rope" not in config.layer_types,
+        "use_cache": True,
+        **FIXED,
+        **{name: getattr(config, name) for name in SAME_NAME},
+        "linear_attn_config": {
+            "kda_layers": memory,
+            "full_attn_layers": latent,
+            **{theirs: getattr(config, ours) for theirs, ours in LINEAR_NAMES.items()},
+        },
+    }
+    ours: dict[str, Any] = {}
+    if set(config.layer_types) - {"kda", "mla"}:
+        ours["layer_types"] = list(config.layer_types)
+    if config.parts.changes():
+        ours["parts"] = config.parts.changes()
+    if config.router != "unbiased":
+        ours["router"] = config.router
+    return official | ({"palimpsest": ours} if ours else {})
+
+
+def _from_official(cls, official: Mapping[str, Any]) -> KimiLinearConfig:
+    if not isinstance(official, Mapping):
+        raise ValueError(
+            f"the config is a {type(official).__name__}; expected a JSON object with model_type 'kimi_linear'"
+        )
+    if official.get("model_type") != "kimi_linear":
+        raise ValueError(f"the config is of model_type {official.get('model_type')!r}; this model reads 'kimi_linear'")
+    for name, expected in FIXED.items():
+        if official.get(name, expected) != expected:
+            raise ValueError(f"the config has {name} = {official[name]!r}; this model has only {expected!r}")
+    heads = official.get("num_key_value_heads")
+    if heads is not None and heads != official.get("num_attention_heads", heads):
+        raise ValueError(
+            f"the config has num_key_value_heads = {heads} and num_attention_heads = {official['num_attention_heads']}; "
+            "latent attention has one of each a head, so give the same number"
+        )
+    linear = official.get("linear_attn_config")
+    if not isinstance(linear, Mapping):
+        raise ValueError("the config has no linear_attn_config; it lists kda_layers and full_attn_layers from 1")
+    extra = dict(official.get("palimpsest", {}))
+    values = {name: official[name] for name in SAME_NAME if name in official}
+    values |= {ours: linear[theirs] for theirs, ours in LINEAR_NAMES.items() if theirs in linear}
+    if values.get("num_experts") is None:
+        values["num_experts"] = 0
+    if isinstance(values.get("eos_token_id"), list):
+        values["eos_token_id"] = values["eos_token_id"][0]
+    latent = "mla" if official.get("mla_use_nope", True) else "mla_rope"
+    values["layer_types"] = extra.pop("layer_types", _layers_from_lists(official, linear, latent))
+    return _build(cls, values | extra, 'the config under "palimpsest"')
+
+
+def _layers_from_lists(official: Mapping[str, Any], linear: Mapping[str, Any], latent: str) -> list[str]:
+    kda, full = (set(linear.get(name) or ()) for name in ("kda_layers", "full_attn_layers"))
+    count = official.get("num_hidden_layers", len(kda | full))
+    expected = set(range(1, count + 1))
+    for problem, layers in (
+        ("lists layers twice", kda & full),
+        ("leaves layers out", expected - kda - full),
+        ("names layers that do not exist", (kda | full) - expected),
+    ):
+        if layers:
+            raise ValueError(
+                f"linear_attn_config {problem}: {sorted(layers)}; kda_layers and full_attn_layers together "
+                f"hold each of 1..{count} once"
+            )
+    return ["kda" if i in kda else latent for i in sorted(expected)]

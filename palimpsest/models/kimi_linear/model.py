@@ -1,0 +1,311 @@
+"""Kimi Linear in plain PyTorch.
+
+Letters  B sequences, T tokens, N packed documents, D hidden channels.
+Source   arXiv:2510.26692; parameter names and numerics are those of moonshotai/Kimi-Linear-48B-A3B.
+"""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from palimpsest.layers.kimi_delta_attention import KimiDeltaAttention
+from palimpsest.layers.latent_attention import MultiHeadLatentAttention
+from palimpsest.layers.mlp import GatedMLP
+from palimpsest.layers.moe import MoE
+from palimpsest.layers.norms import RMSNorm
+from palimpsest.layers.padding import borders, check_rows, pack, unpack
+from palimpsest.layers.precision import float32
+from palimpsest.layers.state import KDAState, LatentState
+from palimpsest.models.kimi_linear.config import LATENT_TYPES, KimiLinearConfig
+from palimpsest.models.kimi_linear.state import ModelState
+
+
+class CausalOutput(NamedTuple):
+    logits: Tensor  # [B, T, vocabulary], or one row a sequence with last_only
+    state: ModelState  # after the last token
+    loss: Tensor | None  # mean cross entropy in nats a predicted token; None without labels
+
+
+class DecoderLayer(nn.Module):
+    """Mix tokens, then channels, each around a residual."""
+
+    def __init__(self, config: KimiLinearConfig, index: int):
+        super().__init__()
+        self.self_attn = _mixer(config, index)
+        if config.is_sparse(index):
+            self.block_sparse_moe = MoE(
+                config.hidden_size,
+                config.moe_intermediate_size,
+                config.num_experts,
+                config.num_experts_per_token,
+                num_shared_experts=config.num_shared_experts,
+                num_groups=config.num_expert_group,
+                groups_per_token=config.topk_group,
+                renormalize=config.moe_renormalize,
+                scaling=config.routed_scaling_factor,
+                weigh_by=config.router,
+            )
+        else:
+            self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, state, cu_seqlens: Tensor | None = None):
+        y, state = self.self_attn(self.input_layernorm(x), state, cu_seqlens=cu_seqlens)
+        return self._mix_channels(x + y), state
+
+    def step_(self, x: Tensor, state, mask: Tensor | None = None):
+        y, state = self.self_attn.step_(self.input_layernorm(x), state, mask)
+        return self._mix_channels(x + y), state
+
+    def _mix_channels(self, x: Tensor) -> Tensor:
+        mix = self.mlp if hasattr(self, "mlp") else self.block_sparse_moe
+        return x + mix(self.post_attention_layernorm(x))
+
+
+class KimiLinearModel(nn.Module):
+    """Embedding, layers, final norm: tokens in, hidden states out.
+
+    `gradient_checkpointing = True` keeps no activations inside layers and computes them again for the gradient.
+    """
+
+    def __init__(self, config: KimiLinearConfig):
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        state: ModelState | None = None,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, ModelState]:
+        """Hidden states [B, T, D] after the final norm, zero at padding, and the state. Arguments as the causal model's."""
+        self._check_ids(input_ids, 2, state, mask, cu_seqlens)
+        if mask is not None:
+            packed, cu_seqlens = pack(input_ids, mask)
+            x, state = self._run(packed, state, cu_seqlens)
+            return unpack(x, mask), state
+        return self._run(input_ids, state, cu_seqlens)
+
+    def _run(self, input_ids: Tensor, state: ModelState | None, cu_seqlens: Tensor | None) -> tuple[Tensor, ModelState]:
+        x = self.embed_tokens(input_ids)
+        states = [None] * len(self.layers) if state is None else state.layers
+        after = []
+        for layer, layer_state in zip(self.layers, states):
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x, new = checkpoint(layer, x, layer_state, cu_seqlens, use_reentrant=False)
+            else:
+                x, new = layer(x, layer_state, cu_seqlens)
+            if self.training and hasattr(layer, "block_sparse_moe"):
+                layer.block_sparse_moe.record_load()  # here, and not in the layer: checkpointing runs that twice
+            after.append(new)
+        B, T = input_ids.shape
+        seen = torch.full((B,), T, device=x.device) if cu_seqlens is None else cu_seqlens.diff().long()
+        position = seen if state is None else state.position + seen
+        return self.norm(x), ModelState(tuple(after), position)
+
+    def step_(self, input_ids: Tensor, state: ModelState, mask: Tensor | None = None) -> tuple[Tensor, ModelState]:
+        """One token a sequence, [B] -> hidden states [B, D]. See KimiLinearForCausalLM.step_."""
+        self._check_ids(input_ids, 1, state, None, None)
+        x = self.embed_tokens(input_ids)
+        after = []
+        for layer, layer_state in zip(self.layers, state.layers):
+            x, new = layer.step_(x, layer_state, mask)
+            after.append(new)
+        position = state.position + (1 if mask is None else mask.long())
+        return self.norm(x), ModelState(tuple(after), position)
+
+    def _check_ids(self, ids: Tensor, ndim: int, state: ModelState | None, mask, cu_seqlens) -> None:
+        shape = "[B, T]" if ndim == 2 else "[B]"
+        if ids.ndim != ndim or ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"input_ids is {ids.dtype} of shape {tuple(ids.shape)}; expected whole numbers {shape}")
+        if not ids.numel():
+            raise ValueError(f"input_ids has shape {tuple(ids.shape)}, no token at all; give at least one")
+        if ids.device.type == "cpu":
+            low, high = ids.min().item(), ids.max().item()
+            if low < 0 or high >= self.config.vocab_size:
+                bad = low if low < 0 else high
+                raise ValueError(
+                    f"input_ids has token {bad}; the model's vocabulary is 0..{self.config.vocab_size - 1}"
+                )
+        if ndim == 2:
+            check_rows(ids, mask, cu_seqlens)
+        rows = len(ids) if cu_seqlens is None else len(borders(cu_seqlens, ids.shape[1])) - 1
+        if state is not None and (len(state.layers) != len(self.layers) or len(state.position) != rows):
+            raise ValueError(
+                f"state has {len(state.layers)} layers and {len(state.position)} sequences; "
+                f"this call asks for {len(self.layers)} and {rows}"
+            )
+
+
+class KimiLinearForCausalLM(nn.Module):
+    """The language model.
+
+    >>> model = KimiLinearForCausalLM(KimiLinearConfig.tiny())
+    >>> logits, state, _ = model(torch.tensor([[72, 101, 108]]))
+    >>> logits.shape
+    torch.Size([1, 3, 257])
+    >>> model(torch.tensor([[108, 111]]), state=state).state.position
+    tensor([5])
+    """
+
+    def __init__(self, config: KimiLinearConfig):
+        super().__init__()
+        self.config = config
+        self.model = KimiLinearModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.apply(self._initialise)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def _initialise(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.lm_head.weight.dtype
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        state: ModelState | None = None,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        labels: Tensor | None = None,
+        last_only: bool = False,
+    ) -> CausalOutput:
+        """Logits for the token after each token.
+
+        Args:
+            input_ids: [B, T].
+            state: what came before, from an earlier call; it is not changed.
+            mask: [B, T], True for a token, False for padding, on any side. Logits at padding mean nothing.
+            cu_seqlens: [N + 1], borders of N documents packed end to end in a batch of 1; the state then has N rows.
+            labels: [B, T], the same tokens again (the shift happens here), -100 where nothing is to be learned.
+            last_only: logits of the last token of each sequence or document only, [B, 1, vocabulary] or
+                [1, N, vocabulary].
+
+        Raises:
+            ValueError: a shape, dtype or token that does not fit.
+        """
+        if labels is not None and (labels.shape != input_ids.shape or last_only):
+            reason = "last_only leaves nothing to learn from" if last_only else f"shape {tuple(labels.shape)}"
+            raise ValueError(
+                f"labels: {reason}; give labels like input_ids {tuple(input_ids.shape)}, without last_only"
+            )
+        x, state = self.model(input_ids, state=state, mask=mask, cu_seqlens=cu_seqlens)
+        if last_only:
+            x = _last(x, mask, cu_seqlens)
+        logits = self.lm_head(x)
+        return CausalOutput(
+            logits, state, None if labels is None else next_token_loss(logits, labels, mask, cu_seqlens)
+        )
+
+    def step_(self, input_ids: Tensor, state: ModelState, mask: Tensor | None = None) -> tuple[Tensor, ModelState]:
+        """One token a sequence, the cheap way: the state given is used up, its memories are rewritten in place.
+
+        Args:
+            input_ids: [B].
+            state: must not be used afterwards; use the one returned, or copy it first.
+            mask: [B], False leaves a sequence as it is; its logits mean nothing.
+
+        Returns:
+            logits [B, vocabulary] and the state after the token.
+
+        >>> model = KimiLinearForCausalLM(KimiLinearConfig.tiny())
+        >>> with torch.no_grad():
+        ...     logits, state = model.step_(torch.tensor([72]), ModelState.empty(model.config))
+        >>> logits.shape
+        torch.Size([1, 257])
+        """
+        x, state = self.model.step_(input_ids, state, mask)
+        return self.lm_head(x), state
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | PathLike, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    ) -> KimiLinearForCausalLM:
+        """A model from a folder in the official layout. See checkpoint.load."""
+        from palimpsest.models.kimi_linear.checkpoint import load
+
+        return load(folder, dtype=dtype, device=device)
+
+    def save_pretrained(self, folder: str | PathLike, *, max_shard_bytes: int = 5 * 10**9) -> None:
+        """Write the model to a folder in the official layout. See checkpoint.save."""
+        from palimpsest.models.kimi_linear.checkpoint import save
+
+        save(self, folder, max_shard_bytes=max_shard_bytes)
+
+
+def next_token_loss(
+    logits: Tensor, labels: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """Mean cross entropy, in nats, of each token given those before it; no document predicts the next one's first token.
+
+    0 if there is nothing to predict.
+    """
+    target = labels.clone()
+    target[:, 0] = -100
+    if cu_seqlens is not None:
+        starts = cu_seqlens[:-1]
+        target[0, starts[starts < target.shape[1]].long()] = -100
+    if mask is not None:
+        target = target.masked_fill(~mask, -100)
+        first = mask & (mask.cumsum(1) == 1)
+        target = target.masked_fill(first, -100)
+        logits, target = logits[mask][None], target[mask][None]
+    target = target[:, 1:].flatten()
+    loss = F.cross_entropy(float32(logits[:, :-1]).flatten(0, 1), target, ignore_index=-100, reduction="sum")
+    return loss / (target != -100).sum().clamp(min=1)
+
+
+def _last(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    if cu_seqlens is not None:
+        if (cu_seqlens.diff() == 0).any():
+            raise ValueError("last_only asks for the last token of every document; cu_seqlens has an empty one")
+        return x[:, cu_seqlens[1:].long() - 1]
+    if mask is None:
+        return x[:, -1:]
+    if not mask.any(1).all():
+        raise ValueError("last_only asks for the last token of every sequence; mask has a row without a token")
+    at = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)
+    return x[torch.arange(len(x), device=x.device), at][:, None]
+
+
+def _mixer(config: KimiLinearConfig, index: int) -> KimiDeltaAttention | MultiHeadLatentAttention:
+    if config.layer_types[index] in LATENT_TYPES:
+        return MultiHeadLatentAttention(
+            config.hidden_size,
+            config.num_attention_heads,
+            kv_lora_rank=config.kv_lora_rank,
+            qk_nope_head_dim=config.qk_nope_head_dim,
+            qk_rope_head_dim=config.qk_rope_head_dim,
+            v_head_dim=config.v_head_dim,
+            rope=config.rope_theta if config.layer_types[index] == "mla_rope" else None,
+        )
+    return KimiDeltaAttention(
+        config.hidden_size,
+        config.linear_num_heads,
+        config.linear_head_dim,
+        conv_size=config.short_conv_kernel_size,
+        norm_eps=config.rms_norm_eps,
+        parts=config.memory_parts(index),
+    )
