@@ -27,8 +27,8 @@ def softplus_decay(logits: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tensor:
     Returns:
         log_decay [B, T, H, K], natural log, <= 0, fp32 (fp64 for fp64 logits).
 
-    >>> softplus_decay(torch.zeros(1, 1, 1, 2), torch.zeros(1), torch.tensor([0.0, -100.0]))
-    tensor([[[[-0.6931, -0.0000]]]])
+    >>> softplus_decay(torch.zeros(1, 1, 1, 2), torch.zeros(1), torch.tensor([0.0, 100.0]))
+    tensor([[[[  -0.6931, -100.0000]]]])
     """
     logits, rate_H1, dt_bias_HK = _parameters(logits, A_log, dt_bias)
     return -rate_H1 * F.softplus(logits + dt_bias_HK)

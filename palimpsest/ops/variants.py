@@ -246,7 +246,6 @@ def choose_fused(problem: Problem, backend: str):
     return chosen.kda_from_logits if chosen.refusal(problem) is None else None
 
 
-@torch.no_grad()
 def kda_step_(q, k, v, log_decay, beta, state, *, scale=None, backend="auto") -> Tensor:
     """One token of KDA against a state that is edited in place; returns what the token reads. No gradient.
 
@@ -268,8 +267,7 @@ def kda_step_(q, k, v, log_decay, beta, state, *, scale=None, backend="auto") ->
     tensor([[0., 0.],
             [5., 5.]])
     """
-    tensors = (q, k, v, log_decay, beta)
-    if any(x.requires_grad and not x.is_leaf for x in tensors) or state.requires_grad:
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, log_decay, beta, state)):
         raise RuntimeError("kda_step_ edits the state in place and has no gradient; call kda, or enter torch.no_grad()")
     if q.ndim != 3 or v.ndim != 3:
         raise ValueError(f"q has shape {tuple(q.shape)} and v {tuple(v.shape)}; a step takes [B, H, K] and [B, HV, V]")
@@ -283,7 +281,8 @@ def kda_step_(q, k, v, log_decay, beta, state, *, scale=None, backend="auto") ->
     problem = _problem("step", "kda", q[:, None], v[:, None], None, ())
     step = choose(problem, backend).step
     assert step is not None
-    return step(q, k, v, log_decay, beta, state, K**-0.5 if scale is None else scale)
+    with torch.no_grad():
+        return step(q, k, v, log_decay, beta, state, K**-0.5 if scale is None else scale)
 
 
 VARIANTS = {
