@@ -241,10 +241,13 @@ def _mapped(layer: KDAState | LatentState, change: Callable[[Tensor], Tensor]) -
 def _form(layer: KDAState | LatentState) -> str:
     """Kind, shape without the batch and without tokens, and type: what must agree between states of one model."""
     if isinstance(layer, KDAState):
-        windows = [tuple(window.shape[1:]) for window in layer.conv]
-        types = {str(x.dtype).removeprefix("torch.") for x in layer.conv}
-        return f"a memory {tuple(layer.memory.shape[1:])} with windows {windows} {'/'.join(types)}"
-    return f"a latent cache of width {layer.latent.shape[-1]} {str(layer.latent.dtype).removeprefix('torch.')}"
+        windows = "".join(f", a window {tuple(x.shape[1:])} {_type(x)}" for x in layer.conv)
+        return f"a memory {tuple(layer.memory.shape[1:])} {_type(layer.memory)}{windows}"
+    return f"a latent cache of width {layer.latent.shape[-1]} {_type(layer.latent)}"
+
+
+def _type(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
 
 
 def _valid(layer: LatentState) -> Tensor:

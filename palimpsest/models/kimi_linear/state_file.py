@@ -2,7 +2,7 @@
 
 Tensors   `ModelState.tensors()` by name; "extra.<name>" for what a caller adds.
 Metadata  format, version, config (the official JSON), weights (fingerprint of the model), positions, digest.
-Digest    SHA-256 of the whole file with the digest itself read as zeros: a file cut short or changed is found before use.
+Digest    SHA-256 of the whole file, its own digits read as zeros: a file cut short or changed is found before use.
 """
 
 from __future__ import annotations
