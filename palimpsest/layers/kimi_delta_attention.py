@@ -13,23 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from palimpsest.layers._stub import (
-    SigmoidDecay,
-    SoftplusDecay,
-    gated_delta,
-    gated_linear_attention,
-    gdn2,
-    kda,
-    kda_from_logits,
-    kda_step_,
-    l2norm,
-)
 from palimpsest.layers.norms import RMSNorm
 from palimpsest.layers.padding import check_rows, pack, unpack
-from palimpsest.layers.parts import MemoryParts
+from palimpsest.layers.parts import OFFICIAL, MemoryParts
 from palimpsest.layers.precision import Float32Tensors, float32
 from palimpsest.layers.short_conv import ShortConvolution
 from palimpsest.layers.state import KDAState
+from palimpsest.ops.gates import SigmoidDecay, SoftplusDecay, l2norm
+from palimpsest.ops.variants import gated_delta, gated_linear_attention, gdn2, kda, kda_from_logits, kda_step_
 
 
 class KimiDeltaAttention(Float32Tensors):
@@ -59,7 +50,7 @@ class KimiDeltaAttention(Float32Tensors):
         *,
         conv_size: int = 4,
         norm_eps: float = 1e-5,
-        parts: MemoryParts = MemoryParts(),
+        parts: MemoryParts = OFFICIAL,
     ):
         super().__init__()
         self.num_heads, self.head_dim, self.parts = num_heads, head_dim, parts
@@ -91,7 +82,7 @@ class KimiDeltaAttention(Float32Tensors):
         self.reset_decay()
 
     def reset_decay(self) -> None:
-        """Start the decays where the released code does: rates from 1 to 16, steps from 1e-3 to 1e-1, both at random."""
+        """Start the decays at random as the released code does: rates from 1 to 16, steps from 1e-3 to 1e-1."""
         if self.parts.decay == "none":
             return
         with torch.no_grad():
@@ -120,9 +111,9 @@ class KimiDeltaAttention(Float32Tensors):
         """
         check_rows(x, mask, cu_seqlens)
         if mask is not None:
-            packed, borders = pack(x, mask)
-            y, state = self(packed, state, cu_seqlens=borders)
-            return unpack(y, mask), state
+            packed, cu_seqlens = pack(x, mask)
+            y, after = self.forward(packed, state, cu_seqlens=cu_seqlens)
+            return unpack(y, mask), after
         if x.shape[1] == 1 and state is not None and cu_seqlens is None and not torch.is_grad_enabled():
             state = KDAState(state.memory.clone(), tuple(window.clone() for window in state.conv))
             y, state = self.step_(x[:, 0], state)
@@ -178,16 +169,18 @@ class KimiDeltaAttention(Float32Tensors):
                 q_BHK, k_BHK = l2norm(q_BHK), l2norm(k_BHK)
             output_BHK = kda_step_(q_BHK, k_BHK, v_BHK, log_decay_BHK.expand_as(k_BHK), beta_BH, state.memory)
         else:
-            output_B1HK, memory = self._remember(x[:, None], *(s[:, None] for s in (q_BHK, k_BHK, v_BHK)), state.memory)
+            output_B1HK, memory = self._remember(
+                x[:, None], q_BHK[:, None], k_BHK[:, None], v_BHK[:, None], state.memory
+            )
             state.memory.copy_(memory if mask is None else torch.where(mask[:, None, None, None], memory, state.memory))
             output_BHK = output_B1HK[:, 0]
         return self._way_out(x, output_BHK), state
 
     def _remember(self, x, q, k, v, memory, cu_seqlens=None):
         parts, rest = self.parts, {"state": memory, "cu_seqlens": cu_seqlens}
-        released = parts.rule == "delta" and parts.decay == "channel" and parts.qk_norm and parts.beta_max == 1.0
-        if released:
-            return kda_from_logits(q, k, v, self._decay_logits(x), self.b_proj(x), gate=self._gate(), **rest)
+        if parts.rule == "delta" and parts.decay == "channel" and parts.qk_norm:
+            logits = self._decay_logits(x), self.b_proj(x)
+            return kda_from_logits(q, k, v, *logits, gate=self._gate(), beta_max=parts.beta_max, **rest)
 
         if parts.qk_norm:
             q, k = l2norm(q), l2norm(k)
@@ -226,10 +219,9 @@ class KimiDeltaAttention(Float32Tensors):
         return logits.unflatten(-1, (self.num_heads, -1))
 
     def _gate(self):
-        A_log_H, dt_bias = self.A_log.flatten(), self.dt_bias.unflatten(0, (self.num_heads, -1))
         if self.parts.gate == "softplus":
-            return SoftplusDecay(A_log_H, dt_bias)
-        return SigmoidDecay(A_log_H, dt_bias, self.parts.floor)
+            return SoftplusDecay(self.A_log, self.dt_bias)
+        return SigmoidDecay(self.A_log, self.dt_bias, self.parts.floor)
 
     def _log_decay(self, x: Tensor) -> Tensor:
         if self.parts.decay == "none":

@@ -3,7 +3,7 @@
 Letters  B sequences, T new tokens, S tokens held (the new ones included), H heads, N key channels from the latent,
          P position channels shared by all heads, V value channels, R latent channels.
 Two ways to the same numbers: *expanded* builds every head's keys and values from the latents and attends as usual;
-*absorbed* moves that projection to the query and to the output, so that one latent serves as key and value of all heads.
+*absorbed* moves that projection to the query and to the output, so that one latent is key and value of all heads.
 Source   DeepSeek-V2, arXiv:2405.04434; without positions as in Kimi Linear, arXiv:2510.26692.
 """
 
@@ -30,7 +30,7 @@ class MultiHeadLatentAttention(nn.Module):
         hidden_size: channels in and out.
         num_heads: H.
         kv_lora_rank: R. qk_nope_head_dim: N. qk_rope_head_dim: P. v_head_dim: V.
-        rope: base of rotary positions on the P channels, such as 10000.0; None, as released, gives the layer no positions.
+        rope: base of rotary positions on the P channels, such as 10000.0; None, as released: no positions.
 
     >>> layer = MultiHeadLatentAttention(64, 2, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16)
     >>> y, state = layer(torch.randn(3, 10, 64))
@@ -74,8 +74,8 @@ class MultiHeadLatentAttention(nn.Module):
         check_rows(x, mask, cu_seqlens)
         if mask is not None:
             packed, cu_seqlens = pack(x, mask)
-            y, state = self(packed, state, cu_seqlens=cu_seqlens)
-            return unpack(y, mask), state
+            y, after = self.forward(packed, state, cu_seqlens=cu_seqlens)
+            return unpack(y, mask), after
         if cu_seqlens is not None:
             return self._documents(x, state, borders(cu_seqlens, x.shape[1]))
 
@@ -87,7 +87,7 @@ class MultiHeadLatentAttention(nn.Module):
         return self.o_proj(attend(q_BTHC, state.latent, state.valid).flatten(-2)), state
 
     def step_(self, x: Tensor, state: LatentState, mask: Tensor | None = None) -> tuple[Tensor, LatentState]:
-        """One token a sequence, [B, hidden_size]; where mask [B] is False it is not kept, and its output means nothing."""
+        """One token a sequence, [B, hidden_size]; where mask [B] is False it is not kept and its output void."""
         q_BTHC, latent_BTC = self._project(x[:, None], state.num_tokens()[:, None])
         state = state.append(latent_BTC, None if mask is None else mask[:, None])
         return self.o_proj(self._absorbed(q_BTHC, state.latent, state.valid).flatten(-2))[:, 0], state
@@ -132,7 +132,7 @@ class MultiHeadLatentAttention(nn.Module):
         return y_BHTV.transpose(1, 2)
 
     def _absorbed(self, q_BTHC: Tensor, latent_BSC: Tensor, valid_BS: Tensor | None) -> Tensor:
-        B, T, H, _ = q_BTHC.shape
+        _, T, H, _ = q_BTHC.shape
         S = latent_BSC.shape[1]
         keys_HNR, values_HVR = self.kv_b_proj.weight.unflatten(0, (H, self.N + self.V)).split([self.N, self.V], dim=1)
         q_BTHN, q_BTHP = q_BTHC.split([self.N, self.P], dim=-1)
@@ -164,7 +164,7 @@ class MultiHeadLatentAttention(nn.Module):
 
 
 def rotate(x: Tensor, position: Tensor, base: float) -> Tensor:
-    """Rotary positions (arXiv:2104.09864): turn channel i with channel i + P / 2 of x [..., P] by position / base^(2i/P).
+    """Rotary positions (arXiv:2104.09864): turn channels i and i + P / 2 of x [..., P] by position / base^(2i/P).
 
     >>> rotate(torch.tensor([1.0, 0.0]), torch.tensor(0), 10000.0)
     tensor([1., 0.])

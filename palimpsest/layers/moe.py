@@ -154,7 +154,7 @@ class MoE(nn.Module):
 
 
 def update_router_bias(model: nn.Module, rate: float = 1e-3) -> None:
-    """Balance the experts of every MoE in model: raise the bias of those below the mean load, lower that of those above.
+    """Balance the experts of every MoE in model: those below the mean load rise in bias, those above sink.
 
     Call it after the optimiser's step. It uses the load since the last call, of all processes, and starts a new count.
 

@@ -17,7 +17,8 @@ class MemoryParts:
 
     Attributes:
         rule: what a token does to the memory. "delta" erases and writes with one strength beta; "gdn2" erases per key
-            channel and writes per value channel; "write" writes with strength beta and erases nothing; "add" writes as is.
+            channel and writes per value channel; "write" erases nothing and writes with strength beta; "add" writes
+            as is.
         decay: one rate per "channel" and token, per "head" and token, a learned "constant" per channel, or "none".
         gate: "softplus" (unbounded, the released weights) or "sigmoid" (bounded below by `floor`).
         floor: the lowest log decay of the sigmoid gate.
@@ -56,3 +57,6 @@ class MemoryParts:
 
     def to_dict(self) -> dict:
         return asdict(self)
+
+
+OFFICIAL = MemoryParts()

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from palimpsest.layers._stub import short_conv, short_conv_step_
+from palimpsest.ops.short_conv import short_conv, short_conv_step_
 
 
 class ShortConvolution(nn.Module):
@@ -29,12 +29,13 @@ class ShortConvolution(nn.Module):
 
         Packed: B is 1 and windows are [N, D, W - 1], one a document.
         """
-        y, window = short_conv(x, self.weight.to(x.dtype), window, cu_seqlens)
-        return F.silu(y), window
+        window = None if window is None else window.to(x.dtype)
+        y, window = short_conv(x, self.weight.to(x.dtype), state=window, cu_seqlens=cu_seqlens)
+        return F.silu(y), window.contiguous()  # not a view: a state must not keep the whole sequence alive
 
     def step_(self, x: Tensor, window: Tensor) -> Tensor:
         """One token x [B, D] -> y [B, D]; the window moves on in place."""
-        return F.silu(short_conv_step_(x, self.weight.to(x.dtype), window))
+        return F.silu(short_conv_step_(x, self.weight.to(x.dtype), window).to(x.dtype))
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, width={self.weight.shape[-1]}"

@@ -1,6 +1,6 @@
 """What a layer remembers between calls: plain values, passed in and handed out.
 
-Letters  B sequences, H heads, K key channels, V value channels, D = H K (or H V) channels of a convolution, W its width,
+Letters  B sequences, H heads, K key channels, V value channels, D = H K channels of a convolution, W its width,
          S tokens held, T tokens to append, C = R + P: R latent channels beside P position channels.
 """
 
@@ -19,7 +19,8 @@ class KDAState:
 
     Attributes:
         memory: [B, H, K, V], float32 (float64 in a float64 model).
-        conv: the last W - 1 inputs of the q, k and v convolutions, oldest first, each [B, D, W - 1]; () without convolutions.
+        conv: the last W - 1 inputs of the q, k and v convolutions, oldest first, each [B, D, W - 1]; () without
+            convolutions.
     """
 
     memory: Tensor

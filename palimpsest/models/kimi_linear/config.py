@@ -173,7 +173,7 @@ class KimiLinearConfig:
         return _from_official(cls, official)
 
     def to_dict(self) -> dict[str, Any]:
-        """The official config.json; what it has no field for goes under "palimpsest", and only if it is not the default."""
+        """The official config.json; what it has no field for goes under "palimpsest", if it is not the default."""
         return _to_official(self)
 
 
@@ -320,7 +320,7 @@ def _from_official(cls, official: Mapping[str, Any]) -> KimiLinearConfig:
     heads = official.get("num_key_value_heads")
     if heads is not None and heads != official.get("num_attention_heads", heads):
         raise ValueError(
-            f"the config has num_key_value_heads = {heads} and num_attention_heads = {official['num_attention_heads']}; "
+            f"the config has {heads} num_key_value_heads and {official['num_attention_heads']} num_attention_heads; "
             "latent attention has one of each a head, so give the same number"
         )
     linear = official.get("linear_attn_config")

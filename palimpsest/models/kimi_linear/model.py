@@ -7,7 +7,7 @@ Source   arXiv:2510.26692; parameter names and numerics are those of moonshotai/
 from __future__ import annotations
 
 from os import PathLike
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,6 @@ from palimpsest.layers.moe import MoE
 from palimpsest.layers.norms import RMSNorm
 from palimpsest.layers.padding import borders, check_rows, pack, unpack
 from palimpsest.layers.precision import float32
-from palimpsest.layers.state import KDAState, LatentState
 from palimpsest.models.kimi_linear.config import LATENT_TYPES, KimiLinearConfig
 from palimpsest.models.kimi_linear.state import ModelState
 
@@ -91,9 +90,9 @@ class KimiLinearModel(nn.Module):
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, ModelState]:
-        """Hidden states [B, T, D] after the final norm, zero at padding, and the state. Arguments as the causal model's."""
+        """Hidden states [B, T, D] after the final norm, void at padding, and the state. Args as the causal model's."""
         self._check_ids(input_ids, 2, state, mask, cu_seqlens)
-        if mask is not None:
+        if mask is not None and not mask.all():
             packed, cu_seqlens = pack(input_ids, mask)
             x, state = self._run(packed, state, cu_seqlens)
             return unpack(x, mask), state
@@ -103,7 +102,7 @@ class KimiLinearModel(nn.Module):
         x = self.embed_tokens(input_ids)
         states = [None] * len(self.layers) if state is None else state.layers
         after = []
-        for layer, layer_state in zip(self.layers, states):
+        for layer, layer_state in zip(cast("list[DecoderLayer]", self.layers), states):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x, new = checkpoint(layer, x, layer_state, cu_seqlens, use_reentrant=False)
             else:
@@ -121,7 +120,7 @@ class KimiLinearModel(nn.Module):
         self._check_ids(input_ids, 1, state, None, None)
         x = self.embed_tokens(input_ids)
         after = []
-        for layer, layer_state in zip(self.layers, state.layers):
+        for layer, layer_state in zip(cast("list[DecoderLayer]", self.layers), state.layers):
             x, new = layer.step_(x, layer_state, mask)
             after.append(new)
         position = state.position + (1 if mask is None else mask.long())
@@ -211,13 +210,12 @@ class KimiLinearForCausalLM(nn.Module):
             raise ValueError(
                 f"labels: {reason}; give labels like input_ids {tuple(input_ids.shape)}, without last_only"
             )
-        x, state = self.model(input_ids, state=state, mask=mask, cu_seqlens=cu_seqlens)
+        x, after = self.model(input_ids, state=state, mask=mask, cu_seqlens=cu_seqlens)
         if last_only:
             x = _last(x, mask, cu_seqlens)
         logits = self.lm_head(x)
-        return CausalOutput(
-            logits, state, None if labels is None else next_token_loss(logits, labels, mask, cu_seqlens)
-        )
+        loss = None if labels is None else next_token_loss(logits, labels, mask, cu_seqlens)
+        return CausalOutput(logits, after, loss)
 
     def step_(self, input_ids: Tensor, state: ModelState, mask: Tensor | None = None) -> tuple[Tensor, ModelState]:
         """One token a sequence, the cheap way: the state given is used up, its memories are rewritten in place.
@@ -258,7 +256,7 @@ class KimiLinearForCausalLM(nn.Module):
 def next_token_loss(
     logits: Tensor, labels: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
 ) -> Tensor:
-    """Mean cross entropy, in nats, of each token given those before it; no document predicts the next one's first token.
+    """Mean cross entropy, in nats, of each token given those before it; no document predicts the next one.
 
     0 if there is nothing to predict.
     """

@@ -73,12 +73,13 @@ class ModelState:
         return self.position.device
 
     def snapshot(self) -> ModelState:
-        """A copy that shares no storage with this state.
+        """A copy to keep before steps in place, `model.step_`.
 
-        A forward pass never changes the state it is given, so keeping a state costs nothing; a snapshot is for states
-        that will be written in place.
+        A forward pass never changes the state it is given, so there keeping a state needs no copy. Latent caches are
+        shared with the copy: no step rewrites a row of theirs.
         """
-        return self._map(Tensor.clone)
+        layers = (_mapped(layer, Tensor.clone) if isinstance(layer, KDAState) else layer for layer in self.layers)
+        return ModelState(tuple(layers), self.position)
 
     def select(self, rows: Sequence[int]) -> ModelState:
         """The state of some sequences, in the order given; a sequence may occur more than once. Always a copy.
@@ -143,7 +144,7 @@ class ModelState:
         return named
 
     def account(self) -> tuple[LayerBytes, ...]:
-        """The bytes of each layer, and how many more each token of each sequence will add.
+        """The bytes of each layer, and how many more each token of each sequence adds.
 
         >>> state = ModelState.empty(KimiLinearConfig.tiny("KM"))
         >>> [(a.kind, a.memory, a.bytes_per_token) for a in state.account()]
@@ -152,15 +153,17 @@ class ModelState:
         rows = []
         for i, layer in enumerate(self.layers):
             if isinstance(layer, KDAState):
-                rows.append(LayerBytes(i, "kda", layer.memory.nbytes, sum(w.nbytes for w in layer.conv), 0, 0))
+                rows.append(LayerBytes(i, "kda", layer.memory.nbytes, sum(w.nbytes for w in layer.conv), 0, 0, 0))
             else:
                 size = layer.latent.nbytes + (0 if layer.valid is None else layer.valid.nbytes)
-                rows.append(LayerBytes(i, "latent", 0, 0, size, layer.latent.shape[-1] * layer.latent.element_size()))
+                spare = 0 if layer.room is None else layer.room.rows.nbytes - layer.latent.nbytes
+                per_token = layer.latent.shape[-1] * layer.latent.element_size()
+                rows.append(LayerBytes(i, "latent", 0, 0, size, spare, per_token))
         return tuple(rows)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all layers."""
+        """Bytes of all layers, without what caches have spare."""
         return sum(layer.total for layer in self.account())
 
     def nonfinite(self) -> tuple[NonFinite, ...]:
@@ -209,6 +212,7 @@ class LayerBytes:
     Attributes:
         layer, kind: its place (from 0), and "kda" or "latent".
         memory, windows, latent: the matrix memory, the convolution windows, the latent cache.
+        spare: reserved behind the latent cache for tokens to come; not part of the total.
         bytes_per_token: what each further token of each sequence adds; 0 for a memory.
     """
 
@@ -217,6 +221,7 @@ class LayerBytes:
     memory: int
     windows: int
     latent: int
+    spare: int
     bytes_per_token: int
 
     @property
