@@ -179,7 +179,9 @@ def _flushed(decay: Tensor) -> Tensor:
 
 
 def _by_segments(segment, sequences: tuple[Tensor, ...], state: Tensor) -> tuple[Tensor, Tensor]:
-    B, T = sequences[0].shape[:2]
+    T = sequences[0].shape[1]
+    if T == 0:
+        return state.new_zeros(len(state), 0, state.shape[1], state.shape[3]), state
     chunk = CHUNK if T >= CHUNK else 1 << max(T - 1, 0).bit_length()
     # A padding token has no decay, erases nothing and writes nothing: the memory does not see it.
     padded = (torch.nn.functional.pad(x, (0, 0, 0, 0, 0, -T % chunk)) for x in sequences)

@@ -1,0 +1,85 @@
+"""The rooms and the doors between them. A new door is a change to this table, in review."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / "palimpsest"
+MAY_IMPORT = {  # room -> rooms it may import, besides itself
+    "ops": set(),  # knows torch and nothing above it
+    "testing": {"ops"},
+    "compat": {"ops"},
+    "text": set(),
+    "layers": {"ops"},
+    "models": {"ops", "layers"},
+    "generate": {"models", "layers", "ops", "text"},
+    "train": {"models", "layers", "text"},  # and generate and train never import each other
+    "lab": {"ops", "layers", "models", "train", "text"},
+    "explainer": {"ops", "layers", "models", "text"},
+    "cli": {"ops", "layers", "models", "generate", "train", "lab", "explainer", "text"},
+    "__main__": {"cli"},
+    "__init__": {"ops", "layers", "models"},
+}
+BARE = {"ops/reference.py": {"torch"}, "ops/chunked.py": {"torch", "typing"}}  # files that import nothing else at all
+LIGHT = {"ops", "layers", "testing"}  # rooms whose every import is torch, the standard library, or triton in its own room
+STANDARD = {
+    "__future__", "abc", "ast", "collections", "contextlib", "ctypes", "dataclasses", "difflib", "enum", "fcntl", "functools",
+    "hashlib", "importlib", "itertools", "json", "math", "os", "pathlib", "platform", "shutil", "subprocess", "sys", "tempfile",
+    "threading", "time", "types", "typing", "uuid", "warnings",
+}  # fmt: skip
+
+
+def imports(path: Path) -> set[str]:
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    named = {n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.module}
+    return named | {alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names}
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+FILES = sorted(path for path in ROOT.rglob("*.py") if "static" not in path.parts)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_room_imports_only_through_its_doors(path):
+    room = room_of(path)
+    assert room in MAY_IMPORT, f"{room} is a new room: add it to MAY_IMPORT"
+    reached = {name.split(".")[1] for name in imports(path) if name.startswith("palimpsest.")}
+    assert reached <= MAY_IMPORT[room] | {room}, f"{path}: {reached - MAY_IMPORT[room] - {room}}"
+
+
+def test_the_law_stands_alone():
+    for file, allowed in BARE.items():
+        reached = {name.split(".")[0] for name in imports(ROOT / file)}
+        assert reached <= allowed, f"{file}: {reached}"
+
+
+def test_kernels_are_reached_through_backends_alone():
+    kernel_rooms = ("palimpsest.ops.triton", "palimpsest.ops.cpu", "palimpsest.ops.cuda", "palimpsest.ops.gluon")
+    for path in FILES:
+        if path.parent == ROOT / "ops" or "ops" not in path.parts:
+            reached = {name for name in imports(path) if name.startswith(kernel_rooms)}
+            assert not reached or path == ROOT / "ops" / "__init__.py", f"{path}: {reached}"
+
+
+def test_the_light_rooms_stand_on_torch_alone():
+    for path in FILES:
+        if room_of(path) in LIGHT:
+            reached = {name.split(".")[0] for name in imports(path)} - STANDARD - {"palimpsest", "torch"}
+            allowed = {"triton"} if {"triton", "gluon", "cuda"} & set(path.parts) else set()
+            assert reached <= allowed, f"{path}: {reached}"
+
+
+def test_nobody_reads_the_environment_or_prints():
+    # The command line prints; ops/cpu asks for the compiler and the cache folder that the user's system names.
+    for path in FILES:
+        room = room_of(path)
+        for node in ast.walk(ast.parse(path.read_text())):
+            text = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
+            if text in ("os.environ", "os.getenv") and "cpu" not in path.parts and room not in ("cli", "train", "explainer"):
+                raise AssertionError(f"{path}: reads {text}")
+            called = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+            assert not called or room in ("cli", "__main__"), f"{path}:{node.lineno} prints"

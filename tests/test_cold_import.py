@@ -1,0 +1,43 @@
+"""A fresh process, without Triton or anything but torch: the memory, the layers and the model work on a CPU."""
+
+import subprocess
+import sys
+
+BLOCK = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+"""
+
+
+def run(code: str, blocked: tuple[str, ...] = ()) -> str:
+    script = BLOCK.format(blocked=blocked) + code
+    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_model_runs_with_torch_alone():
+    extras = ("triton", "transformers", "safetensors", "accelerate", "matplotlib", "typer", "rich", "tokenizers", "datasets")
+    code = """
+import torch, palimpsest
+q = k = v = torch.randn(1, 5, 2, 8)
+assert palimpsest.kda(q, k, v, -torch.ones(1, 5, 2, 8), torch.ones(1, 5, 2)).output.isfinite().all()
+from palimpsest.generate import generate
+from palimpsest.models.kimi_linear.config import KimiLinearConfig
+model = palimpsest.KimiLinearForCausalLM(KimiLinearConfig.tiny()).eval()
+assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+print("ok")
+"""
+    assert run(code, extras).strip() == "ok"
+
+
+def test_the_package_itself_does_not_load_torch():
+    assert run("import palimpsest, sys; print('torch' in sys.modules)").strip() == "False"
+
+
+def test_importing_the_ops_loads_no_kernel_compiler():
+    assert run("import palimpsest.ops.variants, sys; print('triton' in sys.modules)").strip() == "False"
