@@ -42,6 +42,8 @@ def short_conv(
     if tuple(state.shape) != (N, D, W - 1):
         raise ValueError(f"state has shape {tuple(state.shape)}; x and weight ask for {(N, D, W - 1)}")
 
+    if T == 0:
+        return x, state
     if cu_seqlens is None:
         padded_BDT = torch.cat((state, x.mT), -1)
         return F.conv1d(padded_BDT, weight, groups=D).mT, padded_BDT[..., T:]
@@ -60,7 +62,7 @@ def short_conv(
     lengths = borders.diff()
     last = torch.arange(-(W - 1), 0, device=x.device)  # the last W-1 inputs of each sequence
     index = lengths[:, None] + last
-    from_x = x[0, (borders[:-1, None] + index).clamp(0, max(T - 1, 0))].mT if T else state
+    from_x = x[0, (borders[:-1, None] + index).clamp(0, T - 1)].mT
     from_state = state.gather(2, (index + W - 1).clamp(0, max(W - 2, 0))[:, None].expand(-1, D, -1))
     return y, torch.where((index >= 0)[:, None], from_x, from_state)
 
