@@ -8,6 +8,7 @@ Source   Kimi Linear, arXiv:2510.26692; parameter names, shapes and numerics are
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,16 @@ from palimpsest.layers.short_conv import ShortConvolution
 from palimpsest.layers.state import KDAState
 from palimpsest.ops.gates import SigmoidDecay, SoftplusDecay, l2norm
 from palimpsest.ops.variants import gated_delta, gated_linear_attention, gdn2, kda, kda_from_logits, kda_step_
+
+
+class Edits(NamedTuple):
+    """The arguments of `kda` and `trace`, as a layer makes them."""
+
+    q: Tensor  # [B, T, H, K]
+    k: Tensor  # [B, T, H, K]
+    v: Tensor  # [B, T, H, K]
+    log_decay: Tensor  # [B, T, H, K], fp32
+    beta: Tensor  # [B, T, H], fp32
 
 
 class KimiDeltaAttention(Float32Tensors):
@@ -119,21 +130,10 @@ class KimiDeltaAttention(Float32Tensors):
             y, state = self.step_(x[:, 0], state)
             return y[:, None], state
 
-        streams = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
-        windows: tuple[Tensor, ...] = ()
-        if self.parts.conv:
-            before = (None,) * 3 if state is None else state.conv
-            convs = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
-            streams, windows = zip(
-                *(conv(s, window, cu_seqlens=cu_seqlens) for conv, s, window in zip(convs, streams, before))
-            )
-        else:
-            streams = [F.silu(s) for s in streams]
-        q_BTHK, k_BTHK, v_BTHK = (s.unflatten(-1, (self.num_heads, self.head_dim)) for s in streams)
-
+        (q_BTHK, k_BTHK, v_BTHK), windows = self._streams(x, state, cu_seqlens)
         memory = None if state is None else state.memory
         output_BTHK, memory = self._remember(x, q_BTHK, k_BTHK, v_BTHK, memory, cu_seqlens)
-        return self._way_out(x, output_BTHK), KDAState(memory, tuple(windows))
+        return self._way_out(x, output_BTHK), KDAState(memory, windows)
 
     def step_(self, x: Tensor, state: KDAState, mask: Tensor | None = None) -> tuple[Tensor, KDAState]:
         """One token a sequence; the state's tensors are rewritten in place and belong to the caller alone.
@@ -175,6 +175,40 @@ class KimiDeltaAttention(Float32Tensors):
             state.memory.copy_(memory if mask is None else torch.where(mask[:, None, None, None], memory, state.memory))
             output_BHK = output_B1HK[:, 0]
         return self._way_out(x, output_BHK), state
+
+    def edits(self, x: Tensor, state: KDAState | None = None) -> Edits:
+        """What the layer tells its memory about each token, for those who want to watch: `trace(*layer.edits(x))`.
+
+        Args:
+            x: [B, T, hidden_size].
+            state: what came before; nothing if None.
+
+        Raises:
+            ValueError: the layer's rule is not the delta rule, so it has no beta.
+
+        >>> KimiDeltaAttention(64, num_heads=2, head_dim=16).edits(torch.randn(1, 5, 64)).k.shape
+        torch.Size([1, 5, 2, 16])
+        """
+        if self.parts.rule != "delta":
+            raise ValueError(f"the layer's rule is {self.parts.rule!r}; only a layer of the delta rule has these edits")
+        (q_BTHK, k_BTHK, v_BTHK), _ = self._streams(x, state)
+        if self.parts.qk_norm:
+            q_BTHK, k_BTHK = l2norm(q_BTHK), l2norm(k_BTHK)
+        return Edits(q_BTHK, k_BTHK, v_BTHK, self._log_decay(x).expand_as(k_BTHK), self._beta(x))
+
+    def _streams(self, x: Tensor, state: KDAState | None, cu_seqlens: Tensor | None = None):
+        """q, k and v as [B, T, H, K], through their convolutions, and the windows that these leave."""
+        streams = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
+        windows: tuple[Tensor, ...] = ()
+        if self.parts.conv:
+            before = (None,) * 3 if state is None else state.conv
+            convs = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
+            streams, windows = zip(
+                *(conv(s, window, cu_seqlens=cu_seqlens) for conv, s, window in zip(convs, streams, before))
+            )
+        else:
+            streams = [F.silu(s) for s in streams]
+        return [s.unflatten(-1, (self.num_heads, self.head_dim)) for s in streams], windows
 
     def _remember(self, x, q, k, v, memory, cu_seqlens=None):
         parts, rest = self.parts, {"state": memory, "cu_seqlens": cu_seqlens}

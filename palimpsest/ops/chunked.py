@@ -61,7 +61,21 @@ class Block(NamedTuple):
     inverse: Tensor  # (I + A)^-1 inside the block
 
 
-def _delta_segment(q, k, erase, write, log_decay, S_BHKV):
+class Products(NamedTuple):
+    """What a chunk knows before it meets the memory, in the letters above. All tensors are [B, H, N, C, *]."""
+
+    A: Tensor  # [..., C, C], below the diagonal
+    M: Tensor  # [..., C, C], (I + A)^-1
+    W: Tensor  # [..., C, K]
+    U: Tensor  # [..., C, V]
+    P: Tensor  # [..., C, C], on and below the diagonal
+    q: Tensor  # [..., C, K], decayed since the chunk began
+    k: Tensor  # [..., C, K], decayed until the chunk ends
+    decay: Tensor  # [..., K], of the whole chunk
+
+
+def products(q: Tensor, k: Tensor, erase: Tensor, write: Tensor, log_decay: Tensor) -> Products:
+    """The chunk's matrices. Arguments as reference.delta_memory, their tokens a power of two or a multiple of CHUNK."""
     q, k, erase, write, log_decay = (_chunks(x) for x in (q, k, erase, write, log_decay))
     decay = log_decay.exp()
     same_token = (q * k).sum(-1)[..., None, None]
@@ -72,9 +86,12 @@ def _delta_segment(q, k, erase, write, log_decay, S_BHKV):
         scores=((torch.zeros_like(same_token),), (same_token,)),
         inverse=torch.ones_like(same_token),
     )
-    (erase, q), (k,), decay, (_, (P,)), M = _merged(block, sign=-1)
-    U, W = M @ write, M @ erase
+    (erase, q), (k,), decay, ((A,), (P,)), M = _merged(block, sign=-1)
+    return Products(A, M, M @ erase, M @ write, P, q, k, decay)
 
+
+def _delta_segment(q, k, erase, write, log_decay, S_BHKV):
+    _, _, W, U, P, q, k, decay = products(q, k, erase, write, log_decay)
     states, fresh = [], []
     for U_n, W_n, k_n, decay_n in zip(*(x.unbind(2) for x in (U, W, k, decay[..., None]))):
         states.append(S_BHKV)
@@ -137,7 +154,8 @@ def merge(block: Block, sign: int) -> Block:
         keys=tuple(_decayed(x, until_border) for x in block.keys),
         decay=_flushed(early_decay * late_decay),
         scores=tuple(
-            tuple(_lower(*_halves(score, -3), cross) for score, cross in zip(*row)) for row in zip(block.scores, crosses)
+            tuple(_lower(*_halves(score, -3), cross) for score, cross in zip(*row))
+            for row in zip(block.scores, crosses)
         ),
         inverse=_lower(early_M, late_M, sign * (late_M @ crosses[0][0] @ early_M)),
     )
