@@ -21,7 +21,7 @@ def run(code: str, blocked: tuple[str, ...] = ()) -> str:
 
 
 def test_the_model_runs_with_torch_alone():
-    extras = ("triton", "transformers", "safetensors", "accelerate", "matplotlib", "typer", "rich", "tokenizers", "datasets")
+    extras = tuple("triton transformers safetensors accelerate matplotlib typer rich tokenizers datasets".split())
     code = """
 import torch, palimpsest
 q = k = v = torch.randn(1, 5, 2, 8)

@@ -31,7 +31,9 @@ class DeltaOutput(NamedTuple):
     """What every variant returns."""
 
     output: Tensor  # [B, T, HV, V] in v's dtype
-    state: Tensor  # [B, HV, K, V] or [sequences, HV, K, V], fp32 (fp64 for fp64 inputs): the memory after the last token
+    state: (
+        Tensor  # [B, HV, K, V] or [sequences, HV, K, V], fp32 (fp64 for fp64 inputs): the memory after the last token
+    )
 
 
 def kda(q, k, v, log_decay, beta, *, state=None, scale=None, cu_seqlens=None, check=False, backend="auto"):
@@ -115,9 +117,7 @@ def delta_rule(q, k, v, beta, *, state=None, scale=None, cu_seqlens=None, backen
     return _run("kda", "delta_rule", (q, k, v, log_decay, beta), v, state, scale, cu_seqlens, backend)
 
 
-def gated_linear_attention(
-    q, k, v, log_decay, *, state=None, scale=None, cu_seqlens=None, check=False, backend="auto"
-):
+def gated_linear_attention(q, k, v, log_decay, *, state=None, scale=None, cu_seqlens=None, check=False, backend="auto"):
     """Gated linear attention: channel-wise decay and no erasing, log_decay [B, T, HV, K]. arXiv:2312.06635."""
     B, T, H, HV, K, V = _sizes(q, k, v)
     _expect("log_decay", log_decay, (B, T, HV, K))
@@ -179,7 +179,7 @@ def softmax_lookup(q, k, v, *, state=None, scale=None, cu_seqlens=None, backend=
         state: (keys [B, S, H, K], values [B, S, HV, V]) before the first token; not with cu_seqlens.
 
     Returns:
-        DeltaOutput(output [B, T, HV, V], state (keys, values) with these tokens appended).
+        A pair: output [B, T, HV, V], and state (keys, values) with these tokens appended.
 
     >>> q = k = v = torch.ones(1, 3, 1, 4)
     >>> output, (keys, values) = softmax_lookup(q, k, v)
@@ -193,12 +193,14 @@ def softmax_lookup(q, k, v, *, state=None, scale=None, cu_seqlens=None, backend=
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, B, T)
         if state is not None:
-            raise ValueError("state came with cu_seqlens; a scroll cannot be continued in a packed batch, unpack it first")
+            raise ValueError(
+                "state came with cu_seqlens; a scroll cannot be continued in a packed batch, unpack it first"
+            )
     problem = _problem("lookup", "softmax_lookup", q, v, cu_seqlens, (q, k, v, keys, values))
     run = choose(problem, backend).lookup
     assert run is not None
     output = run(q, k, v, keys, values, K**-0.5 if scale is None else scale, cu_seqlens)
-    return DeltaOutput(output, (torch.cat((keys, k), 1), torch.cat((values, v), 1)))
+    return output, (torch.cat((keys, k), 1), torch.cat((values, v), 1))
 
 
 def kda_from_logits(
@@ -372,7 +374,9 @@ def _expect(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
 def _expect_one_device(q: Tensor, tensors: tuple[Tensor, ...]) -> None:
     for tensor in tensors:
         if tensor.device != q.device:
-            raise ValueError(f"q is on {q.device} and another argument on {tensor.device}; move all of them to one device")
+            raise ValueError(
+                f"q is on {q.device} and another argument on {tensor.device}; move all of them to one device"
+            )
 
 
 def _check_decay(log_decay: Tensor) -> None:

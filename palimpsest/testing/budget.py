@@ -28,7 +28,7 @@ def assert_within_budget(name: str, actual: Tensor, truth: Tensor, peer: Tensor,
     assert error <= allowed, f"{name}: error {error:.2e} exceeds budget {allowed:.2e}"
 
 
-class rounded_products(TorchDispatchMode):  # noqa: N801  (a context manager, read as a verb phrase)
+class rounded_products(TorchDispatchMode):  # noqa: N801 - a context manager, read in a with statement
     """Within it, every matrix product rounds its operands to `dtype` and sums in fp32, as tensor cores do.
 
     The chunked form inside this context is the honest peer of a bf16 or fp16 kernel: it makes every rounding that

@@ -36,8 +36,10 @@ class Report:
     def __str__(self):
         rows = [f"{'pass' if x.passed else 'FAIL'}  {x.error:.1e} of {x.budget:.1e}  {x.case}" for x in self.lines]
         caught = len(MUTANTS) - len(self.uncaught)
-        rows.append(f"{sum(x.passed for x in self.lines)} of {len(self.lines)} cases pass; these cases reject {caught} "
-                    f"of {len(MUTANTS)} wrong memories" + (f", not {', '.join(self.uncaught)}" if self.uncaught else ""))
+        rows.append(
+            f"{sum(x.passed for x in self.lines)} of {len(self.lines)} cases pass; these cases reject {caught} "
+            f"of {len(MUTANTS)} wrong memories" + (f", not {', '.join(self.uncaught)}" if self.uncaught else "")
+        )
         return "\n".join(rows)  # fmt: skip
 
 

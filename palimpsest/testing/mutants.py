@@ -25,8 +25,12 @@ def _decay_after_write(q, k, e, w, g, S):
 
 
 def _forgets_between_chunks(q, k, e, w, g, S):
-    pieces = [reference.delta_memory(*x, S if i == 0 else torch.zeros_like(S)) for i, x in enumerate(_split(q, k, e, w, g))]
-    return torch.cat([output for output, _ in pieces], 1), pieces[-1][1]
+    outputs, final = [], S
+    for q_, k_, e_, w_, g_ in _split(q, k, e, w, g):
+        output, final = reference.delta_memory(q_, k_, e_, w_, g_, S)
+        outputs.append(output)
+        S = torch.zeros_like(S)
+    return torch.cat(outputs, 1), final
 
 
 def _stale_erase(q, k, e, w, g, S):
@@ -42,10 +46,10 @@ def _stale_erase(q, k, e, w, g, S):
 def _truncates_history(q, k, e, w, g, S):
     # Drops the memory at a chunk's start when the sum of the largest decays says that nothing can be left.
     outputs = []
-    for x in _split(q, k, e, w, g, size=16):
-        gone = x[4].sum(1).amax((1, 2)) < -3
+    for q_, k_, e_, w_, g_ in _split(q, k, e, w, g, size=16):
+        gone = g_.sum(1).amax((1, 2)) < -3
         S = torch.where(gone[:, None, None, None], torch.zeros_like(S), S)
-        output, S = reference.delta_memory(*x, S)
+        output, S = reference.delta_memory(q_, k_, e_, w_, g_, S)
         outputs.append(output)
     return torch.cat(outputs, 1), S
 

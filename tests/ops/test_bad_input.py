@@ -99,9 +99,18 @@ class TestBackends:
 
     def test_a_named_backend_never_falls_back(self, monkeypatch):
         monkeypatch.setattr(backends, "_BACKENDS", list(backends._BACKENDS))
-        backends.register(Backend("picky", lambda p: "wants an even key_dim" if p.key_dim % 2 else None, kda=lambda *x: x[2]))
-        odd = {**good(), "q": torch.zeros(2, 4, 3, 7), "k": torch.zeros(2, 4, 3, 7), "log_decay": torch.zeros(2, 4, 3, 7)}
-        with pytest.raises(ValueError, match="backend 'picky' cannot run this call: it wants an even key_dim; .*chunked"):
+        backends.register(
+            Backend("picky", lambda p: "wants an even key_dim" if p.key_dim % 2 else None, kda=lambda *x: x[2])
+        )
+        odd = {
+            **good(),
+            "q": torch.zeros(2, 4, 3, 7),
+            "k": torch.zeros(2, 4, 3, 7),
+            "log_decay": torch.zeros(2, 4, 3, 7),
+        }
+        with pytest.raises(
+            ValueError, match="backend 'picky' cannot run this call: it wants an even key_dim; .*chunked"
+        ):
             kda(**odd, backend="picky")
         with pytest.raises(ValueError, match="it has no dplr of its own"):
             dplr(*(good()["q"] for _ in range(6)), backend="picky")

@@ -22,7 +22,9 @@ def test_softplus_decay_survives_the_far_ends():
 
 
 def test_sigmoid_decay_stays_above_its_floor():
-    decay = gates.sigmoid_decay(torch.linspace(-90, 90, 32).view(1, 1, 4, 8), torch.ones(4), torch.zeros(32), floor=-3.0)
+    decay = gates.sigmoid_decay(
+        torch.linspace(-90, 90, 32).view(1, 1, 4, 8), torch.ones(4), torch.zeros(32), floor=-3.0
+    )
     assert decay.min() == -3.0
     assert decay.max() <= 0
 

@@ -277,7 +277,7 @@ class TestSeedNumbers:
         assert out.state[0, 0].tolist() == [[10, 10], [5, 5]]
 
     def test_the_delta_rule_is_one_gradient_step(self):
-        (q, k, v, beta), state = inputs("delta_rule", 1), initial("delta_rule")
+        (_, k, v, beta), state = inputs("delta_rule", 1), initial("delta_rule")
         k = k.repeat_interleave(HV // H, 2)
         S = state.clone().requires_grad_()
         error = torch.einsum("bhk,bhkv->bhv", k[:, 0], S) - v[:, 0]
@@ -304,8 +304,7 @@ def test_reference_is_itself():
         held = [sum(key[i] * S[i][j] for i in range(K)) for j in range(V)]
         S = [[S[i][j] + b * key[i] * (value[j] - held[j]) for j in range(V)] for i in range(K)]
         read = [sum(q[0, t, 0, i].item() * S[i][j] for i in range(K)) for j in range(V)]
-    wide = (x.repeat_interleave(HV // H, 2) for x in (q, k))
-    q, k = wide
+    q, k = (x.repeat_interleave(HV // H, 2) for x in (q, k))
     out, final = reference.delta_memory(q, k, beta[..., None] * k, beta[..., None] * v, g, state)
     torch.testing.assert_close(out[0, 2, 0], torch.tensor(read, dtype=torch.float64))
     torch.testing.assert_close(final[0, 0], torch.tensor(S, dtype=torch.float64))

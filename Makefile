@@ -1,0 +1,36 @@
+# make demo   train a small Kimi Linear on Python's own sources, then let it complete code
+# make test   everything the tests need, and the tests
+# make check  format, lint, types
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALL = $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test check docs clean
+
+demo: $(VENV)/run.stamp
+	$(BIN)/palimpsest train recipes/demo.py
+	$(BIN)/palimpsest generate runs/demo --prompt "def read_lines(path):" --prompt "class Stack:" --max-new-tokens 160
+
+test: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -n 2
+
+check: $(VENV)/dev.stamp
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+$(VENV)/bin/pip:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/run.stamp: $(VENV)/bin/pip pyproject.toml constraints.txt
+	$(INSTALL) -e ".[train,cli]"
+	touch $@
+
+$(VENV)/dev.stamp: $(VENV)/bin/pip pyproject.toml constraints.txt
+	$(INSTALL) -e ".[dev]"
+	touch $@ $(VENV)/run.stamp
+
+clean:
+	rm -rf $(VENV) build dist runs site *.egg-info
