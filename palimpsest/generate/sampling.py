@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from palimpsest.generate.arguments import is_count, require
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -41,13 +43,16 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        _require("temperature", self.temperature, 0 <= self.temperature < math.inf, "a number >= 0 (0 is greedy)")
-        whole = self.top_k is None or (isinstance(self.top_k, int) and self.top_k >= 1)
-        _require("top_k", self.top_k, whole, "a whole number >= 1, or None to keep all tokens")
-        _require("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1] (1 keeps all tokens)")
-        _require("min_p", self.min_p, 0 <= self.min_p <= 1, "in [0, 1] (0 keeps all tokens)")
+        require("temperature", self.temperature, 0 <= self.temperature < math.inf, "a number >= 0 (0 is greedy)")
+        whole = self.top_k is None or is_count(self.top_k)
+        require("top_k", self.top_k, whole, "a whole number >= 1, or None to keep all tokens")
+        require("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1] (1 keeps all tokens)")
+        require("min_p", self.min_p, 0 <= self.min_p <= 1, "in [0, 1] (0 keeps all tokens)")
         penalty = self.repetition_penalty
-        _require("repetition_penalty", penalty, 0 < penalty < math.inf, "a number > 0 (1 changes nothing)")
+        require("repetition_penalty", penalty, 0 < penalty < math.inf, "a number > 0 (1 changes nothing)")
+
+
+GREEDY = Sampling()
 
 
 def choose_tokens(
@@ -127,8 +132,3 @@ def _penalised(logits: Tensor, sampling: Sampling, seen: Tensor | None) -> Tenso
         raise ValueError("seen is missing: a repetition penalty needs to know which tokens occurred, [B, N] bool")
     penalty = sampling.repetition_penalty
     return torch.where(seen, torch.where(logits_BN > 0, logits_BN / penalty, logits_BN * penalty), logits_BN)
-
-
-def _require(name: str, value: object, holds: bool, expected: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} is {value!r}; it must be {expected}")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from palimpsest.models.kimi_linear.state import ModelState
 
@@ -56,21 +57,22 @@ class Fault:
 @torch.no_grad()
 def read_until_fault(
     model: KimiLinearForCausalLM, state: ModelState, tokens: Sequence[int], sequence: int = 0
-) -> tuple[ModelState, Fault | None]:
+) -> tuple[ModelState, Tensor | None, Fault | None]:
     """Read tokens one at a time from the state of one sequence, until numbers stop being finite.
 
     Args:
         sequence: the number to give the sequence in the fault.
 
-    Returns: the last finite state, and the fault of the token after it; None if there was no fault.
+    Returns: the last finite state; the logits [1, N] after it, None if the first token fails; the fault of the token
+        that follows, None if all is finite.
     """
-    start = int(state.position[0])
+    start, logits = int(state.position[0]), None
     for position, token in enumerate(tokens, start):
         output = model(torch.tensor([[token]], device=state.device), state=state)
         found = output.state.nonfinite()
         if found:
-            return state, Fault(sequence, found[0].layer, found[0].head, position, token)
+            return state, logits, Fault(sequence, found[0].layer, found[0].head, position, token)
         if not output.logits.isfinite().all():
-            return state, Fault(sequence, None, None, position, token)
-        state = output.state
-    return state, None
+            return state, logits, Fault(sequence, None, None, position, token)
+        state, logits = output.state, output.logits[:, -1]
+    return state, logits, None

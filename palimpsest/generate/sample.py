@@ -1,0 +1,373 @@
+"""Prompts in, text out: read the prompt in chunks, then choose a token, read it, and so on.
+
+Memory   A KDA layer holds as much after a million tokens as after one; a latent layer one short row per token.
+Same     A sequence gets the same tokens alone, in any batch, in one run, and in several runs through a saved `Ready`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from palimpsest.generate.arguments import is_count, require
+from palimpsest.generate.prompts import Prompts, read_prompts
+from palimpsest.generate.reader import Reader, Ready
+from palimpsest.generate.sampling import GREEDY, Sampling, choose_tokens
+from palimpsest.generate.stop import StopScan
+from palimpsest.models.kimi_linear.history import StateHistory
+from palimpsest.models.kimi_linear.model import KimiLinearForCausalLM
+from palimpsest.models.kimi_linear.nonfinite import Fault
+from palimpsest.models.kimi_linear.state import ModelState
+from palimpsest.models.kimi_linear.state_file import check_state
+from palimpsest.text import TextPieces, Tokenizer
+
+Reason = Literal["length", "end", "stop", "nonfinite"]
+Draft = Callable[[Sequence[int]], Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One token of one sequence, as it comes.
+
+    Attributes:
+        sequence: its place in the batch.
+        token: None in the piece that says "nonfinite".
+        text: what became certain with it; never part of a character, and "" without a tokenizer.
+        reason: why the sequence ends here; None if it goes on.
+    """
+
+    sequence: int
+    token: int | None
+    text: str
+    reason: Reason | None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What came out.
+
+    Attributes:
+        tokens: the new tokens of each sequence, with the one that ended it.
+        texts: their text, without the stop string; "" without a tokenizer.
+        reasons: why each ended: "length", "end" (an end token), "stop" (a stop string) or "nonfinite".
+        ready: the sequences after all these tokens, to continue or to save. A token that only completed a stop string
+            has been read too.
+        faults: for sequences that ended as "nonfinite", where; by place in the batch.
+        history: the one given, with this run in it.
+        num_calls: forward passes taken.
+    """
+
+    tokens: list[list[int]]
+    texts: list[str]
+    reasons: list[Reason]
+    ready: Ready
+    faults: dict[int, Fault]
+    history: StateHistory | None
+    num_calls: int
+
+    @property
+    def state(self) -> ModelState:
+        """The state after all tokens."""
+        return self.ready.state
+
+
+def generate(
+    model: KimiLinearForCausalLM,
+    prompts: Prompts | Ready,
+    *,
+    max_new_tokens: int,
+    tokenizer: Tokenizer | None = None,
+    sampling: Sampling = GREEDY,
+    stop: Sequence[str] = (),
+    end_tokens: Sequence[int] | None = None,
+    seed: int | Sequence[int] = 0,
+    state: ModelState | None = None,
+    mask: Tensor | None = None,
+    prefill_chunk: int = 1024,
+    on_nonfinite: Literal["raise", "stop"] = "raise",
+    draft: Draft | None = None,
+    history: StateHistory | None = None,
+) -> Generation:
+    """Continue each prompt.
+
+    Args:
+        prompts: a text or several (with a tokenizer), ids or several lists of them, or ids [B, T]; or a `Ready`, to go
+            on exactly where `prefill` or an earlier generation ended.
+        max_new_tokens: at most this many per sequence, >= 1.
+        sampling: how tokens are chosen; greedy by default.
+        stop: texts that end a sequence; they need a tokenizer.
+        end_tokens: ids that end a sequence; by default the tokenizer's end mark or, without a tokenizer, the model's.
+        seed: sequence i draws with seed + i; or one seed per sequence.
+        state: what was read before the prompts, one row each; not changed.
+        mask: for ids [B, T], bool, True for a token; left and right padding are the same.
+        prefill_chunk: tokens of a prompt read at once, which bounds the memory that a prompt needs.
+        on_nonfinite: "raise" NonFiniteError, which names sequence, layer, head and token, or "stop" that sequence at
+            its last finite token.
+        draft: guesses the tokens to come, such as `prompt_lookup`; one sequence only. Wrong guesses cost time; the
+            tokens stay what they are without it.
+        history: checkpoints to go back to; one sequence only, which continues from `history.latest`.
+
+    Raises:
+        ValueError: an argument that does not fit, named in one sentence.
+        NonFiniteError: see on_nonfinite.
+
+    >>> from palimpsest.models.kimi_linear import KimiLinearConfig
+    >>> model = KimiLinearForCausalLM(KimiLinearConfig.tiny())
+    >>> generation = generate(model, [[1, 2, 3], [4]], max_new_tokens=5, end_tokens=())
+    >>> [len(tokens) for tokens in generation.tokens], generation.state.position
+    ([5, 5], tensor([8, 6]))
+    """
+    pieces = stream(
+        model,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        tokenizer=tokenizer,
+        sampling=sampling,
+        stop=stop,
+        end_tokens=end_tokens,
+        seed=seed,
+        state=state,
+        mask=mask,
+        prefill_chunk=prefill_chunk,
+        on_nonfinite=on_nonfinite,
+        draft=draft,
+        history=history,
+    )
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as end:
+            return end.value
+
+
+def stream(
+    model: KimiLinearForCausalLM,
+    prompts: Prompts | Ready,
+    *,
+    max_new_tokens: int,
+    tokenizer: Tokenizer | None = None,
+    sampling: Sampling = GREEDY,
+    stop: Sequence[str] = (),
+    end_tokens: Sequence[int] | None = None,
+    seed: int | Sequence[int] = 0,
+    state: ModelState | None = None,
+    mask: Tensor | None = None,
+    prefill_chunk: int = 1024,
+    on_nonfinite: Literal["raise", "stop"] = "raise",
+    draft: Draft | None = None,
+    history: StateHistory | None = None,
+) -> Generator[Piece, None, Generation]:
+    """The same as `generate`, one piece per token as they come; the generator's return value is the `Generation`.
+
+    Arguments are checked at once, before the first piece is asked for.
+
+    >>> from palimpsest.models.kimi_linear import KimiLinearConfig
+    >>> from palimpsest.text import ByteTokenizer
+    >>> model = KimiLinearForCausalLM(KimiLinearConfig.tiny())
+    >>> pieces = stream(model, "def", max_new_tokens=3, tokenizer=ByteTokenizer(), end_tokens=())
+    >>> [piece.reason for piece in pieces]
+    [None, None, 'length']
+    """
+    require("max_new_tokens", max_new_tokens, is_count(max_new_tokens), "a whole number >= 1")
+    require("on_nonfinite", on_nonfinite, on_nonfinite in ("raise", "stop"), "'raise' or 'stop'")
+    if stop and tokenizer is None:
+        raise ValueError("stop was given without a tokenizer; give one, or end_tokens instead")
+    stop = [stop] if isinstance(stop, str) else list(stop)
+    StopScan(stop)
+    ready, rows = _start(model, prompts, tokenizer, state, mask, prefill_chunk, history)
+    count = ready.state.batch_size
+    if count > 1 and (draft is not None or history is not None):
+        name = "draft" if draft is not None else "history"
+        raise ValueError(f"{name} was given with {count} sequences; it takes one")
+    seeds = _seeds(seed, count)
+    if end_tokens is None:
+        end_token = model.config.eos_token_id if tokenizer is None else tokenizer.eos_id
+        end_tokens = () if end_token is None else (end_token,)
+
+    reader = Reader(model, ready, stop_at_fault=on_nonfinite == "stop", history=history)
+    writers = [_Writer(i, max_new_tokens, tokenizer, stop, end_tokens) for i in range(count)]
+    return _run(reader, rows, prefill_chunk, writers, sampling, seeds, draft)
+
+
+def prefill(
+    model: KimiLinearForCausalLM,
+    prompts: Prompts,
+    *,
+    tokenizer: Tokenizer | None = None,
+    state: ModelState | None = None,
+    mask: Tensor | None = None,
+    prefill_chunk: int = 1024,
+) -> Ready:
+    """Read prompts and stop there: to save, to fork, or to continue with `generate`. Arguments as in `generate`.
+
+    >>> from palimpsest.models.kimi_linear import KimiLinearConfig
+    >>> model = KimiLinearForCausalLM(KimiLinearConfig.tiny())
+    >>> ready = prefill(model, [[1, 2, 3, 4]], prefill_chunk=3)
+    >>> ready.state.position, ready.logits.shape
+    (tensor([4]), torch.Size([1, 257]))
+    """
+    ready, rows = _start(model, prompts, tokenizer, state, mask, prefill_chunk, None)
+    reader = Reader(model, ready)
+    _read_prompts(reader, rows or [], prefill_chunk)
+    return reader.result()
+
+
+class _Writer:
+    """The tokens and the text of one sequence."""
+
+    def __init__(
+        self, sequence: int, limit: int, tokenizer: Tokenizer | None, stop: Sequence[str], ends: Sequence[int]
+    ):
+        self.sequence, self.limit, self.ends = sequence, limit, set(ends)
+        self.tokens: list[int] = []
+        self.text = ""
+        self.reason: Reason | None = None
+        self._tokenizer = tokenizer
+        self._pieces = None if tokenizer is None else TextPieces(tokenizer)
+        self._scan = StopScan(stop)
+
+    def write(self, token: int) -> Piece:
+        self.tokens.append(token)
+        text = self._scan.push(self._pieces.push(token)) if self._pieces else ""
+        if self._scan.found is not None:
+            self.reason = "stop"
+        elif token in self.ends:
+            self.reason = "end"
+        elif len(self.tokens) == self.limit:
+            self.reason = "length"
+        if self.reason is not None and self._pieces:
+            text += self._scan.push(self._pieces.end()) + self._scan.end()
+        self.text += text
+        return Piece(self.sequence, token, text, self.reason)
+
+    def fail(self, count: int) -> Piece:
+        """End at a fault: the first `count` tokens are good, the others are taken back."""
+        del self.tokens[count:]
+        self.text = "" if self._tokenizer is None else self._tokenizer.decode(self.tokens)
+        self.reason = "nonfinite"
+        return Piece(self.sequence, None, "", self.reason)
+
+
+def _run(
+    reader: Reader,
+    prompts: list[list[int]] | None,
+    prefill_chunk: int,
+    writers: list[_Writer],
+    sampling: Sampling,
+    seeds: list[int],
+    draft: Draft | None,
+) -> Generator[Piece, None, Generation]:
+    def choose(logits: Tensor, seen: Tensor, ahead: int = 0) -> list[int]:
+        positions = [reader.positions[row] + ahead for row in reader.rows]
+        rows = [seeds[row] for row in reader.rows]
+        return choose_tokens(logits, sampling, seeds=rows, positions=positions, seen=seen).tolist()
+
+    if prompts is not None:
+        _read_prompts(reader, prompts, prefill_chunk)
+    starts = list(reader.positions)
+    failed: set[int] = set()
+    while True:
+        for row in sorted(reader.faults.keys() - failed):
+            yield writers[row].fail(reader.positions[row] - starts[row])
+            failed.add(row)
+        if not reader.rows:
+            break
+        tokens = choose(reader.ready.logits, reader.ready.seen)
+        for row, token in zip(reader.rows, tokens):
+            yield writers[row].write(token)
+        writer = writers[reader.rows[0]]
+        guesses = [] if draft is None or writer.reason else _guesses(draft, prompts, writer, reader)
+        if not guesses:
+            reader.read([[token] for token in tokens])
+        else:
+            seen, count = reader.ready.seen, 1
+            logits_TN = reader.try_out([*tokens, *guesses])
+            for guess in guesses:
+                seen = seen.clone()
+                seen[0, tokens] = True
+                tokens = choose(logits_TN[count - 1 : count], seen, ahead=count)
+                if tokens[0] != guess:
+                    break
+                count += 1
+                yield writer.write(guess)
+                if writer.reason:
+                    break
+            reader.keep(count)
+        reader.leave([row for row in reader.rows if writers[row].reason])
+
+    return Generation(
+        [w.tokens for w in writers],
+        [w.text for w in writers],
+        [w.reason or "length" for w in writers],
+        reader.result(),
+        reader.faults,
+        reader.history,
+        reader.num_calls,
+    )
+
+
+def _guesses(draft: Draft, prompts: list[list[int]] | None, writer: _Writer, reader: Reader) -> list[int]:
+    """At most as many as may still be written, and as the history has room for."""
+    most = writer.limit - len(writer.tokens)
+    if reader.history is not None:
+        most = min(most, reader.history.room - 1)
+    known = [*(prompts[0] if prompts else []), *writer.tokens]
+    vocab_size = reader.model.config.vocab_size
+    return [] if most < 1 else [t for t in draft(known) if 0 <= t < vocab_size][:most]
+
+
+def _read_prompts(reader: Reader, prompts: list[list[int]], chunk: int) -> None:
+    """Each prompt in the chunks that it would be read in alone; the shorter ones wait for the others."""
+    for start in range(0, max(map(len, prompts), default=0), chunk):
+        reader.leave([row for row in reader.rows if len(prompts[row]) <= start])
+        if reader.rows:
+            reader.read([prompts[row][start : start + chunk] for row in reader.rows])
+    reader.return_all()
+
+
+def _start(
+    model: KimiLinearForCausalLM,
+    prompts: Prompts | Ready,
+    tokenizer: Tokenizer | None,
+    state: ModelState | None,
+    mask: Tensor | None,
+    prefill_chunk: int,
+    history: StateHistory | None,
+) -> tuple[Ready, list[list[int]] | None]:
+    """Where the sequences stand and what they have to read first; None for a `Ready`, which has read."""
+    require("prefill_chunk", prefill_chunk, is_count(prefill_chunk), "a whole number >= 1")
+    if history is not None:
+        if state is not None or isinstance(prompts, Ready):
+            raise ValueError(
+                "history was given with another state; it continues from history.latest, so give one of the two"
+            )
+        state = history.latest
+    if isinstance(prompts, Ready):
+        if state is not None or mask is not None:
+            raise ValueError("prompts is a Ready, which has its own state; leave state and mask out")
+        check_state(prompts.state, model)
+        if not prompts.logits.isfinite().all():
+            raise ValueError("prompts is a Ready whose logits are not finite; nothing can be chosen from them")
+        return prompts, None
+    rows = read_prompts(prompts, vocab_size=model.config.vocab_size, tokenizer=tokenizer, mask=mask)
+    if state is None:
+        state = ModelState.empty(model.config, len(rows), device=model.device, dtype=model.dtype)
+    check_state(state, model, len(rows))
+    if broken := state.nonfinite():
+        raise ValueError(
+            f"state is not finite in layer {broken[0].layer}, before any prompt; go back to an earlier state"
+        )
+    return Ready.nothing(state, model.config.vocab_size), rows
+
+
+def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
+    if isinstance(seed, int):
+        return [seed + i for i in range(count)]
+    seeds = list(seed)
+    require(
+        "seed", seed, len(seeds) == count and all(isinstance(s, int) for s in seeds), f"a number, or {count} of them"
+    )
+    return seeds
