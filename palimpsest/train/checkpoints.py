@@ -1,0 +1,218 @@
+"""Checkpoints that are whole or absent: written beside their place, forced to the disk, then renamed.
+
+    RUN/run.json                    the recipe and the digest of its data
+    RUN/metrics.jsonl               a line a logged step and evaluation
+    RUN/checkpoints/step-00000200   a model folder that `from_pretrained` reads, and beside the weights what
+                                    `accelerate` needs to go on: optimiser, random numbers, progress
+
+A kill at any moment leaves either the new name or only the old ones; what was half written has a name that starts with a
+dot, and the next run removes it.
+"""
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+
+from palimpsest.text import FileTokenizer, Tokenizer
+from palimpsest.train.parallel import agree
+from palimpsest.train.recipe import Recipe, as_dict, difference
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint could not be written or read; the sentence says which, why, and what is still whole."""
+
+
+class RunFolder:
+    """The folder of one training run.
+
+    Args:
+        path: the folder; made if missing.
+        recipe, digest: what a run in this folder must be.
+        resume: go on with a run that is there. False refuses a folder that holds one.
+
+    Raises:
+        ValueError: the folder holds something else, a run already, or a run of another recipe or other data.
+    """
+
+    def __init__(self, path: str | Path, recipe: Recipe, digest: str, *, resume: bool):
+        self.path, self.recipe, self.digest = Path(path), recipe, digest
+        self.metrics, self.checkpoints = self.path / "metrics.jsonl", self.path / "checkpoints"
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"{str(path)!r} is a file; a run needs a folder")
+        entries = [entry for entry in self.path.iterdir() if entry.name != ".DS_Store"] if self.path.is_dir() else []
+        if entries and not is_run(self.path):
+            raise ValueError(f"folder {str(path)!r} holds files but no run; give an empty or a new folder")
+        if entries and not resume:
+            raise ValueError(f"folder {str(path)!r} holds a run already; resume it, overwrite it, or give another folder")
+        if entries:
+            self._refuse_another(json.loads((self.path / "run.json").read_text(encoding="utf-8")))
+
+    def start(self) -> None:
+        """Makes the folder, or clears what a killed run left half written. Only the main process calls this."""
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            for half in [*self.checkpoints.glob(".saving-*"), *self.checkpoints.glob(".removing-*")]:
+                shutil.rmtree(half, ignore_errors=True)
+            write_json(self.path / "run.json", {"recipe": as_dict(self.recipe), "data": self.digest})
+        except OSError as error:
+            raise ValueError(f"folder {str(self.path)!r} cannot be written: {error.strerror}; give another") from error
+
+    def rewind(self, step: int) -> None:
+        """Removes the lines of metrics.jsonl after this step: the run goes on from there and writes them again."""
+        if self.metrics.exists():
+            lines = self.metrics.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _step(line) is not None and _step(line) <= step]
+            write_text(self.metrics, "".join(line + "\n" for line in kept))
+
+    def record(self, line: dict[str, Any]) -> None:
+        """Adds one line to metrics.jsonl."""
+        with open(self.metrics, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def records(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl; one that a kill cut short is left out."""
+        lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else []
+        return [json.loads(line) for line in lines if _step(line) is not None]
+
+    def _refuse_another(self, saved: dict[str, Any]) -> None:
+        other = difference(self.recipe, saved["recipe"])
+        if other:
+            raise ValueError(f"the run in {str(self.path)!r} has another recipe: {other}; give another folder")
+        if saved["data"] != self.digest:
+            raise ValueError(
+                f"the data changed since the run in {str(self.path)!r} began; bring the old files back, or start in "
+                "another folder"
+            )
+
+
+def is_run(folder: str | Path) -> bool:
+    """Whether a training run began in this folder."""
+    return (Path(folder) / "run.json").is_file()
+
+
+def latest(folder: str | Path) -> Path | None:
+    """The newest whole checkpoint of a run's folder; None before the first."""
+    found = sorted(p for p in (Path(folder) / "checkpoints").glob("step-*") if p.is_dir())
+    return found[-1] if found else None
+
+
+def save(accelerator: Accelerator, model: nn.Module, tokenizer: Tokenizer, run: RunFolder, step: int) -> Path:
+    """Writes the checkpoint of this step and drops the oldest beyond the recipe's number. All processes call this.
+
+    Raises:
+        CheckpointError: it could not be written; earlier checkpoints are whole.
+    """
+    final = run.checkpoints / f"step-{step:08d}"
+    if final.exists():  # the run resumed here and did no step
+        return final
+    half = run.checkpoints / f".saving-{final.name}"
+    failure: BaseException | None = None
+    try:
+        half.mkdir(parents=True, exist_ok=True)
+        accelerator.wait_for_everyone()
+        _write(accelerator, model, tokenizer, half)
+    except Exception as error:  # torch, safetensors and the system each have their own for a full disk
+        failure = error
+    if agree(accelerator, float(failure is not None))[0]:
+        if accelerator.is_main_process:
+            room = shutil.disk_usage(run.path).free
+            shutil.rmtree(half, ignore_errors=True)
+            raise CheckpointError(_sentence(failure, final, latest(run.path), room)) from failure
+        raise CheckpointError(f"checkpoint {str(final)!r} could not be written by another process") from failure
+    if accelerator.is_main_process:
+        flush(half)
+        half.rename(final)
+        _flush_folder(run.checkpoints)
+        older = sorted(run.checkpoints.glob("step-*"))[: -run.recipe.keep.checkpoints]
+        for path in older:  # renamed first, so that a kill leaves no half checkpoint under a whole one's name
+            path.rename(run.checkpoints / f".removing-{path.name}")
+        for path in run.checkpoints.glob(".removing-*"):
+            shutil.rmtree(path, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    return final
+
+
+def restore(accelerator: Accelerator, folder: Path) -> None:
+    """Puts model, optimiser, progress and random numbers back as they were. All processes call this.
+
+    Raises:
+        CheckpointError: a file is missing, cut short or of another shape.
+    """
+    try:
+        accelerator.load_state(str(folder))
+    except Exception as error:  # each library has its own for a damaged file
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"checkpoint {str(folder)!r} cannot be read ({first}); remove it to resume from the one before, or start anew"
+        ) from error
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    write_text(file, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Writes a text file whole or not at all."""
+    half = file.with_name(f".saving-{file.name}")
+    half.write_text(text, encoding="utf-8")
+    _flush_file(half)
+    half.rename(file)
+    _flush_folder(file.parent)
+
+
+def flush(folder: Path) -> None:
+    """Forces every file below the folder, and the folders' own lists, to the disk."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            _flush_file(Path(parent, name))
+        _flush_folder(Path(parent))
+
+
+def _write(accelerator: Accelerator, model: nn.Module, tokenizer: Tokenizer, folder: Path) -> None:
+    accelerator.save_state(str(folder))
+    if accelerator.is_main_process:
+        write_json(folder / "config.json", model.config.to_dict())
+        write_json(folder / "palimpsest.json", {"tokenizer": "bytes" if tokenizer.name == "bytes" else "tokenizer.json"})
+        if isinstance(tokenizer, FileTokenizer):
+            source = Path(tokenizer.name)
+            shutil.copyfile(source, folder / "tokenizer.json")
+            if source.with_name("tokenizer_config.json").is_file():
+                shutil.copyfile(source.with_name("tokenizer_config.json"), folder / "tokenizer_config.json")
+
+
+def _sentence(failure: BaseException | None, final: Path, before: Path | None, room: int) -> str:
+    whole = f"{before.name} is whole" if before else "there is none before it"
+    codes = {getattr(failure, "errno", None), getattr(failure.__cause__, "errno", None)} if failure else set()
+    if codes & set(NO_ROOM) or room < 1 << 20 or "No space left" in str(failure):
+        return f"no room to write checkpoint {str(final)!r}: {room >> 20} MiB are free; make room and resume ({whole})"
+    return f"checkpoint {str(final)!r} could not be written: {failure}; {whole}"
+
+
+def _step(line: str) -> int | None:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None  # the last line of a killed run
+
+
+def _flush_file(file: Path) -> None:
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _flush_folder(folder: Path) -> None:
+    if os.name == "nt":  # folders cannot be opened there, and renames are journaled
+        return
+    _flush_file(folder)

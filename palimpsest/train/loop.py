@@ -1,0 +1,149 @@
+"""The training loop: a page, standing on accelerate for device, precision, accumulation, processes and checkpoints.
+
+Reading order: `train` below, then recipe.py, data.py, optim.py, checkpoints.py.
+"""
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import nn
+
+from palimpsest.layers.moe import MoE, update_router_bias
+from palimpsest.models.kimi_linear import KimiLinearForCausalLM
+from palimpsest.train import checkpoints
+from palimpsest.train.data import Corpus, Heldout
+from palimpsest.train.evaluate import bits_per_byte
+from palimpsest.train.interrupts import interrupts
+from palimpsest.train.optim import build_optimizer, rate_factor
+from palimpsest.train.parallel import agree, start_accelerator, total
+from palimpsest.train.progress import Progress, Result
+from palimpsest.train.recipe import Recipe
+from palimpsest.train.telling import Report, Teller
+
+
+class NonFiniteError(ValueError):
+    """Too many steps in a row had a gradient that is not finite."""
+
+
+def train(recipe: Recipe, folder: str | Path, *, resume: bool = False, report: Report = lambda event: None) -> Result:
+    """Runs a recipe to its end, or to the first Ctrl-C or SIGTERM, which saves before it returns.
+
+    Args:
+        recipe: what to do.
+        folder: where metrics, checkpoints and the loss curve go.
+        resume: go on with the run in folder, if there is one; on a CPU, to the same bits as if it had never stopped.
+        report: called by the main process with each event, a dict; its "event" is start, step, train, evaluate,
+            checkpoint or end.
+
+    Raises:
+        ValueError: recipe, data or folder cannot be used.
+        NonFiniteError: more than `max_nonfinite` steps in a row had no finite gradient; the last checkpoint is whole.
+        CheckpointError: a checkpoint could not be written or read; earlier ones are whole.
+    """
+    accelerator = start_accelerator(recipe)
+    corpus = Corpus(recipe.data, recipe.seed)
+    if corpus.tokenizer.vocab_size > recipe.model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size is {recipe.model.vocab_size}; tokenizer {recipe.data.tokenizer!r} needs at least "
+            f"{corpus.tokenizer.vocab_size}"
+        )
+    run = checkpoints.RunFolder(folder, recipe, corpus.digest, resume=resume)
+    accelerator.wait_for_everyone()  # all have looked before one writes
+    if accelerator.is_main_process:
+        run.start()
+    set_seed(recipe.seed)
+    plain = KimiLinearForCausalLM(recipe.model)
+    model, optimizer = accelerator.prepare(plain, build_optimizer(plain, recipe.optim))
+    progress = Progress()
+    accelerator.register_for_checkpointing(progress)
+    if saved := checkpoints.latest(folder):
+        checkpoints.restore(accelerator, saved)
+    tell = Teller(run, report, tokens_per_byte=corpus.tokens_per_byte, silent=not accelerator.is_main_process)
+    tell.start(progress, **_facts(accelerator, plain, corpus), resumed=saved is not None)
+    began = time.monotonic() - progress.seconds
+
+    def evaluate(max_bytes: int) -> float:
+        text = Heldout(corpus.heldout, corpus.tokenizer, piece_bytes=recipe.evaluate.piece_bytes, max_bytes=max_bytes)
+        bits = bits_per_byte(accelerator, model, text, batch_size=recipe.evaluate.batch_size)
+        tell.evaluate(progress, bits, text.content)
+        return bits
+
+    def save() -> Path:
+        path = checkpoints.save(accelerator, plain, corpus.tokenizer, run, progress.step)
+        tell.checkpoint(progress, path)
+        return path
+
+    model.train()
+    with interrupts() as interrupted:
+        while True:
+            stop, progress.seconds = agree(accelerator, float(interrupted()), time.monotonic() - began)
+            share = progress.share(recipe)
+            if stop or share >= 1:
+                break
+            factor = rate_factor(recipe.schedule, share)
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * factor
+            parts, num_tokens = corpus.step(progress.step, accelerator.process_index, accelerator.num_processes)
+            loss = torch.zeros((), device=accelerator.device)
+            for part in parts:
+                tokens, labels, cu_seqlens, weight = part.to(accelerator.device)
+                with accelerator.accumulate(model), accelerator.autocast():
+                    part_loss = model(tokens, labels=labels, cu_seqlens=cu_seqlens).loss * weight
+                    accelerator.backward(part_loss)
+                loss += part_loss.detach() / len(parts)
+            mean_loss = float(total(accelerator, loss)) / accelerator.num_processes
+            norm = float(accelerator.clip_grad_norm_(model.parameters(), recipe.optim.clip))
+            finite = math.isfinite(mean_loss) and math.isfinite(norm)
+            loads = _unevenness(plain)
+            if finite or accelerator.scaler is not None:  # the scaler of fp16 skips by itself, and must learn of it
+                optimizer.step()
+            update_router_bias(plain, recipe.router_bias_rate if finite else 0.0)
+            optimizer.zero_grad()
+            progress.advance(num_tokens, skipped=not finite)
+            if progress.skipped_in_a_row > recipe.max_nonfinite:
+                raise NonFiniteError(_not_finite(progress, mean_loss, norm, checkpoints.latest(folder)))
+            tell.step(
+                progress, num_tokens, loss=mean_loss, gradient_norm=norm, rate=factor, share=share, expert_load=loads
+            )
+            if progress.share(recipe) < 1:  # the end evaluates and saves once more
+                if progress.step % recipe.evaluate.every == 0:
+                    evaluate(recipe.evaluate.max_bytes)
+                if progress.step % recipe.keep.checkpoint_every == 0:
+                    save()
+        checkpoint = save()
+        bits = None if stop else evaluate(recipe.evaluate.final_max_bytes)
+    result = Result(not stop, checkpoint, progress, bits, tell.baselines)
+    tell.end(result)
+    return result
+
+
+def _facts(accelerator: Accelerator, model: nn.Module, corpus: Corpus) -> dict[str, Any]:
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "documents": corpus.num_documents,
+        "bytes": corpus.num_bytes,
+        "heldout_documents": len(corpus.heldout),
+        "heldout_bytes": sum(len(d.content) for d in corpus.heldout),
+        "device": str(accelerator.device),
+        "processes": accelerator.num_processes,
+        "precision": str(accelerator.mixed_precision),
+    }
+
+
+def _unevenness(model: nn.Module) -> list[float]:
+    """For each mixture of experts, the busiest expert's tokens over the mean, in this process, this step."""
+    loads = [m.total_load.float() for m in model.modules() if isinstance(m, MoE)]
+    return [round(float(load.max() / load.mean().clamp(min=1e-9)), 4) for load in loads]
+
+
+def _not_finite(progress: Progress, loss: float, norm: float, last: Path | None) -> str:
+    return (
+        f"{progress.skipped_in_a_row} steps in a row up to step {progress.step} had no finite gradient (loss {loss}, norm "
+        f"{norm}); try a smaller optim.lr or a longer schedule.warmup"
+        + (f", or resume from {str(last)!r}" if last else "")
+    )

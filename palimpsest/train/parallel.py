@@ -1,0 +1,53 @@
+"""What several processes share: the accelerator, and the few numbers on which they must agree."""
+
+import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
+from accelerate.state import AcceleratorState, GradientState
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from palimpsest.train.recipe import Recipe
+
+
+def start_accelerator(recipe: Recipe) -> Accelerator:
+    """The accelerator of this process; several processes are started by `torchrun` or `accelerate launch`.
+
+    Raises:
+        ValueError: this machine cannot compute in the recipe's precision, or cannot shard.
+    """
+    # accelerate keeps one state per process; a second run in the same process may differ in precision or accumulation.
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    here, plugin = PartialState(), None
+    if recipe.parallel == "fsdp" and here.num_processes > 1:
+        if here.device.type == "cpu":
+            raise ValueError("parallel='fsdp' shards over GPUs and this machine computes on a CPU; use parallel=ddp")
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["DecoderLayer"],
+            # Shards stay in their own dtype, and autocast lowers what may be lowered: gates and routers stay in fp32.
+            mixed_precision_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32),
+        )
+    if recipe.precision == "fp16" and here.device.type == "cpu":
+        raise ValueError("precision='fp16' needs a GPU; use bf16, or no for fp32")
+    return Accelerator(
+        mixed_precision=recipe.precision, gradient_accumulation_steps=recipe.data.accumulate, fsdp_plugin=plugin
+    )
+
+
+def agree(accelerator: Accelerator, *numbers: float) -> tuple[float, ...]:
+    """The largest of each number over the processes: what all act on, so that none acts alone."""
+    if accelerator.num_processes == 1:
+        return numbers
+    mine = torch.tensor(numbers, dtype=torch.float64, device=accelerator.device)
+    torch.distributed.all_reduce(mine, op=torch.distributed.ReduceOp.MAX)
+    return tuple(mine.tolist())
+
+
+def total(accelerator: Accelerator, value: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor over the processes."""
+    if accelerator.num_processes == 1:
+        return value
+    value = value.to(accelerator.device, copy=True)
+    torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.SUM)
+    return value

@@ -1,0 +1,283 @@
+"""A recipe: everything that decides a training run, as frozen dataclasses. Nothing else does.
+
+A recipe file is Python with a function that returns a `Recipe`; a field is overridden by its dotted path:
+
+    palimpsest train recipes/demo.py --set optim.lr=3e-3 --set steps=200
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import importlib.util
+import json
+import re
+import sys
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from palimpsest.models.kimi_linear.config import KimiLinearConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextFiles:
+    """Documents that are files on this machine."""
+
+    paths: tuple[str, ...] = ()  # files and folders; a folder gives every file below it, hidden ones apart
+    include: tuple[str, ...] = ("*",)  # patterns on the file's name, or on its path below the folder
+    exclude: tuple[str, ...] = ()
+    heldout: float = 0.05  # this share of the files is never trained on; a single file gives its end
+    heldout_paths: tuple[str, ...] = ()  # or: these files and folders are held out, and `heldout` is not used
+
+    def __post_init__(self):
+        _expect(bool(self.paths), "data.source.paths is empty; name at least one file or folder")
+        _expect(0 < self.heldout < 1, f"data.source.heldout is {self.heldout}; expected a share between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedDataset:
+    """Documents from the `datasets` library: a name on its hub, or a local folder of JSONL, CSV, Parquet or text."""
+
+    name: str
+    config: str | None = None
+    column: str = "text"
+    train_split: str = "train"
+    heldout_split: str = "validation"
+    document_start: str | None = None  # rows are joined into one document until one matches this expression
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    source: TextFiles | NamedDataset
+    tokenizer: str = "bytes"  # or a tokenizer.json, or its folder
+    sequence_length: int = 256  # tokens a row
+    batch_size: int = 16  # rows an optimiser step, over all processes and accumulated parts
+    accumulate: int = 1  # parts a step is computed in, one after the other
+    layout: Literal["windows", "packed"] = "windows"  # each row within one document, or documents laid end to end
+
+    def __post_init__(self):
+        for name, least in {"sequence_length": 2, "batch_size": 1, "accumulate": 1}.items():
+            _expect(getattr(self, name) >= least, f"data.{name} is {getattr(self, name)}; expected at least {least}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    kind: Literal["muon", "adamw"] = "muon"  # muon: hidden matrices by Muon, the rest by AdamW
+    lr: float = 3e-3  # of AdamW
+    matrix_lr: float = 2e-2  # of Muon, times sqrt(max(1, rows / columns))
+    weight_decay: float = 0.1  # of matrices, on their own learning rate; vectors, gates and embeddings have none
+    betas: tuple[float, float] = (0.9, 0.95)
+    momentum: float = 0.95  # of Muon
+    clip: float = 1.0  # largest norm of the gradient; longer ones are shortened to it
+
+    def __post_init__(self):
+        for name in ("lr", "matrix_lr", "clip"):
+            _expect(getattr(self, name) > 0, f"optim.{name} is {getattr(self, name)}; expected a positive number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The learning rate's factor, by the share of the run that is done."""
+
+    kind: Literal["wsd", "cosine"] = "wsd"  # warm-up, stable, linear decay; or warm-up and half a cosine
+    warmup: float = 0.02  # share of the run
+    decay: float = 0.3  # share of the run; wsd only
+    floor: float = 0.0  # the factor at the end
+
+    def __post_init__(self):
+        decay = self.decay if self.kind == "wsd" else 0.0
+        shares = min(self.warmup, decay) >= 0 and self.warmup + decay <= 1
+        _expect(shares, f"schedule.warmup {self.warmup} and decay {self.decay} are shares of the run, at most 1 together")
+        _expect(0 <= self.floor <= 1, f"schedule.floor is {self.floor}; expected a factor between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Bits per byte on held-out files, in pieces that each start from an empty memory."""
+
+    every: int = 100  # steps; also at the end
+    piece_bytes: int = 1024
+    max_bytes: int = 65536  # for evaluations along the way, spread evenly over the held-out files
+    final_max_bytes: int = 1 << 20  # for the last one
+    batch_size: int = 16  # pieces at once
+
+    def __post_init__(self):
+        for name in ("every", "batch_size", "max_bytes", "final_max_bytes"):
+            _expect(getattr(self, name) >= 1, f"evaluate.{name} is {getattr(self, name)}; expected at least 1")
+        _expect(self.piece_bytes >= 2, f"evaluate.piece_bytes is {self.piece_bytes}; expected at least 2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keep:
+    """What is written along the way."""
+
+    checkpoint_every: int = 200  # steps; also at the end and when interrupted
+    checkpoints: int = 2  # this many are kept
+    log_every: int = 10  # steps between lines of metrics.jsonl
+    tensorboard: bool = False
+
+    def __post_init__(self):
+        for name in ("checkpoint_every", "checkpoints", "log_every"):
+            _expect(getattr(self, name) >= 1, f"keep.{name} is {getattr(self, name)}; expected at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    model: KimiLinearConfig
+    data: Data
+    steps: int  # the run ends here,
+    minutes: float | None = None  # or here, whichever comes first; the schedule follows what is nearer its end
+    optim: Optim = field(default_factory=Optim)
+    schedule: Schedule = field(default_factory=Schedule)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    keep: Keep = field(default_factory=Keep)
+    router_bias_rate: float = 1e-3  # how fast the experts' loads are evened out
+    precision: Literal["no", "bf16", "fp16"] = "no"  # "no" is fp32; the others by autocast
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # between processes, when there are several: copies, or FSDP2 shards
+    max_nonfinite: int = 10  # steps in a row whose gradient is not finite are skipped; one more ends the run
+    seed: int = 0
+
+    def __post_init__(self):
+        _expect(self.steps >= 1, f"steps is {self.steps}; expected at least 1")
+        _expect(self.minutes is None or self.minutes > 0, f"minutes is {self.minutes}; expected more than 0, or none")
+        _expect(self.max_nonfinite >= 0, f"max_nonfinite is {self.max_nonfinite}; expected 0 or more")
+
+
+RESUMABLE = ("keep.",)  # fields that may change between the parts of an interrupted run: they decide no number
+
+
+def override(recipe: Recipe, settings: Mapping[str, str]) -> Recipe:
+    """The recipe with fields replaced, each named by its dotted path, its value as text.
+
+    Raises:
+        ValueError: no such field (the nearest name is suggested), or the text is no value of its type.
+    """
+    tree: dict[str, Any] = {}
+    for path, text in settings.items():
+        node = tree
+        *groups, last = path.split(".")
+        for name in groups:
+            node = node.setdefault(name, {})
+            _expect(isinstance(node, dict), f"{path!r} and a part of it are both set; set one of them")
+        _expect(last not in node, f"{path!r} and a part of it are both set; set one of them")
+        node[last] = text
+    return _replace(recipe, tree, prefix="")
+
+
+def load_recipe(place: str, settings: Mapping[str, str] | None = None) -> Recipe:
+    """The recipe of "file.py" (its function `recipe`) or "file.py:function", with settings as `override` takes them.
+
+    Raises:
+        ValueError: the file or function is missing, fails, or returns something else.
+    """
+    path, _, name = place.partition(":")
+    name = name or "recipe"
+    if not Path(path).is_file():
+        raise ValueError(f"recipe {path!r} is not a file; give a Python file such as recipes/demo.py")
+    unique = hashlib.sha256(str(Path(path).resolve()).encode()).hexdigest()[:12]
+    spec = importlib.util.spec_from_file_location(f"palimpsest_recipe_{unique}", path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"recipe {path!r} is not Python; give a file that ends in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses defined in the file look themselves up here
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"recipe {path!r} does not run: {type(error).__name__}: {error}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        own = [n for n, f in vars(module).items() if callable(f) and getattr(f, "__module__", "") == spec.name]
+        raise ValueError(f"recipe {path!r} has no function {name!r}; it has {', '.join(own) or 'none'}")
+    try:
+        recipe = function()
+    except Exception as error:
+        raise ValueError(f"{name}() of {path!r} fails: {type(error).__name__}: {error}") from error
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"{name}() of {path!r} returns {type(recipe).__name__}; expected a palimpsest.train.Recipe")
+    return override(recipe, settings or {})
+
+
+def as_dict(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as JSON would hold it."""
+    return json.loads(json.dumps(dataclasses.asdict(recipe), default=str))
+
+
+def difference(recipe: Recipe, saved: Mapping[str, Any]) -> str | None:
+    """The first field in which the recipe is not the one saved by `as_dict`, as a phrase; None if they agree."""
+    now, then = _flat(as_dict(recipe)), _flat(saved)
+    for path in sorted(now.keys() | then.keys()):
+        if not path.startswith(RESUMABLE) and now.get(path) != then.get(path):
+            return f"{path} was {then.get(path)!r} and is now {now.get(path)!r}"
+    return None
+
+
+def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in node.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _replace(node: Any, tree: Mapping[str, Any], prefix: str) -> Any:
+    types_of = typing.get_type_hints(type(node))
+    names = [f.name for f in fields(node) if f.init]
+    changes = {}
+    for name, value in tree.items():
+        path = prefix + name
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+            hint = f"did you mean {prefix + near[0]!r}?" if near else f"it has {', '.join(names)}"
+            raise ValueError(f"the recipe has no field {path!r}; {hint}")
+        inner = getattr(node, name)
+        if isinstance(value, Mapping):
+            _expect(is_dataclass(inner), f"{path!r} is a single value and has no field {next(iter(value))!r}")
+            changes[name] = _replace(inner, value, path + ".")
+        elif is_dataclass(inner):
+            raise ValueError(f"{path!r} is a group; set one of {', '.join(f'{path}.{f.name}' for f in fields(inner))}")
+        else:
+            changes[name] = _parse(path, value, types_of[name])
+    return dataclasses.replace(node, **changes)
+
+
+def _parse(path: str, text: str, kind: Any) -> Any:
+    """The value that text means for a field of this type."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if type(None) in arguments and text.strip().lower() in ("none", "null", ""):
+            return None
+        options = [a for a in arguments if a is not type(None)]
+        for option in options:
+            try:
+                return _parse(path, text, option)
+            except ValueError:
+                if option is options[-1]:
+                    raise
+    if origin is Literal:
+        _expect(text in arguments, f"{path} is {text!r}; expected one of {', '.join(map(str, arguments))}")
+        return text
+    if origin in (tuple, list):
+        items = [item.strip().strip("'\"") for item in re.split(r"[,\s]+", text.strip("()[] ")) if item]
+        item_kinds = [arguments[0]] * len(items) if arguments[-1] is Ellipsis or origin is list else list(arguments)
+        _expect(len(items) == len(item_kinds), f"{path} is {text!r}; expected {len(item_kinds)} values")
+        return origin(_parse(path, item, item_kind) for item, item_kind in zip(items, item_kinds))
+    if kind is bool:
+        words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+        _expect(text.lower() in words, f"{path} is {text!r}; expected true or false")
+        return words[text.lower()]
+    if kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            word = "a whole number" if kind is int else "a number"
+            raise ValueError(f"{path} is {text!r}; expected {word}") from None
+    if kind is str:
+        return text
+    raise ValueError(f"{path} cannot be set from the command line; change it in the recipe file")
+
+
+def _expect(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise ValueError(sentence)

@@ -1,0 +1,90 @@
+"""What a run tells: metrics.jsonl, TensorBoard if asked, the loss curve, and events for whoever shows progress."""
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from palimpsest.train.checkpoints import RunFolder, write_json
+from palimpsest.train.evaluate import compressors
+from palimpsest.train.plots import draw_loss_curve
+from palimpsest.train.progress import Progress, Result
+
+Report = Callable[[dict[str, Any]], None]
+
+
+class Teller:
+    """Turns what the loop knows into lines and events.
+
+    Args:
+        run: the folder that metrics go to.
+        report: called with each event.
+        tokens_per_byte: of the training text.
+        silent: tell nothing: another process does.
+    """
+
+    def __init__(self, run: RunFolder, report: Report, *, tokens_per_byte: float, silent: bool):
+        self.run, self.report, self.silent = run, report, silent
+        self.bits_per_nat = tokens_per_byte / math.log(2)
+        self.baselines: dict[str, float] = {}
+        self.board = _board(run.path) if run.recipe.keep.tensorboard and not silent else None
+        self._tokens, self._busy, self._since = 0, 0.0, time.monotonic()  # since the last line, without evaluations
+
+    def start(self, progress: Progress, **facts: Any) -> None:
+        if not self.silent:
+            self.run.rewind(progress.step)
+            self.report({"event": "start", "step": progress.step, **facts})
+        self._since = time.monotonic()
+
+    def step(self, progress: Progress, num_tokens: int, *, loss: float, **facts: Any) -> None:
+        """After each optimiser step; every `log_every`th becomes a line."""
+        now = time.monotonic()
+        self._tokens, self._busy, self._since = self._tokens + num_tokens, self._busy + now - self._since, now
+        if self.silent:
+            return
+        event = {"event": "step", "step": progress.step, "tokens": progress.tokens, "seconds": round(progress.seconds, 3)}
+        event |= {"loss": loss, "bits_per_byte": loss * self.bits_per_nat, "skipped": progress.skipped, **facts}
+        self.report(event)
+        if progress.step % self.run.recipe.keep.log_every == 0:
+            self._line(event | {"event": "train", "tokens_per_second": round(self._tokens / max(self._busy, 1e-9), 1)})
+            self._tokens, self._busy = 0, 0.0
+
+    def evaluate(self, progress: Progress, bits: float, content: bytes) -> None:
+        """After an evaluation on content, which the compressors are given too."""
+        if not self.silent:
+            self.baselines = compressors(content)
+            found = {"heldout_bits_per_byte": bits, "heldout_bytes": len(content), "compressors": self.baselines}
+            self._line({"event": "evaluate", "step": progress.step, "tokens": progress.tokens, **found})
+        self._since = time.monotonic()
+
+    def checkpoint(self, progress: Progress, path: Path) -> None:
+        if not self.silent:
+            draw_loss_curve(self.run.records(), self.baselines, self.run.path)
+            self.report({"event": "checkpoint", "step": progress.step, "path": str(path)})
+        self._since = time.monotonic()
+
+    def end(self, result: Result) -> None:
+        if not self.silent:
+            draw_loss_curve(self.run.records(), self.baselines, self.run.path)
+            write_json(self.run.path / "result.json", result.as_dict())
+            self.report({"event": "end", **result.as_dict()})
+        if self.board is not None:
+            self.board.close()
+
+    def _line(self, event: dict[str, Any]) -> None:
+        self.run.record({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in event.items()})
+        self.report(event)
+        for name, value in event.items() if self.board is not None else ():
+            if isinstance(value, float):
+                self.board.add_scalar(f"{event['event']}/{name}", value, event["step"])
+            elif isinstance(value, list):
+                self.board.add_scalars(f"{event['event']}/{name}", {str(i): x for i, x in enumerate(value)}, event["step"])
+
+
+def _board(folder: Path):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError("keep.tensorboard=true needs tensorboard: pip install tensorboard") from error
+    return SummaryWriter(str(folder / "tensorboard"))

@@ -1,0 +1,48 @@
+"""The main job: a small Kimi Linear that reads bytes and learns the Python standard library's own sources.
+
+    palimpsest train recipes/demo.py --out runs/demo
+    palimpsest generate runs/demo --prompt "def read_lines(path):"
+
+Three layers of Kimi Delta Attention to one of latent attention, a mixture of experts in each but the first. It stops
+after four and a half minutes of training, however fast the machine is, and the learning rate follows the clock.
+"""
+
+import sysconfig
+
+from palimpsest.models.kimi_linear import KimiLinearConfig
+from palimpsest.train import Data, Evaluate, Keep, Optim, Recipe, Schedule, TextFiles
+
+
+def recipe() -> Recipe:
+    return Recipe(
+        model=KimiLinearConfig.tiny(
+            "KKKM",
+            hidden_size=128,
+            intermediate_size=384,
+            linear_num_heads=2,
+            linear_head_dim=64,
+            num_attention_heads=2,
+            kv_lora_rank=64,
+            qk_nope_head_dim=32,
+            qk_rope_head_dim=16,
+            v_head_dim=32,
+            num_experts=4,
+            num_experts_per_token=1,
+            moe_intermediate_size=192,
+        ),
+        data=Data(
+            source=TextFiles(
+                paths=(sysconfig.get_path("stdlib"),),
+                include=("*.py",),
+                exclude=("site-packages/*", "dist-packages/*", "test/*", "*/test/*", "*/tests/*", "encodings/*", "pydoc_data/*"),
+            ),
+            sequence_length=256,
+            batch_size=16,
+        ),
+        steps=100_000,
+        minutes=4.5,
+        optim=Optim(),
+        schedule=Schedule(warmup=0.02, decay=0.4),
+        evaluate=Evaluate(every=200, max_bytes=65536, final_max_bytes=1 << 19),
+        keep=Keep(checkpoint_every=400, log_every=5),
+    )

@@ -1,0 +1,103 @@
+"""The small model that the explainer ships: it reads bytes, and its memories can be watched.
+
+    palimpsest train recipes/explainer.py --out runs/explainer
+
+Half of its text are the docstrings of the Python standard library, the other half short stories in which things change,
+so that to go on well a head must erase what it wrote: "The door is red. Now the door is blue. What is the door?".
+Both are made here, from this interpreter's own library and from a seed.
+"""
+
+import ast
+import random
+import sysconfig
+from pathlib import Path
+
+from palimpsest.models.kimi_linear import KimiLinearConfig
+from palimpsest.train import Data, Evaluate, Keep, Optim, Recipe, Schedule, TextFiles
+
+TEXT = Path("runs/explainer-text")
+THINGS = (
+    "door lamp chair boat kite cup coat gate roof flag ring book bell cart drum tent sail rope leaf stone box wall "
+    "hat shoe fence bridge window candle basket ladder"
+).split()
+COLOURS = "red blue green gold grey black white pink brown silver yellow purple orange".split()
+NAMES = "Ada Ben Cleo Dan Eva Finn Gus Hana Ivo Juno Kai Lena Mara Nils Olga Pia Rosa Sam Tom Una".split()
+PLACES = "garden kitchen attic cellar market library forest station harbour tower school bakery".split()
+
+
+def story(chance: random.Random) -> str:
+    """A few facts, one or two of them overwritten, and questions that ask for the last word on each."""
+    if chance.random() < 0.5:
+        subjects = [f"the {thing}" for thing in chance.sample(THINGS, chance.randint(1, 4))]
+        values, verb, asks = COLOURS, "is", "What colour is"
+    else:
+        subjects = chance.sample(NAMES, chance.randint(1, 4))
+        values, verb, asks = [f"in the {place}" for place in PLACES], "is", "Where is"
+    now = {subject: chance.choice(values) for subject in subjects}
+    sentences = [f"{subject} {verb} {value}." for subject, value in now.items()]
+    for subject in chance.choices(subjects, k=chance.randint(1, 3)):
+        now[subject] = chance.choice([value for value in values if value != now[subject]])
+        sentences.append(f"{chance.choice(('now', 'then', 'later'))} {subject} {verb} {now[subject]}.")
+    for subject in chance.sample(subjects, min(len(subjects), 2)):
+        if chance.random() < 0.7:
+            sentences.append(f"{asks} {subject}?")
+        sentences.append(f"{subject} {verb} {now[subject]}.")
+    return " ".join(s[0].upper() + s[1:] for s in sentences)
+
+
+def docstrings() -> list[str]:
+    """Every docstring of at least a line in the standard library's top modules and packages."""
+    found = []
+    for file in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
+        if {"site-packages", "dist-packages", "test", "tests", "lib2to3"} & set(file.parts):
+            continue
+        try:
+            tree = ast.parse(file.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError):
+            continue
+        nodes = (n for n in ast.walk(tree) if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef)))
+        found += [text for node in nodes if len(text := ast.get_docstring(node) or "") > 60]
+    return found
+
+
+def write_text(folder: Path, seed: int = 0) -> None:
+    """Docstrings and stories, as many bytes of each, in files of some 64 kB."""
+    chance = random.Random(seed)
+    prose = docstrings()
+    size, stories = sum(map(len, prose)), []
+    while size > 0:
+        stories.append(" ".join(story(chance) for _ in range(4)))
+        size -= len(stories[-1])
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, texts in (("docstrings", prose), ("stories", stories)):
+        chance.shuffle(texts)
+        whole = "\n\n".join(texts)
+        for i in range(0, len(whole), 1 << 16):
+            (folder / f"{name}-{i >> 16:03}.txt").write_text(whole[i : i + (1 << 16)], encoding="utf-8")
+
+
+def recipe() -> Recipe:
+    if not TEXT.is_dir():
+        write_text(TEXT)
+    return Recipe(
+        model=KimiLinearConfig.tiny(
+            "KKKM",
+            hidden_size=64,
+            intermediate_size=192,
+            linear_num_heads=4,
+            linear_head_dim=16,
+            num_attention_heads=4,
+            kv_lora_rank=32,
+            qk_nope_head_dim=16,
+            qk_rope_head_dim=8,
+            v_head_dim=16,
+            num_experts=0,
+            tie_word_embeddings=True,
+        ),
+        data=Data(source=TextFiles(paths=(str(TEXT),)), sequence_length=256, batch_size=16),
+        steps=6000,
+        optim=Optim(),
+        schedule=Schedule(warmup=0.02, decay=0.4),
+        evaluate=Evaluate(every=500, max_bytes=32768, final_max_bytes=1 << 17),
+        keep=Keep(checkpoint_every=500, log_every=20),
+    )
