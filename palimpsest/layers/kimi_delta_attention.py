@@ -157,7 +157,6 @@ class KimiDeltaAttention(Float32Tensors):
         q_BHK, k_BHK, v_BHK = (s.unflatten(-1, (H, K)) for s in streams)
 
         if mask is not None and held is not None:
-            k_BHK = k_BHK * mask[:, None, None]
             for window, before in zip(state.conv, held):
                 window.copy_(torch.where(mask[:, None, None], window, before))
 

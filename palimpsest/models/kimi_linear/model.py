@@ -21,6 +21,7 @@ from palimpsest.layers.moe import MoE
 from palimpsest.layers.norms import RMSNorm
 from palimpsest.layers.padding import borders, check_rows, pack, unpack
 from palimpsest.layers.precision import float32
+from palimpsest.layers.state import KDAState, LatentState
 from palimpsest.models.kimi_linear.config import LATENT_TYPES, KimiLinearConfig
 from palimpsest.models.kimi_linear.state import ModelState
 
@@ -142,10 +143,15 @@ class KimiLinearModel(nn.Module):
         if ndim == 2:
             check_rows(ids, mask, cu_seqlens)
         rows = len(ids) if cu_seqlens is None else len(borders(cu_seqlens, ids.shape[1])) - 1
-        if state is not None and (len(state.layers) != len(self.layers) or len(state.position) != rows):
+        if state is None:
+            return
+        if len(state.position) != rows:
+            raise ValueError(f"state has {len(state.position)} sequences and input_ids {rows}; give one state a sequence")
+        kinds = [LatentState if name in LATENT_TYPES else KDAState for name in self.config.layer_types]
+        if [type(layer) for layer in state.layers] != kinds:
             raise ValueError(
-                f"state has {len(state.layers)} layers and {len(state.position)} sequences; "
-                f"this call asks for {len(self.layers)} and {rows}"
+                f"state is of another model: its layers are {', '.join(type(layer).__name__ for layer in state.layers)} "
+                f"and the model's {', '.join(self.config.layer_types)}"
             )
 
 
@@ -170,7 +176,7 @@ class KimiLinearForCausalLM(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def _initialise(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Embedding):
+        if isinstance(module, nn.Linear | nn.Embedding) and not module.weight.is_meta:  # thousands of experts: seconds
             nn.init.normal_(module.weight, std=self.config.initializer_range)
 
     @property
