@@ -14,7 +14,7 @@ import triton.language as tl
 from palimpsest.ops.triton.tiles import find_sequence, sigmoid
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def chain_kernel(
     E, Q, W, P, D, write, strength, state, out, state_out, memories,
     cu_seqlens, chunk_offsets, T, HV,
@@ -30,18 +30,17 @@ def chain_kernel(
     in_K, in_V = d < K, v < V
     state_at = tl.program_id(0).to(tl.int64) * K * V + d[None, :] * V + v[:, None]
     in_state = in_K[None, :] & in_V[:, None]
-    tile = (chunk.to(tl.int64) if PACKED else chunk.to(tl.int64)) * HV + head
+    tile = chunk.to(tl.int64) * HV + head
     rows = tile * C * K + c[:, None] * K + d[None, :]
     square = tile * C * C + c[:, None] * C + c[None, :]
     values = (start + c)[None, :] * HV * V + head * V + v[:, None]
 
     S_VK = tl.load(state + state_at, mask=in_state, other=0.0)
     for step in tl.range(0, tl.cdiv(tokens, C), num_stages=STAGES):
-        in_rows = in_K[None, :] & (c[:, None] < C)
         in_C = step * C + c < tokens
         in_values = in_C[None, :] & in_V[:, None]
-        E_CK = tl.load(E + rows, mask=in_rows, other=0.0)
-        W_CK = tl.load(W + rows, mask=in_rows, other=0.0)
+        E_CK = tl.load(E + rows, mask=in_K[None, :], other=0.0)
+        W_CK = tl.load(W + rows, mask=in_K[None, :], other=0.0)
         D_K = tl.load(D + tile * K + d, mask=in_K, other=0.0)
         w_VC = tl.load(write + values, mask=in_values, other=0.0).to(tl.float32)
         if STRENGTH:
@@ -55,7 +54,7 @@ def chain_kernel(
 
         fresh_VC = (w_VC - tl.dot(S_low_VK, tl.trans(E_CK), input_precision=PRECISION)).to(DTYPE)
         if not SAVE:
-            Q_CK = tl.load(Q + rows, mask=in_rows, other=0.0)
+            Q_CK = tl.load(Q + rows, mask=in_K[None, :], other=0.0)
             P_CC = tl.load(P + square)
             o_VC = tl.dot(S_low_VK, tl.trans(Q_CK), input_precision=PRECISION)
             o_VC = tl.dot(fresh_VC, P_CC, o_VC, input_precision=PRECISION)

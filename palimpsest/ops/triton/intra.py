@@ -15,11 +15,10 @@ Answers   to ops/chunked.py, where `merge` is one level of the loop below.
 import triton
 import triton.language as tl
 
-from palimpsest.ops.triton.tiles import activated  # noqa: F401  (used inside load_decay)
-from palimpsest.ops.triton.tiles import crosses_transposed, factor, find_chunk, load_decay, product, sigmoid, spans
+from palimpsest.ops.triton.tiles import crosses, factor, find_chunk, load_decay, product, sigmoid, spans
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "N"])
 def intra_kernel(
     q, k, erase, g, A_log, dt_bias, E_out, Q_out, W_out, P_out, D_out, M_out, norms_out,
     cu_seqlens, chunk_offsets, T, N, H, HV, scale, floor,
@@ -61,20 +60,17 @@ def intra_kernel(
     i, j = c[None, :], c[:, None]  # transposed: reader i is the column, written token j the row
     P_CC = tl.where(i == j, tl.sum(q_CK * k_CK, 1)[:, None], 0.0)
     M_CC = tl.where(i == j, 1.0, 0.0)
-    for level in tl.static_range(LEVELS):
-        f_CK = factor(spans(C, 1 << level, False, False), g_CK, WIDE, PRECISION)
+    for level in tl.range(0, LEVELS, num_stages=1):
+        f_CK = factor(spans(C, level, False, False), g_CK, WIDE, PRECISION)
         fe_CK = f_CK
         if EXCLUSIVE:
-            fe_CK = factor(spans(C, 1 << level, True, False), g_CK, WIDE, PRECISION)
-        meet = crosses_transposed(C, 1 << level)
+            fe_CK = factor(spans(C, level, True, False), g_CK, WIDE, PRECISION)
+        meet = crosses(C, level, True)
         kf_CK = (k_CK * f_CK).to(DTYPE)
         P_CC += tl.where(meet, product(kf_CK, tl.trans((q_CK * f_CK).to(DTYPE)), DTYPE, PRECISION), 0.0)
         A_CC = tl.where(meet, product(kf_CK, tl.trans((e_CK * fe_CK).to(DTYPE)), DTYPE, PRECISION), 0.0)
-        if level == 0:
-            M_CC -= A_CC
-        else:
-            MA_CC = tl.dot(M_CC, A_CC, input_precision=PRECISION)
-            M_CC -= tl.dot(MA_CC, M_CC, input_precision=PRECISION)
+        MA_CC = tl.dot(M_CC, A_CC, input_precision=PRECISION)
+        M_CC -= tl.dot(MA_CC, M_CC, input_precision=PRECISION)
 
     since = j >= i  # here row j of the product, token i of the sum
     before_CK = factor(since, g_CK, WIDE, PRECISION)
@@ -84,10 +80,9 @@ def intra_kernel(
     after_CK = factor(j < i, g_CK, WIDE, PRECISION)
     out = tile * C * K + c[:, None] * K + d[None, :]
     square = tile * C * C + c[:, None] * C + c[None, :]
-    in_row = in_K[None, :] & (c[:, None] < C)
-    tl.store(E_out + out, (e_CK * before_e_CK).to(DTYPE), mask=in_row)
-    tl.store(Q_out + out, (q_CK * before_CK).to(DTYPE), mask=in_row)
-    tl.store(W_out + out, product(M_CC, k_CK * after_CK, DTYPE, PRECISION).to(DTYPE), mask=in_row)
+    tl.store(E_out + out, (e_CK * before_e_CK).to(DTYPE), mask=in_K[None, :])
+    tl.store(Q_out + out, (q_CK * before_CK).to(DTYPE), mask=in_K[None, :])
+    tl.store(W_out + out, product(M_CC, k_CK * after_CK, DTYPE, PRECISION).to(DTYPE), mask=in_K[None, :])
     tl.store(P_out + square, product(M_CC, P_CC, DTYPE, PRECISION).to(DTYPE))
     tl.store(D_out + tile * K + d, tl.exp(tl.sum(g_CK, 0)), mask=in_K)
     if SAVE:

@@ -12,7 +12,7 @@ import triton.language as tl
 from palimpsest.ops.triton.tiles import find_sequence
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def reverse_kernel(
     E, Q, W, P, D, d_out, d_state_out, d_write, d_memories, d_state,
     cu_seqlens, chunk_offsets, T, HV,
@@ -30,23 +30,22 @@ def reverse_kernel(
     in_state = in_K[None, :] & in_V[:, None]
     tile = (chunk + chunks - 1).to(tl.int64) * HV + head
     rows = tile * C * K + c[:, None] * K + d[None, :]
-    square = tile * C * C + c[None, :] * C + c[:, None]  # read transposed
+    square = tile * C * C + c[:, None] * C + c[None, :]
     values = (start + (chunks - 1) * C + c)[None, :] * HV * V + head * V + v[:, None]
 
     dS_VK = tl.load(d_state_out + state_at, mask=in_state, other=0.0)
     for step in tl.range(0, chunks, num_stages=STAGES):
-        in_rows = in_K[None, :] & (c[:, None] < C)
         in_values = ((chunks - 1 - step) * C + c < tokens)[None, :] & in_V[:, None]
-        W_CK = tl.load(W + rows, mask=in_rows, other=0.0)
+        W_CK = tl.load(W + rows, mask=in_K[None, :], other=0.0)
         P_CC = tl.load(P + square)
-        E_CK = tl.load(E + rows, mask=in_rows, other=0.0)
-        Q_CK = tl.load(Q + rows, mask=in_rows, other=0.0)
+        E_CK = tl.load(E + rows, mask=in_K[None, :], other=0.0)
+        Q_CK = tl.load(Q + rows, mask=in_K[None, :], other=0.0)
         D_K = tl.load(D + tile * K + d, mask=in_K, other=0.0)
         do_VC = tl.load(d_out + values, mask=in_values, other=0.0)
         dS_low_VK = dS_VK.to(DTYPE)
         tl.store(d_memories + tile * K * V + v[:, None] * K + d[None, :], dS_low_VK, mask=in_state)
 
-        dw_VC = tl.dot(do_VC, P_CC, input_precision=PRECISION)
+        dw_VC = tl.dot(do_VC, tl.trans(P_CC), input_precision=PRECISION)
         dw_VC = tl.dot(dS_low_VK, tl.trans(W_CK), dw_VC, input_precision=PRECISION)
         dw_low_VC = dw_VC.to(DTYPE)
         tl.store(d_write + values, dw_low_VC, mask=in_values)

@@ -47,8 +47,8 @@ def find_sequence(n, cu_seqlens, chunk_offsets, T, C: tl.constexpr, PACKED: tl.c
 
 
 @triton.jit
-def spans(C: tl.constexpr, s: tl.constexpr, EXCLUSIVE: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """[row, token], or its transpose: is this token's decay in this row's factor at level s?
+def spans(C: tl.constexpr, level, EXCLUSIVE: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """[row, token], or its transpose: is this token's decay in this row's factor at level s = 2^level?
 
     Rows of a later half: from the border up to the row, itself included (unless EXCLUSIVE). Rows of an earlier half:
     the tokens after the row up to the border.
@@ -57,25 +57,22 @@ def spans(C: tl.constexpr, s: tl.constexpr, EXCLUSIVE: tl.constexpr, TRANSPOSED:
         row, token = tl.arange(0, C)[None, :], tl.arange(0, C)[:, None]
     else:
         row, token = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    same_half = row // s == token // s
     if EXCLUSIVE:
         since = token < row
     else:
         since = token <= row
-    return same_half & tl.where((row // s) % 2 == 1, since, token > row)
+    later_half = ((row >> level) & 1) == 1
+    return ((row >> level) == (token >> level)) & ((later_half & since) | ((later_half == 0) & (token > row)))
 
 
 @triton.jit
-def crosses(C: tl.constexpr, s: tl.constexpr):
-    """[later token, earlier token]: do they meet at level s?"""
-    i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    return (i // (2 * s) == j // (2 * s)) & ((i // s) % 2 == 1) & ((j // s) % 2 == 0)
-
-
-@triton.jit
-def crosses_transposed(C: tl.constexpr, s: tl.constexpr):
-    i, j = tl.arange(0, C)[None, :], tl.arange(0, C)[:, None]
-    return (i // (2 * s) == j // (2 * s)) & ((i // s) % 2 == 1) & ((j // s) % 2 == 0)
+def crosses(C: tl.constexpr, level, TRANSPOSED: tl.constexpr):
+    """[later token, earlier token], or its transpose: do they meet at this level?"""
+    if TRANSPOSED:
+        i, j = tl.arange(0, C)[None, :], tl.arange(0, C)[:, None]
+    else:
+        i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    return (((i >> level) ^ (j >> level)) == 1) & (i > j)
 
 
 @triton.jit

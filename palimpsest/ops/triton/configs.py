@@ -1,0 +1,28 @@
+"""Launch shapes: one measured row per kernel and problem, so that every process runs the same bits and nothing tunes itself.
+
+Rows are (kernel, wide) -> settings; wide is true for fp32 operands or more than 128 channels.
+`python -m benchmarks.speed --kernels` prints what other rows would cost.
+"""
+
+CONFIGS = {
+    "intra": dict(num_warps=8, num_stages=1),
+    "chain": dict(block_v=64, num_warps=4, stages=2),
+    "reverse": dict(block_v=64, num_warps=4, stages=2),
+    "scores": dict(block_v=64, num_warps=8, num_stages=1),
+    "gradient": dict(block_k=64, block_v=64, num_warps=8, num_stages=1),
+    "step": dict(block_v=32, num_warps=4),
+}
+WIDE = {
+    "intra": dict(num_warps=8, num_stages=1),
+    "chain": dict(block_v=32, num_warps=4, stages=1),
+    "reverse": dict(block_v=32, num_warps=4, stages=1),
+    "scores": dict(block_v=32, num_warps=8, num_stages=1),
+    "gradient": dict(block_k=32, block_v=32, num_warps=8, num_stages=1),
+    "step": dict(block_v=32, num_warps=4),
+}
+CHUNK, WIDE_CHUNK = 64, 32  # tokens
+
+
+def config(kernel: str, wide: bool) -> dict:
+    """The settings of one launch."""
+    return dict((WIDE if wide else CONFIGS)[kernel])

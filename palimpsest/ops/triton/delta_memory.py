@@ -1,0 +1,162 @@
+"""The delta memory on a GPU: which kernels run in which order, on which workspaces.
+
+forward    intra -> chain
+backward   intra (again, nothing of it is kept) -> chain (memories only) -> reverse -> scores -> gradient
+
+Letters  B sequences, T tokens, H key heads, HV value heads, K key channels, V value channels, N packed sequences.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from palimpsest.ops.triton.chain import chain_kernel
+from palimpsest.ops.triton.configs import CHUNK, WIDE_CHUNK, config
+from palimpsest.ops.triton.gradient import gradient_kernel, scores_kernel
+from palimpsest.ops.triton.intra import intra_kernel
+from palimpsest.ops.triton.packing import chunk_offsets_of
+from palimpsest.ops.triton.reverse import reverse_kernel
+
+GATES = {"none": 0, "softplus": 1, "sigmoid": 2}
+
+
+class Plan(NamedTuple):
+    """What all launches of one call share."""
+
+    T: int
+    H: int
+    HV: int
+    K: int
+    V: int
+    sequences: int
+    chunks: int  # an upper bound when packed: the true number is on the device
+    C: int
+    block_k: int
+    wide: bool
+    dtype: torch.dtype
+    precision: str
+    cu_seqlens: Tensor | None
+    chunk_offsets: Tensor | None
+    shared: dict  # constexpr arguments of every kernel
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None, like: Tensor) -> Tensor:
+        return torch.empty(self.chunks, self.HV, *shape, dtype=dtype or self.dtype, device=like.device)
+
+
+def plan_of(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Plan:
+    B, T, H, K = q.shape
+    HV, V = v.shape[2:]
+    wide = q.dtype == torch.float32 or K > 128
+    C = WIDE_CHUNK if wide else CHUNK
+    if cu_seqlens is None:
+        sequences, chunks, offsets = B, B * triton.cdiv(T, C), None
+    else:
+        sequences = cu_seqlens.shape[0] - 1
+        chunks = T // C + sequences
+        offsets = chunk_offsets_of(cu_seqlens, C)
+    precision = "tf32x3" if q.dtype == torch.float32 else "tf32"
+    shared = dict(K=K, C=C, PACKED=cu_seqlens is not None, PRECISION=precision)
+    block_k = max(16, triton.next_power_of_2(K))
+    return Plan(T, H, HV, K, V, sequences, chunks, C, block_k, wide, q.dtype, precision, cu_seqlens, offsets, shared)
+
+
+def intra(plan: Plan, q, k, g, erase, A_log, dt_bias, scale, floor, gate, exclusive, save):
+    """The workspaces E, Q, W, P, D, M, norms of intra.py."""
+    E, Q, W = (plan.empty(plan.C, plan.K, like=q) for _ in range(3))
+    P = plan.empty(plan.C, plan.C, like=q)
+    D = plan.empty(plan.K, dtype=torch.float32, like=q)
+    M = plan.empty(plan.C, plan.C, like=q) if save else None
+    norms = plan.empty(2, plan.C, dtype=torch.float32, like=q) if save and gate else None
+    if plan.chunks:
+        intra_kernel[(plan.chunks * plan.HV,)](
+            q, k, erase, g, A_log, dt_bias, E, Q, W, P, D, M, norms,
+            plan.cu_seqlens, plan.chunk_offsets, plan.T, plan.sequences, plan.H, plan.HV, scale, floor,
+            BLOCK_K=plan.block_k, LEVELS=plan.C.bit_length() - 1, STRENGTH=erase.ndim == 3, GATE=gate,
+            EXCLUSIVE=exclusive, SAVE=save, **plan.shared, **config("intra", plan.wide),
+        )  # fmt: skip
+    return E, Q, W, P, D, M, norms
+
+
+def chain(plan: Plan, E, Q, W, P, D, v, erase, state, gate, save):
+    """The output and last state; or with save, the memory before each chunk [chunks, HV, V, K]."""
+    out = state_out = memories = None
+    if save:
+        memories = plan.empty(plan.V, plan.K, like=v)
+    else:
+        out, state_out = torch.empty_like(v), torch.empty_like(state)
+    settings = config("chain", plan.wide)
+    block_v, stages = min(settings.pop("block_v"), max(16, triton.next_power_of_2(plan.V))), settings.pop("stages")
+    if plan.sequences:
+        chain_kernel[(plan.sequences * plan.HV, triton.cdiv(plan.V, block_v))](
+            E, Q, W, P, D, v, erase, state, out, state_out, memories,
+            plan.cu_seqlens, plan.chunk_offsets, plan.T, plan.HV,
+            V=plan.V, BLOCK_K=plan.block_k, BLOCK_V=block_v, STRENGTH=erase.ndim == 3, GATE=gate > 0, SAVE=save,
+            STAGES=stages, **plan.shared, **settings,
+        )  # fmt: skip
+    return memories if save else (out, state_out)
+
+
+def forward(q, k, v, log_decay, erase, state, scale, cu_seqlens, A_log, dt_bias, gate, floor, exclusive, hopper):
+    """See register.py for the arguments."""
+    q, k, v, g, erase, state = (x.contiguous() for x in (q, k, v, log_decay, erase, state))
+    plan = plan_of(q, v, cu_seqlens)
+    E, Q, W, P, D, _, _ = intra(plan, q, k, g, erase, A_log, dt_bias, scale, floor, gate, exclusive, save=False)
+    return chain(plan, E, Q, W, P, D, v, erase, state, gate, save=False)
+
+
+def backward(d_out, d_state, q, k, v, log_decay, erase, state, scale, cu_seqlens, A_log, dt_bias, gate, floor, exclusive, hopper):
+    """Gradients of q, k, v, log_decay, erase, state, A_log, dt_bias; the last two empty without a gate."""
+    d_out = d_out.to(v.dtype)
+    d_out, d_state, q, k, v, g, erase, state = (
+        x.contiguous() for x in (d_out, d_state, q, k, v, log_decay, erase, state)
+    )
+    plan = plan_of(q, v, cu_seqlens)
+    E, Q, W, P, D, M, norms = intra(plan, q, k, g, erase, A_log, dt_bias, scale, floor, gate, exclusive, save=True)
+    memories = chain(plan, E, Q, W, P, D, v, erase, state, gate, save=True)
+
+    d_write, d_memories, d_state_in = torch.empty_like(v), torch.empty_like(memories), torch.empty_like(state)
+    settings = config("reverse", plan.wide)
+    block_v, stages = min(settings.pop("block_v"), max(16, triton.next_power_of_2(plan.V))), settings.pop("stages")
+    if plan.sequences:
+        reverse_kernel[(plan.sequences * plan.HV, triton.cdiv(plan.V, block_v))](
+            E, Q, W, P, D, d_out, d_state, d_write, d_memories, d_state_in,
+            plan.cu_seqlens, plan.chunk_offsets, plan.T, plan.HV,
+            V=plan.V, BLOCK_K=plan.block_k, BLOCK_V=block_v, STAGES=stages, **plan.shared, **settings,
+        )  # fmt: skip
+    del Q, W, P, D
+
+    strength = erase.ndim == 3
+    fresh, dP, dA = plan.empty(plan.C, plan.V, like=q), torch.empty_like(M), torch.empty_like(M)
+    settings = config("scores", plan.wide)
+    block_v = min(settings.pop("block_v"), max(16, triton.next_power_of_2(plan.V)))
+    if plan.chunks:
+        scores_kernel[(plan.chunks * plan.HV,)](
+            E, M, v, erase, d_out, d_write, memories, fresh, dP, dA,
+            plan.cu_seqlens, plan.chunk_offsets, plan.T, plan.sequences, plan.HV,
+            V=plan.V, BLOCK_K=plan.block_k, BLOCK_V=block_v, STRENGTH=strength, GATE=gate > 0, **plan.shared, **settings,
+        )  # fmt: skip
+    del E, M
+
+    per_value_head = (*v.shape[:3], plan.K)
+    dq, dk = (torch.empty(per_value_head, dtype=x.dtype, device=x.device) for x in (q, k))
+    dg, d_erase, dv = torch.empty_like(g), torch.empty_like(erase), torch.empty_like(v) if strength else d_write
+    dA_log = torch.zeros(plan.chunks, plan.HV, dtype=torch.float32, device=q.device) if gate else None
+    d_bias = torch.zeros(plan.chunks, plan.HV, plan.K, dtype=torch.float32, device=q.device) if gate else None
+    settings = config("gradient", plan.wide)
+    block_v = min(settings.pop("block_v"), max(16, triton.next_power_of_2(plan.V)))
+    if plan.chunks:
+        gradient_kernel[(plan.chunks * plan.HV,)](
+            q, k, erase, g, A_log, dt_bias, v, norms, d_out, d_write, memories, d_memories, fresh, dP, dA,
+            dq, dk, d_erase, dg, dv, dA_log, d_bias,
+            plan.cu_seqlens, plan.chunk_offsets, plan.T, plan.sequences, plan.H, plan.HV, scale, floor,
+            V=plan.V, BLOCK_K=min(settings.pop("block_k"), plan.block_k), BLOCK_V=block_v,
+            LEVELS=plan.C.bit_length() - 1, STRENGTH=strength, GATE=gate, EXCLUSIVE=exclusive, **plan.shared, **settings,
+        )  # fmt: skip
+    if plan.HV > plan.H:
+        dq, dk = (x.unflatten(2, (plan.H, -1)).sum(3) for x in (dq, dk))
+    none = q.new_empty(0)
+    if gate:
+        dA_log, d_bias = dA_log.sum(0).to(A_log.dtype), d_bias.sum(0).to(dt_bias.dtype)
+    return dq, dk, dv, dg, d_erase, d_state_in, dA_log if gate else none, d_bias if gate else none

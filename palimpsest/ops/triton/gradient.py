@@ -1,0 +1,242 @@
+"""Gradients inside a chunk, once the walks have left the memory before it (h) and the gradient after it (dS).
+
+Two kernels, both over all chunks at once. The first contracts value channels:
+
+    fresh = M (write - E h)         dP_ij = do_i . fresh_j, j <= i         dA_ij = -dw_i . fresh_j, j < i
+
+the second goes back through the decayed rows, a block of key channels at a time:
+
+    dq_i = decay(0, i) h do_i + sum_j dP_ij k_j decay(j, i)      and alike for erase, k
+    every exponent is spans @ log_decay, so d log_decay = spans^T (row . gradient of the row), level by level
+
+A token's own term q_i . k_i carries no decay; it is on no level, so it never enters d log_decay, where it would cancel
+only up to rounding (a relative error of 1.9 at log_decay = -5 in bf16). Letters as in intra.py.
+"""
+
+import triton
+import triton.language as tl
+
+from palimpsest.ops.triton.tiles import (
+    crosses, factor, find_chunk, gate_rate, load_decay, product, sigmoid, softplus, spans, summed,
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["T", "N"])
+def scores_kernel(
+    E, M, write, strength, d_out, d_write, memories, fresh_out, dP_out, dA_out,
+    cu_seqlens, chunk_offsets, T, N, HV,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
+    STRENGTH: tl.constexpr, GATE: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    DTYPE: tl.constexpr = E.dtype.element_ty
+    chunk, head = tl.program_id(0) // HV, tl.program_id(0) % HV
+    tile = tl.program_id(0).to(tl.int64)
+    n, start, count = find_chunk(chunk, cu_seqlens, chunk_offsets, T, N, C, PACKED)
+    if count <= 0:
+        return
+    c, d = tl.arange(0, C), tl.arange(0, BLOCK_K)
+    in_C, in_K = c < count, d < K
+    E_CK = tl.load(E + tile * C * K + c[:, None] * K + d[None, :], mask=in_K[None, :], other=0.0)
+    M_CC = tl.trans(tl.load(M + tile * C * C + c[:, None] * C + c[None, :]))  # stored transposed
+
+    dP_CC = tl.zeros([C, C], tl.float32)
+    dA_CC = tl.zeros([C, C], tl.float32)
+    for first in tl.range(0, V, BLOCK_V, num_stages=1):
+        v = first + tl.arange(0, BLOCK_V)
+        in_V = v < V
+        in_values = in_C[:, None] & in_V[None, :]
+        values = ((start + c) * HV + head)[:, None] * V + v[None, :]
+        h_VK = tl.load(
+            memories + tile * K * V + v[:, None] * K + d[None, :], mask=in_V[:, None] & in_K[None, :], other=0.0
+        )
+        w_CV = tl.load(write + values, mask=in_values, other=0.0).to(tl.float32)
+        if STRENGTH:
+            beta_C = tl.load(strength + (start + c) * HV + head, mask=in_C, other=0.0).to(tl.float32)
+            if GATE:
+                beta_C = sigmoid(beta_C)
+            w_CV *= beta_C[:, None]
+        do_CV = tl.load(d_out + values, mask=in_values, other=0.0)
+        dw_CV = tl.load(d_write + values, mask=in_values, other=0.0)
+        fresh_CV = product(M_CC, w_CV - product(E_CK, tl.trans(h_VK), DTYPE, PRECISION), DTYPE, PRECISION).to(DTYPE)
+        tl.store(fresh_out + tile * C * V + c[:, None] * V + v[None, :], fresh_CV, mask=in_V[None, :])
+        dP_CC += product(do_CV, tl.trans(fresh_CV), DTYPE, PRECISION)
+        dA_CC -= product(dw_CV, tl.trans(fresh_CV), DTYPE, PRECISION)
+    square = tile * C * C + c[:, None] * C + c[None, :]
+    tl.store(dP_out + square, tl.where(c[:, None] >= c[None, :], dP_CC, 0.0).to(DTYPE))
+    tl.store(dA_out + square, tl.where(c[:, None] > c[None, :], dA_CC, 0.0).to(DTYPE))
+
+
+@triton.jit(do_not_specialize=["T", "N"])
+def gradient_kernel(
+    q, k, erase, g, A_log, dt_bias, write, norms, d_out, d_write, memories, d_memories, fresh, dP, dA,
+    dq_out, dk_out, d_erase_out, dg_out, dv_out, dA_log_out, d_bias_out,
+    cu_seqlens, chunk_offsets, T, N, H, HV, scale, floor,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
+    LEVELS: tl.constexpr, STRENGTH: tl.constexpr, GATE: tl.constexpr, EXCLUSIVE: tl.constexpr, PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    DTYPE: tl.constexpr = k.dtype.element_ty
+    WIDE: tl.constexpr = DTYPE == tl.float32
+    SUM: tl.constexpr = tl.float32 if WIDE else tl.bfloat16  # of the operands of sums over tokens
+    chunk, head = tl.program_id(0) // HV, tl.program_id(0) % HV
+    tile = tl.program_id(0).to(tl.int64)
+    n, start, count = find_chunk(chunk, cu_seqlens, chunk_offsets, T, N, C, PACKED)
+    if count <= 0:
+        return
+    c = tl.arange(0, C)
+    in_C = c < count
+    later, earlier = c[:, None], c[None, :]
+    square = tile * C * C + later * C + earlier
+    dP_CC = tl.load(dP + square)
+    dA_CC = tl.load(dA + square)
+    dPt_CC, dAt_CC = tl.trans(dP_CC), tl.trans(dA_CC)
+    own_C = tl.sum(tl.where(later == earlier, dP_CC.to(tl.float32), 0.0), 1)
+
+    beta_C = tl.full([C], 1.0, tl.float32)
+    d_beta_C = tl.zeros([C], tl.float32)
+    if STRENGTH:
+        beta_C = tl.load(erase + (start + c) * HV + head, mask=in_C, other=0.0).to(tl.float32)
+        if GATE:
+            beta_C = sigmoid(beta_C)
+        for first in tl.range(0, V, BLOCK_V, num_stages=1):
+            v = first + tl.arange(0, BLOCK_V)
+            values = ((start + c) * HV + head)[:, None] * V + v[None, :]
+            in_values = in_C[:, None] & (v < V)[None, :]
+            dw_CV = tl.load(d_write + values, mask=in_values, other=0.0).to(tl.float32)
+            v_CV = tl.load(write + values, mask=in_values, other=0.0).to(tl.float32)
+            d_beta_C += tl.sum(dw_CV * v_CV, 1)
+            tl.store(dv_out + values, (dw_CV * beta_C[:, None]).to(dv_out.dtype.element_ty), mask=in_values)
+
+    q_along_C = tl.zeros([C], tl.float32)
+    k_along_C = tl.zeros([C], tl.float32)
+    if GATE:
+        q_norm = tl.load(norms + tile * 2 * C + c)
+        k_norm = tl.load(norms + tile * 2 * C + C + c)
+    dA_log = 0.0
+    for key in tl.range(0, K, BLOCK_K, num_stages=1):
+        d = key + tl.arange(0, BLOCK_K)
+        in_K = d < K
+        in_tile = in_C[:, None] & in_K[None, :]
+        key_at = ((start + c) * H + head // (HV // H))[:, None] * K + d[None, :]
+        value_at = ((start + c) * HV + head)[:, None] * K + d[None, :]
+        q_CK = tl.load(q + key_at, mask=in_tile, other=0.0).to(tl.float32)
+        k_CK = tl.load(k + key_at, mask=in_tile, other=0.0).to(tl.float32)
+        g_CK = load_decay(g, dt_bias, A_log, head, value_at, in_tile, d, in_K, K, floor, GATE)
+        if GATE:
+            q_CK *= q_norm[:, None]
+            k_CK *= k_norm[:, None]
+        q_CK *= scale
+        if STRENGTH:
+            e_CK = k_CK * beta_C[:, None]
+        else:
+            e_CK = tl.load(erase + value_at, mask=in_tile, other=0.0).to(tl.float32)
+
+        dq_CK = tl.zeros([C, BLOCK_K], tl.float32)
+        de_CK = tl.zeros([C, BLOCK_K], tl.float32)
+        dk_CK = tl.zeros([C, BLOCK_K], tl.float32)
+        dD_K = tl.zeros([BLOCK_K], tl.float32)
+        for first in tl.range(0, V, BLOCK_V, num_stages=1):
+            v = first + tl.arange(0, BLOCK_V)
+            in_V = v < V
+            values = ((start + c) * HV + head)[:, None] * V + v[None, :]
+            in_values = in_C[:, None] & in_V[None, :]
+            memory_at = tile * K * V + v[:, None] * K + d[None, :]
+            in_memory = in_V[:, None] & in_K[None, :]
+            h_VK = tl.load(memories + memory_at, mask=in_memory, other=0.0)
+            dS_VK = tl.load(d_memories + memory_at, mask=in_memory, other=0.0)
+            do_CV = tl.load(d_out + values, mask=in_values, other=0.0)
+            dw_CV = tl.load(d_write + values, mask=in_values, other=0.0)
+            u_CV = tl.load(fresh + tile * C * V + c[:, None] * V + v[None, :], mask=in_V[None, :], other=0.0)
+            dq_CK += product(do_CV, h_VK, DTYPE, PRECISION)
+            de_CK -= product(dw_CV, h_VK, DTYPE, PRECISION)
+            dk_CK += product(u_CV, dS_VK, DTYPE, PRECISION)
+            dD_K += tl.sum(h_VK.to(tl.float32) * dS_VK.to(tl.float32), 0)
+
+        before_CK = factor(later >= earlier, g_CK, WIDE, PRECISION)
+        before_e_CK = before_CK
+        if EXCLUSIVE:
+            before_e_CK = factor(later > earlier, g_CK, WIDE, PRECISION)
+        after_CK = factor(later < earlier, g_CK, WIDE, PRECISION)
+        dq_CK *= before_CK
+        de_CK *= before_e_CK
+        dk_CK *= after_CK
+        # the transposes of the three sums above: token as row, row as column
+        if EXCLUSIVE:
+            dg_CK = tl.dot((later <= earlier).to(SUM), (q_CK * dq_CK).to(SUM), input_precision=PRECISION)
+            dg_CK = tl.dot((later < earlier).to(SUM), (e_CK * de_CK).to(SUM), dg_CK, input_precision=PRECISION)
+        else:
+            dg_CK = tl.dot((later <= earlier).to(SUM), (q_CK * dq_CK + e_CK * de_CK).to(SUM), input_precision=PRECISION)
+        dg_CK = tl.dot((later > earlier).to(SUM), (k_CK * dk_CK).to(SUM), dg_CK, input_precision=PRECISION)
+        dg_CK += (tl.exp(tl.sum(g_CK, 0)) * dD_K)[None, :]
+
+        for level in tl.range(0, LEVELS, num_stages=1):
+            meet, meet_t = crosses(C, level, False), crosses(C, level, True)
+            f_CK = factor(spans(C, level, False, False), g_CK, WIDE, PRECISION)
+            fe_CK = f_CK
+            if EXCLUSIVE:
+                fe_CK = factor(spans(C, level, True, False), g_CK, WIDE, PRECISION)
+            kf_CK, qf_CK, ef_CK = k_CK * f_CK, q_CK * f_CK, e_CK * fe_CK
+            kf_low_CK = kf_CK.to(DTYPE)
+            q_part_CK = product(tl.where(meet, dP_CC, 0.0), kf_low_CK, DTYPE, PRECISION)
+            e_part_CK = product(tl.where(meet, dA_CC, 0.0), kf_low_CK, DTYPE, PRECISION)
+            k_part_CK = product(tl.where(meet_t, dPt_CC, 0.0), qf_CK, DTYPE, PRECISION)
+            k_part_CK += product(tl.where(meet_t, dAt_CC, 0.0), ef_CK, DTYPE, PRECISION)
+            dq_CK += f_CK * q_part_CK
+            de_CK += fe_CK * e_part_CK
+            dk_CK += f_CK * k_part_CK
+            sums = spans(C, level, False, True)
+            if EXCLUSIVE:
+                row_CK = qf_CK * q_part_CK + kf_CK * k_part_CK
+                dg_CK = tl.dot(sums.to(SUM), row_CK.to(SUM), dg_CK, input_precision=PRECISION)
+                sums = spans(C, level, True, True)
+                dg_CK = tl.dot(sums.to(SUM), (ef_CK * e_part_CK).to(SUM), dg_CK, input_precision=PRECISION)
+            else:
+                row_CK = qf_CK * q_part_CK + ef_CK * e_part_CK + kf_CK * k_part_CK
+                dg_CK = tl.dot(sums.to(SUM), row_CK.to(SUM), dg_CK, input_precision=PRECISION)
+
+        dq_CK += own_C[:, None] * k_CK
+        dk_CK += own_C[:, None] * q_CK
+        if STRENGTH:
+            d_beta_C += tl.sum(k_CK * de_CK, 1)
+            dk_CK += beta_C[:, None] * de_CK
+        else:
+            tl.store(d_erase_out + value_at, de_CK.to(d_erase_out.dtype.element_ty), mask=in_tile)
+        dq_CK *= scale
+        if GATE:
+            rate = gate_rate(A_log, head)
+            x_CK = tl.load(g + value_at, mask=in_tile, other=0.0).to(tl.float32)
+            x_CK += tl.load(dt_bias + head * K + d, mask=in_K, other=0.0).to(tl.float32)[None, :]
+            if GATE == 1:
+                dA_log += tl.sum(tl.where(in_tile, dg_CK * -rate * softplus(x_CK), 0.0))
+                dg_CK *= -rate * sigmoid(x_CK)
+            else:
+                y_CK = sigmoid(rate * x_CK)
+                dg_CK *= floor * rate * y_CK * (1 - y_CK)
+                dA_log += tl.sum(tl.where(in_tile, dg_CK * x_CK, 0.0))
+            dg_CK = tl.where(in_tile, dg_CK, 0.0)
+            tl.store(d_bias_out + tile * K + d, tl.sum(dg_CK, 0), mask=in_K)
+            q_along_C += tl.sum(q_CK * dq_CK, 1) / (scale * 1.0)
+            k_along_C += tl.sum(k_CK * dk_CK, 1)
+        tl.store(dq_out + value_at, dq_CK.to(dq_out.dtype.element_ty), mask=in_tile)
+        tl.store(dk_out + value_at, dk_CK.to(dk_out.dtype.element_ty), mask=in_tile)
+        tl.store(dg_out + value_at, dg_CK.to(dg_out.dtype.element_ty), mask=in_tile)
+
+    if STRENGTH:
+        if GATE:
+            d_beta_C *= beta_C * (1 - beta_C)
+        tl.store(d_erase_out + (start + c) * HV + head, d_beta_C.to(d_erase_out.dtype.element_ty), mask=in_C)
+    if GATE:  # through the L2 norms: what lies along the row itself goes, and that needs all key channels first
+        tl.store(dA_log_out + tile, dA_log)
+        for key in tl.range(0, K, BLOCK_K, num_stages=1):
+            d = key + tl.arange(0, BLOCK_K)
+            in_tile = in_C[:, None] & (d < K)[None, :]
+            key_at = ((start + c) * H + head // (HV // H))[:, None] * K + d[None, :]
+            value_at = ((start + c) * HV + head)[:, None] * K + d[None, :]
+            q_CK = tl.load(q + key_at, mask=in_tile, other=0.0).to(tl.float32) * q_norm[:, None]
+            k_CK = tl.load(k + key_at, mask=in_tile, other=0.0).to(tl.float32) * k_norm[:, None]
+            dq_CK = tl.load(dq_out + value_at, mask=in_tile, other=0.0).to(tl.float32)
+            dk_CK = tl.load(dk_out + value_at, mask=in_tile, other=0.0).to(tl.float32)
+            dq_CK = q_norm[:, None] * (dq_CK - q_along_C[:, None] * q_CK)
+            dk_CK = k_norm[:, None] * (dk_CK - k_along_C[:, None] * k_CK)
+            tl.store(dq_out + value_at, dq_CK.to(dq_out.dtype.element_ty), mask=in_tile)
+            tl.store(dk_out + value_at, dk_CK.to(dk_out.dtype.element_ty), mask=in_tile)

@@ -1,0 +1,140 @@
+"""The GPU kernels as torch custom ops, and as backends. Knows torch alone: Triton is imported when a kernel first runs.
+
+One op serves the whole family. `erase` [B, T, HV] is KDA's strength (erase = beta k, write = beta v);
+`erase` [B, T, HV, K] is a vector, and then v is what is written. With a gate, log_decay holds logits, beta is a logit
+and q, k are normalised inside. `exclusive`: erase reads the memory before its own token's decay.
+"""
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from palimpsest.ops.backends import Backend, Problem
+from palimpsest.ops.gates import SigmoidDecay
+
+_ARGUMENTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor erase, Tensor state, float scale, Tensor? cu_seqlens, "
+    "Tensor? A_log, Tensor? dt_bias, int gate, float floor, bool exclusive, bool hopper"
+)
+_LIB = torch.library.Library("palimpsest_gpu", "DEF")
+_LIB.define(f"delta_memory({_ARGUMENTS}) -> (Tensor, Tensor)")
+_LIB.define(
+    f"delta_memory_backward(Tensor d_out, Tensor d_state, {_ARGUMENTS})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_LIB.define(
+    "step_(Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor beta, Tensor(a!) state, float scale) -> Tensor"
+)
+
+
+def _forward(*arguments):
+    from palimpsest.ops.triton import delta_memory
+
+    return delta_memory.forward(*arguments)
+
+
+def _backward(*arguments):
+    from palimpsest.ops.triton import delta_memory
+
+    return delta_memory.backward(*arguments)
+
+
+def _step_(q, k, v, log_decay, beta, state, scale):
+    from palimpsest.ops.triton import step
+
+    return step.step_(q, k, v, log_decay, beta, state, scale)
+
+
+def _fake_forward(q, k, v, log_decay, erase, state, *rest):
+    return v.new_empty(v.shape), state.new_empty(state.shape)
+
+
+def _fake_backward(d_out, d_state, q, k, v, log_decay, erase, state, scale, cu_seqlens, A_log, dt_bias, *rest):
+    like = (q, k, v, log_decay, erase, state)
+    nothing = q.new_empty(0)
+    parameters = (nothing if x is None else x for x in (A_log, dt_bias))
+    return tuple(x.new_empty(x.shape) for x in (*like, *parameters))
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:6], *inputs[7:10])
+    ctx.scale, ctx.rest = inputs[6], inputs[10:]
+
+
+def _autograd_backward(ctx, d_out, d_state):
+    *sequences, state, cu_seqlens, A_log, dt_bias = ctx.saved_tensors
+    d_out = torch.zeros_like(sequences[2]) if d_out is None else d_out
+    d_state = torch.zeros_like(state) if d_state is None else d_state
+    grads = torch.ops.palimpsest_gpu.delta_memory_backward(
+        d_out, d_state, *sequences, state, ctx.scale, cu_seqlens, A_log, dt_bias, *ctx.rest
+    )
+    parameters = grads[6:] if A_log is not None else (None, None)
+    return *grads[:6], None, None, *parameters, None, None, None, None
+
+
+for _key in ("CUDA", "CPU"):  # on a CPU the kernels run under Triton's interpreter: for tests
+    _LIB.impl("delta_memory", _forward, _key)
+    _LIB.impl("delta_memory_backward", _backward, _key)
+    _LIB.impl("step_", _step_, _key)
+torch.library.register_fake("palimpsest_gpu::delta_memory", _fake_forward, lib=_LIB)
+torch.library.register_fake("palimpsest_gpu::delta_memory_backward", _fake_backward, lib=_LIB)
+torch.library.register_fake("palimpsest_gpu::step_", lambda q, k, v, *rest: v.new_empty(v.shape), lib=_LIB)
+torch.library.register_autograd(
+    "palimpsest_gpu::delta_memory", _autograd_backward, setup_context=_setup_context, lib=_LIB
+)
+
+
+def _family(name: str, refuses, hopper: bool) -> Backend:
+    run = torch.ops.palimpsest_gpu.delta_memory
+
+    def core(q, k, erase, write, log_decay, state, scale, cu_seqlens):
+        return run(q, k, write, log_decay, erase.to(k.dtype), state, scale, cu_seqlens, None, None, 0, 0.0, False, hopper)
+
+    def kda(q, k, v, log_decay, beta, state, scale, cu_seqlens):
+        return run(q, k, v, log_decay, beta, state, scale, cu_seqlens, None, None, 0, 0.0, False, hopper)
+
+    def kda_from_logits(q, k, v, decay_logits, beta_logits, gate, state, scale, cu_seqlens):
+        H, K = decay_logits.shape[2:]
+        kind, floor = (2, gate.floor) if isinstance(gate, SigmoidDecay) else (1, 0.0)
+        A_log, dt_bias = gate.A_log.reshape(H), gate.dt_bias.reshape(H, K)
+        return run(
+            q, k, v, decay_logits, beta_logits, state, scale, cu_seqlens, A_log, dt_bias, kind, floor, False, hopper
+        )
+
+    def dplr(q, k, v, a, b, log_decay, state, scale, cu_seqlens):
+        """A token of DPLR is two of the core: b written with what a reads, then k with v and no decay."""
+        heads = v.shape[2]
+        q, k = (x.repeat_interleave(heads // x.shape[2], 2) for x in (q, k))
+        zeros = torch.zeros_like
+
+        def pairs(first, second):
+            return torch.stack((first, second), 2).flatten(1, 2)
+
+        output, state = run(
+            pairs(zeros(q), q), pairs(b.to(k.dtype), k), pairs(zeros(v), v), pairs(log_decay, zeros(log_decay)),
+            pairs(-a.to(k.dtype), zeros(k)), state, scale, None if cu_seqlens is None else 2 * cu_seqlens,
+            None, None, 0, 0.0, True, hopper,
+        )  # fmt: skip
+        return output[:, 1::2], state
+
+    return Backend(
+        name, refuses, core=core, kda=kda, kda_from_logits=kda_from_logits, dplr=dplr, step=torch.ops.palimpsest_gpu.step_
+    )
+
+
+def _refuses(problem: Problem) -> str | None:
+    if problem.device != "cuda":
+        return f"needs a CUDA device; the tensors are on {problem.device}"
+    if problem.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"has no kernel for {problem.dtype}; use bfloat16, float16 or float32"
+    if problem.key_dim > 256 or problem.value_dim > 256:
+        return f"holds at most 256 channels a head; these have {problem.key_dim} and {problem.value_dim}"
+    if problem.capability and problem.capability < (8, 0):
+        return f"needs compute capability 8.0 or later; this GPU has {problem.capability[0]}.{problem.capability[1]}"
+    if find_spec("triton") is None:
+        return "needs Triton: pip install palimpsest-kda[triton]"
+    return None
+
+
+TRITON = _family("triton", _refuses, hopper=False)
