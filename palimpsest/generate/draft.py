@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 
 
-def prompt_lookup(tokens: Sequence[int], *, ngram: int = 3, length: int = 8) -> list[int]:
+def prompt_lookup(tokens: Sequence[int], *, longest: int = 4, shortest: int = 2, length: int = 8) -> list[int]:
     """What followed the last time that the text had the same last tokens: good for code and quotations.
 
     Args:
         tokens: everything so far.
-        ngram: the most last tokens to look for; shorter runs are tried when nothing is found.
+        longest, shortest: how many last tokens to look for, the longest run first.
         length: guesses at most.
 
     Source: prompt lookup decoding, github.com/apoorvumang/prompt-lookup-decoding.
@@ -17,7 +17,7 @@ def prompt_lookup(tokens: Sequence[int], *, ngram: int = 3, length: int = 8) -> 
     [3, 4]
     """
     tokens = list(tokens)
-    for n in range(min(ngram, len(tokens) - 1), 0, -1):
+    for n in range(min(longest, len(tokens) - 1), shortest - 1, -1):
         end = tokens[-n:]
         for start in range(len(tokens) - n - 1, -1, -1):
             if tokens[start : start + n] == end:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from palimpsest.layers.state import KDAState, LatentState
 from palimpsest.models.kimi_linear.config import KimiLinearConfig
@@ -93,7 +92,7 @@ class ModelState:
             raise ValueError(f"rows is {rows}; expected sequences from 0 to {self.batch_size - 1}, at least one")
         index = torch.tensor(rows, device=self.device)
         picked = self._map(lambda x: x.index_select(0, index))
-        return replace(picked, layers=tuple(map(_without_padding, picked.layers)))
+        return replace(picked, layers=tuple(map(_without_gaps, picked.layers)))
 
     def fork(self, count: int) -> ModelState:
         """Each sequence `count` times, its copies side by side: one prompt, many continuations.
@@ -107,7 +106,7 @@ class ModelState:
 
     @staticmethod
     def join(states: Sequence[ModelState]) -> ModelState:
-        """The sequences of several states of one model as one batch; shorter caches are padded in front.
+        """The sequences of several states of one model as one batch.
 
         >>> state = ModelState.empty(KimiLinearConfig.tiny(), batch_size=2)
         >>> ModelState.join([state.select([0]), state.select([1])]).same(state)
@@ -259,23 +258,15 @@ def _valid(layer: LatentState) -> Tensor:
     return torch.ones_like(layer.latent[..., 0], dtype=torch.bool) if layer.valid is None else layer.valid
 
 
-def _without_padding(layer: KDAState | LatentState) -> KDAState | LatentState:
-    if isinstance(layer, KDAState) or layer.valid is None:
-        return layer
-    used = layer.valid.any(0)
-    latent, valid = layer.latent[:, used], layer.valid[:, used]
-    return LatentState(latent, None if valid.all() else valid)
+def _without_gaps(layer: KDAState | LatentState) -> KDAState | LatentState:
+    return layer if isinstance(layer, KDAState) or layer.valid is None else LatentState.of_rows(layer.rows())
 
 
 def _joined(layers: Sequence[KDAState | LatentState]) -> KDAState | LatentState:
     if memories := [layer for layer in layers if isinstance(layer, KDAState)]:
         windows = zip(*(layer.conv for layer in memories))
         return KDAState(torch.cat([layer.memory for layer in memories]), tuple(torch.cat(parts) for parts in windows))
-    caches = [layer for layer in layers if isinstance(layer, LatentState)]
-    longest = max(layer.latent.shape[1] for layer in caches)
-    latent = torch.cat([pad(layer.latent, (0, 0, longest - layer.latent.shape[1], 0)) for layer in caches])
-    valid = torch.cat([pad(_valid(layer), (longest - layer.latent.shape[1], 0), value=False) for layer in caches])
-    return LatentState(latent, None if valid.all() else valid)
+    return LatentState.of_rows([row for layer in layers if isinstance(layer, LatentState) for row in layer.rows()])
 
 
 def _finite_heads(layer: KDAState | LatentState) -> Tensor:

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 FORMAT, VERSION = "palimpsest.model_state", "1"
 NO_DIGEST = "0" * 64
-# Names and lengths that a state does not depend on; two configs that differ only here continue alike.
-WITHOUT_EFFECT = {"initializer_range", "model_max_length", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache"}
+# What a state does not depend on: two configs that differ only here continue alike. head_dim follows from others.
+WITHOUT_EFFECT = {"initializer_range", "model_max_length", "bos_token_id", "eos_token_id", "pad_token_id", "head_dim"}
 
 
 def save_state(
