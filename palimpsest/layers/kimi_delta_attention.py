@@ -120,7 +120,7 @@ class KimiDeltaAttention(Float32Tensors):
         Returns:
             y [B, T, hidden_size], zero where mask is False, and the state after the last token.
         """
-        check_rows(x, mask, cu_seqlens)
+        check_rows(x[..., 0], mask, cu_seqlens)
         if mask is not None:
             packed, cu_seqlens = pack(x, mask)
             y, after = self.forward(packed, state, cu_seqlens=cu_seqlens)
@@ -146,6 +146,7 @@ class KimiDeltaAttention(Float32Tensors):
         Returns:
             y [B, hidden_size], and the same state.
         """
+        check_rows(x[..., 0], mask, None)  # before anything is rewritten
         H, K = self.num_heads, self.head_dim
         held = None if mask is None else [window.clone() for window in state.conv]
         streams = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]

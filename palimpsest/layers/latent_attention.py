@@ -71,7 +71,7 @@ class MultiHeadLatentAttention(nn.Module):
 
         Args and return as KimiDeltaAttention.forward; without a mask every token is one.
         """
-        check_rows(x, mask, cu_seqlens)
+        check_rows(x[..., 0], mask, cu_seqlens)
         if mask is not None:
             packed, cu_seqlens = pack(x, mask)
             y, after = self.forward(packed, state, cu_seqlens=cu_seqlens)
@@ -88,6 +88,7 @@ class MultiHeadLatentAttention(nn.Module):
 
     def step_(self, x: Tensor, state: LatentState, mask: Tensor | None = None) -> tuple[Tensor, LatentState]:
         """One token a sequence, [B, hidden_size]; where mask [B] is False it is not kept and its output void."""
+        check_rows(x[..., 0], mask, None)
         q_BTHC, latent_BTC = self._project(x[:, None], state.num_tokens()[:, None])
         state = state.append(latent_BTC, None if mask is None else mask[:, None])
         return self.o_proj(self._absorbed(q_BTHC, state.latent, state.valid).flatten(-2))[:, 0], state

@@ -5,15 +5,15 @@ from torch import Tensor
 
 
 def check_rows(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
-    """Raise if mask or cu_seqlens does not fit x [B, T, ...]."""
-    B, T = x.shape[:2]
+    """Raise if mask or cu_seqlens does not fit the rows x [B, T]; for one token a sequence, x [B] and mask [B]."""
+    rows = tuple(x.shape)
     if mask is not None and cu_seqlens is not None:
         raise ValueError("mask and cu_seqlens were both given; a packed batch has no padding, so give one of them")
-    if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) != (B, T)):
-        raise ValueError(f"mask is {mask.dtype} of shape {tuple(mask.shape)}; expected torch.bool of shape {(B, T)}")
-    if cu_seqlens is not None and (B != 1 or cu_seqlens.ndim != 1 or cu_seqlens.is_floating_point()):
+    if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) != rows):
+        raise ValueError(f"mask is {mask.dtype} of shape {tuple(mask.shape)}; expected torch.bool of shape {rows}")
+    if cu_seqlens is not None and (rows[0] != 1 or cu_seqlens.ndim != 1 or cu_seqlens.is_floating_point()):
         raise ValueError(
-            f"cu_seqlens is {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)} with a batch of {B}; "
+            f"cu_seqlens is {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)} with a batch of {rows[0]}; "
             "expected whole numbers [N + 1] with the documents end to end in a batch of 1"
         )
 

@@ -118,7 +118,7 @@ class KimiLinearModel(nn.Module):
 
     def step_(self, input_ids: Tensor, state: ModelState, mask: Tensor | None = None) -> tuple[Tensor, ModelState]:
         """One token a sequence, [B] -> hidden states [B, D]. See KimiLinearForCausalLM.step_."""
-        self._check_ids(input_ids, 1, state, None, None)
+        self._check_ids(input_ids, 1, state, mask, None)
         x = self.embed_tokens(input_ids)
         after = []
         for layer, layer_state in zip(cast("list[DecoderLayer]", self.layers), state.layers):
@@ -133,20 +133,15 @@ class KimiLinearModel(nn.Module):
             raise ValueError(f"input_ids is {ids.dtype} of shape {tuple(ids.shape)}; expected whole numbers {shape}")
         if not ids.numel():
             raise ValueError(f"input_ids has shape {tuple(ids.shape)}, no token at all; give at least one")
-        if ids.device.type == "cpu":
-            low, high = ids.min().item(), ids.max().item()
-            if low < 0 or high >= self.config.vocab_size:
-                bad = low if low < 0 else high
-                raise ValueError(
-                    f"input_ids has token {bad}; the model's vocabulary is 0..{self.config.vocab_size - 1}"
-                )
-        if ndim == 2:
-            check_rows(ids, mask, cu_seqlens)
+        check_tokens("input_ids", ids, self.config.vocab_size)
+        check_rows(ids, mask, cu_seqlens)
         rows = len(ids) if cu_seqlens is None else len(borders(cu_seqlens, ids.shape[1])) - 1
         if state is None:
             return
         if len(state.position) != rows:
-            raise ValueError(f"state has {len(state.position)} sequences and input_ids {rows}; give one state a sequence")
+            raise ValueError(
+                f"state has {len(state.position)} sequences and input_ids {rows}; give one state a sequence"
+            )
         kinds = [LatentState if name in LATENT_TYPES else KDAState for name in self.config.layer_types]
         if [type(layer) for layer in state.layers] != kinds:
             raise ValueError(
@@ -216,6 +211,8 @@ class KimiLinearForCausalLM(nn.Module):
             raise ValueError(
                 f"labels: {reason}; give labels like input_ids {tuple(input_ids.shape)}, without last_only"
             )
+        if labels is not None:
+            check_tokens("labels", torch.where(labels == -100, 0, labels), self.config.vocab_size)
         x, after = self.model(input_ids, state=state, mask=mask, cu_seqlens=cu_seqlens)
         if last_only:
             x = _last(x, mask, cu_seqlens)
@@ -257,6 +254,15 @@ class KimiLinearForCausalLM(nn.Module):
         from palimpsest.models.kimi_linear.checkpoint import save
 
         save(self, folder, max_shard_bytes=max_shard_bytes)
+
+
+def check_tokens(name: str, ids: Tensor, vocab_size: int) -> None:
+    """Raise ValueError if a token is none of the vocabulary. Looks only on the CPU: on a GPU it would stop the stream."""
+    if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
+        low, high = ids.min().item(), ids.max().item()
+        if low < 0 or high >= vocab_size:
+            bad = low if low < 0 else high
+            raise ValueError(f"{name} has token {bad}; the model's vocabulary is 0..{vocab_size - 1}")
 
 
 def next_token_loss(
