@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 CONFIG, WHOLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 DIGEST, SAVE = "palimpsest.sha256", "palimpsest.save"
+OURS = re.compile(  # every name that a save gives to a file of weights, or to any file while it is being written
+    r"model(-[0-9a-f]{16})?(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|\.(model|config).*\.[0-9a-f]{16}"
+)
 
 
 def save(
@@ -37,7 +40,7 @@ def save(
     state_dict: Mapping[str, Tensor] | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Write a model. A kill or a full disk at any moment leaves what was in the folder readable, or says so on loading.
+    """Write a model. A kill or a full disk at any moment leaves the model that was in the folder, or the new one.
 
     Args:
         model: gives the config, and the tensors unless state_dict does.
@@ -54,12 +57,8 @@ def save(
     if model.config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
     shards = _shards(tensors, max_shard_bytes)
-    names = (
-        [WHOLE]
-        if len(shards) == 1
-        else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    )
     number = secrets.token_hex(8)
+    names = _names(folder, len(shards), number)
     dtype = str(tensors["model.embed_tokens.weight"].dtype).removeprefix("torch.")
 
     staged: dict[str, Path] = {}  # final name -> the whole file under another name
@@ -78,8 +77,9 @@ def save(
         _stage(folder, CONFIG, number, staged, model.config.to_dict() | {"dtype": dtype})
         for name, path in staged.items():
             os.replace(path, folder / name)
-        for path in folder.glob("model*.safetensors*"):  # of an earlier save with other shards; the index first
-            if path.name not in staged and re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", path.name):
+        # What earlier saves left, the index first: as long as there is one, it says which files count.
+        for path in sorted(folder.iterdir(), key=lambda path: path.name != INDEX):
+            if path.name not in staged and OURS.fullmatch(path.name):
                 path.unlink()
     except (OSError, safetensors.SafetensorError) as error:
         for path in staged.values():
@@ -100,7 +100,7 @@ def load(
 
     Args:
         folder: holds config.json and the weights.
-        dtype: of the weights; as stored if None. Decay rates, decay biases and router biases are float32 whatever it says.
+        dtype: of the weights; as stored if None. Decay rates and biases and router biases stay float32.
         device: where to.
         verify: check each file against its own digest, where it has one.
 
@@ -261,6 +261,16 @@ def _open(file: Path):
         raise ValueError(
             f"{str(file)!r} is damaged or not safetensors ({error}); fetch or save the model again"
         ) from error
+
+
+def _names(folder: Path, count: int, number: str) -> list[str]:
+    """Names for the shards; never those of shards already there, which stay whole until the new index replaces theirs."""
+    if count == 1:
+        return [WHOLE]
+    names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    if any((folder / name).exists() for name in names):
+        names = [name.replace("model-", f"model-{number}-") for name in names]
+    return names
 
 
 def _shards(tensors: Mapping[str, Tensor], max_bytes: int) -> list[dict[str, Tensor]]:
