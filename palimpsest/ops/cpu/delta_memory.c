@@ -26,11 +26,13 @@
 
    Portable GNU C (gcc, clang): vector extensions, no intrinsics. OpenMP if there is any. */
 
+#include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
 enum { C = 16, SEGMENT = 64, TOGETHER = 4 }; /* tokens in a chunk, tokens between checkpoints, heads in a task */
+enum { SHORT = 8, MAX_K = 256 };             /* so few tokens go one by one; channels a step can hold */
 
 #if defined(__AVX512F__)
 enum { VL = 16, TILE = 8, PAIR_ROWS = 8 }; /* floats in a vector; register tiles that fill, but fit, the registers */
@@ -46,6 +48,7 @@ typedef int32_t ivec __attribute__((vector_size(4 * VL), may_alias));
 typedef uint32_t uvec __attribute__((vector_size(4 * VL), may_alias));
 
 #define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
 #define AT(p) (*(vec *)(p))
 #define LOOSE(p) (*(loose_vec *)(p))
 #if defined(_WIN32)
@@ -64,19 +67,25 @@ typedef struct {
     const int64_t *cu;
     double scale; /* multiplies q */
     Array q, k, value, log_decay, erase, beta;
+    int64_t gate; /* not NONE: log_decay and beta are logits, q and k are still to be normalised */
+    double floor;
+    const float *A_log, *dt_bias; /* [HV], [HV, K] */
     const float *state;
     Array out;
-    float *end_state, *checkpoints; /* checkpoints may be null forward; slot cu[n] / SEGMENT + n + s is sequence n at s */
+    float *end_state, *checkpoints; /* checkpoints may be null forward: see `slot` */
     Array d_out;                    /* from here on: backward only */
     const float *d_end_state;
     Array d_q, d_k, d_value, d_log_decay, d_erase, d_beta;
-    float *d_state;
+    float *d_state, *d_A_log, *d_dt_bias; /* the last two per sequence, [N, HV], [N, HV, K] */
 } Call;
+
+enum { NONE, SOFTPLUS, SIGMOID };
 
 /* ---- vectors ---------------------------------------------------------------------------------------------------- */
 
 INLINE vec splat(float x) { return x - (vec){}; } /* minus: x + 0 may not be folded, because of the sign of zero */
 
+INLINE vec only(ivec mask, vec x) { return (vec)(mask & (ivec)x); }
 INLINE vec pick(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)yes) | (~mask & (ivec)no)); }
 
 INLINE float sum(vec x) {
@@ -97,6 +106,20 @@ INLINE vec exp_vec(vec x) {
     p = p * r + 1, p = p * r + 1;
     uvec exponent = (uvec)shifted - (uvec)round + 256, half = exponent >> 1;
     return p * (vec)((half - 1) << 23) * (vec)((exponent - half - 1) << 23); /* 2 x 127 = 256 - 2 */
+}
+
+/* log(1 + exp t) and 1 / (1 + exp -t), both to a few ulp of their own size: the exponential is of -|t|, and the
+   logarithm is 2 atanh z = 2 (z + z^3 / 3 + ...) with z at most 1 / 3. */
+INLINE vec softplus(vec t) {
+    vec large = only(t > 0, t), y = exp_vec(t - 2 * large), z = y / (y + 2), zz = z * z, p = splat(1.f / 17);
+    p = p * zz + 1.f / 15, p = p * zz + 1.f / 13, p = p * zz + 1.f / 11, p = p * zz + 1.f / 9, p = p * zz + 1.f / 7;
+    p = p * zz + 1.f / 5, p = p * zz + 1.f / 3, p = p * zz + 1;
+    return large + 2 * z * p;
+}
+
+INLINE vec sigmoid(vec t) {
+    vec y = exp_vec(t - 2 * only(t > 0, t));
+    return pick(t > 0, splat(1), y) / (y + 1);
 }
 
 /* Denormals carry no accuracy and cost up to a hundred times: flush them while a task runs. */
@@ -171,21 +194,21 @@ static void copy_state(float *to, int64_t to_stride, const float *from, int64_t 
 INLINE void product_tile(int columns, int64_t depth, const float *A, int64_t am, int64_t al, const float *B, int64_t bs,
                          const float *keep, const float *before, float *out, int64_t os) {
     vec acc[TILE][2];
-    for (int m = 0; m < TILE; m++)
-        for (int v = 0; v < columns; v++) {
+    UNROLL for (int m = 0; m < TILE; m++)
+        UNROLL for (int v = 0; v < columns; v++) {
             acc[m][v] = (vec){};
             if (keep) acc[m][v] = keep[m] * AT(before + m * os + v * VL);
         }
     for (int64_t l = 0; l < depth; l++) {
         vec b[2];
-        for (int v = 0; v < columns; v++) b[v] = AT(B + l * bs + v * VL);
-        for (int m = 0; m < TILE; m++) {
+        UNROLL for (int v = 0; v < columns; v++) b[v] = AT(B + l * bs + v * VL);
+        UNROLL for (int m = 0; m < TILE; m++) {
             vec a = splat(A[m * am + l * al]);
-            for (int v = 0; v < columns; v++) acc[m][v] += a * b[v];
+            UNROLL for (int v = 0; v < columns; v++) acc[m][v] += a * b[v];
         }
     }
-    for (int m = 0; m < TILE; m++)
-        for (int v = 0; v < columns; v++) AT(out + m * os + v * VL) = acc[m][v];
+    UNROLL for (int m = 0; m < TILE; m++)
+        UNROLL for (int v = 0; v < columns; v++) AT(out + m * os + v * VL) = acc[m][v];
 }
 
 INLINE void product(int64_t rows, int64_t width, int64_t depth, const float *A, int64_t am, int64_t al, const float *B,
@@ -203,23 +226,23 @@ INLINE void product(int64_t rows, int64_t width, int64_t depth, const float *A, 
 /* to[n, m] = sign from[m, n], for m < 16 and n < width: log2(VL) rounds of interleaving the two halves of the rows. */
 INLINE void transpose_tile(const float *from, int64_t from_stride, float *to, int64_t to_stride, float sign) {
     vec x[VL], y[VL];
-    for (int m = 0; m < VL; m++) x[m] = sign * AT(from + m * from_stride);
+    UNROLL for (int m = 0; m < VL; m++) x[m] = sign * AT(from + m * from_stride);
 #if defined(__GNUC__) && !defined(__clang__)
     ivec low, high;
-    for (int i = 0; i < VL; i++) low[i] = i / 2 + i % 2 * VL, high[i] = low[i] + VL / 2;
-    for (int round = 1; round < VL; round *= 2) {
-        for (int m = 0; m < VL / 2; m++) {
+    UNROLL for (int i = 0; i < VL; i++) low[i] = i / 2 + i % 2 * VL, high[i] = low[i] + VL / 2;
+    UNROLL for (int round = 1; round < VL; round *= 2) {
+        UNROLL for (int m = 0; m < VL / 2; m++) {
             y[2 * m] = __builtin_shuffle(x[m], x[m + VL / 2], low);
             y[2 * m + 1] = __builtin_shuffle(x[m], x[m + VL / 2], high);
         }
-        for (int m = 0; m < VL; m++) x[m] = y[m];
+        UNROLL for (int m = 0; m < VL; m++) x[m] = y[m];
     }
 #else
-    for (int m = 0; m < VL; m++)
-        for (int n = 0; n < VL; n++) y[n][m] = x[m][n];
-    for (int m = 0; m < VL; m++) x[m] = y[m];
+    UNROLL for (int m = 0; m < VL; m++)
+        UNROLL for (int n = 0; n < VL; n++) y[n][m] = x[m][n];
+    UNROLL for (int m = 0; m < VL; m++) x[m] = y[m];
 #endif
-    for (int m = 0; m < VL; m++) AT(to + m * to_stride) = x[m];
+    UNROLL for (int m = 0; m < VL; m++) AT(to + m * to_stride) = x[m];
 }
 
 static void transpose(int64_t rows, int64_t width, const float *from, int64_t from_stride, float *to, int64_t to_stride,
@@ -265,6 +288,30 @@ static Chunk take_chunk(float **arena, Shape s) {
     return x;
 }
 
+/* x / sqrt(sum x^2 + eps), times scale. */
+INLINE void normalise(float *x, int64_t n, float scale) {
+    vec squares = splat(0);
+    for (int64_t i = 0; i < n; i += VL) squares += AT(x + i) * AT(x + i);
+    const float by = scale / sqrtf(sum(squares) + 1e-6f);
+    for (int64_t i = 0; i < n; i += VL) AT(x + i) *= by;
+}
+
+/* Log-decay from t = logit + dt_bias, and its slope in t. */
+INLINE vec gated(const Call *c, float rate, vec t, vec *slope) {
+    if (c->gate == SOFTPLUS) {
+        *slope = -rate * sigmoid(t);
+        return -rate * softplus(t);
+    }
+    vec s = sigmoid(rate * t);
+    *slope = (float)c->floor * rate * s * sigmoid(-rate * t);
+    return (float)c->floor * s;
+}
+
+static void load_logits(const Call *c, Shape s, int64_t row, int64_t head, float *t) {
+    load(t, c->log_decay, (row * c->value_heads + head) * c->K, c->K, s.K, 1);
+    for (int64_t n = 0; n < c->K; n++) t[n] += c->dt_bias[head * c->K + n];
+}
+
 static void load_chunk(const Call *c, Shape s, int64_t row, int64_t ahead, int64_t head, Chunk x) {
     const int64_t tokens = ahead < C ? ahead : C;
     const int64_t K = c->K, V = c->V, HV = c->value_heads, H = c->key_heads, key_head = head / (HV / H);
@@ -278,14 +325,23 @@ static void load_chunk(const Call *c, Shape s, int64_t row, int64_t ahead, int64
             fetch(c->value, ((row + C) * HV + head) * V, V);
             fetch(c->log_decay, ((row + C) * HV + head) * K, K);
         }
-        load(q, c->q, real ? (row * H + key_head) * K : 0, real ? K : 0, s.K, (float)c->scale);
+        load(q, c->q, real ? (row * H + key_head) * K : 0, real ? K : 0, s.K, c->gate ? 1 : (float)c->scale);
         load(k, c->k, real ? (row * H + key_head) * K : 0, real ? K : 0, s.K, 1);
         load(a, c->log_decay, real ? (row * HV + head) * K : 0, real ? K : 0, s.K, 1);
         x.beta[i] = 1;
-        if (c->beta.data) {
-            load(x.beta + i, c->beta, real ? row * HV + head : 0, real, 1, 1);
+        if (c->beta.data) load(x.beta + i, c->beta, real ? row * HV + head : 0, real, 1, 1);
+        if (c->gate && real) {
+            const float rate = expf(c->A_log[head]);
+            vec slope;
+            normalise(q, s.K, (float)c->scale);
+            normalise(k, s.K, 1);
+            load_logits(c, s, row, head, a);
+            for (int64_t n = 0; n < s.K; n += VL) AT(a + n) = gated(c, rate, AT(a + n), &slope);
+            x.beta[i] = 1 / (1 + expf(-x.beta[i]));
+        }
+        if (c->beta.data)
             for (int64_t n = 0; n < s.K; n += VL) AT(e + n) = x.beta[i] * AT(k + n);
-        } else
+        else
             load(e, c->erase, real ? (row * HV + head) * K : 0, real ? K : 0, s.K, 1);
         load(w, c->value, real ? (row * HV + head) * V : 0, real ? V : 0, s.V, x.beta[i]);
         for (int64_t n = 0; n < s.K; n += VL) {
@@ -304,22 +360,22 @@ static void pair_tokens(Shape s, Chunk x) {
     for (int j = 0; j < C; j++) lane[j / VL][j % VL] = j;
     for (int first = 0; first < C; first += PAIR_ROWS) {
         vec A[PAIR_ROWS][C / VL], P[PAIR_ROWS][C / VL];
-        for (int r = 0; r < PAIR_ROWS; r++)
-            for (int v = 0; v < C / VL; v++) A[r][v] = P[r][v] = splat(0);
+        UNROLL for (int r = 0; r < PAIR_ROWS; r++)
+            UNROLL for (int v = 0; v < C / VL; v++) A[r][v] = P[r][v] = splat(0);
         const float *decay = x.decay + first * s.ks, *erase = x.erase + first * s.ks, *q = x.q + first * s.ks;
         for (int64_t n = 0; n < s.K; n++) {
             vec kd[C / VL];
-            for (int v = 0; v < C / VL; v++) kd[v] = AT(x.kd + n * C + v * VL);
-            for (int r = 0; r < PAIR_ROWS; r++)
-                for (int v = 0; v < C / VL; v++) {
+            UNROLL for (int v = 0; v < C / VL; v++) kd[v] = AT(x.kd + n * C + v * VL);
+            UNROLL for (int r = 0; r < PAIR_ROWS; r++)
+                UNROLL for (int v = 0; v < C / VL; v++) {
                     kd[v] *= pick(lane[v] < first + r, splat(decay[r * s.ks + n]), splat(1));
                     A[r][v] += kd[v] * erase[r * s.ks + n];
                     P[r][v] += kd[v] * q[r * s.ks + n];
                 }
-            for (int v = 0; v < C / VL; v++) AT(x.kd + n * C + v * VL) = kd[v];
+            UNROLL for (int v = 0; v < C / VL; v++) AT(x.kd + n * C + v * VL) = kd[v];
         }
-        for (int r = 0; r < PAIR_ROWS; r++)
-            for (int v = 0; v < C / VL; v++) {
+        UNROLL for (int r = 0; r < PAIR_ROWS; r++)
+            UNROLL for (int v = 0; v < C / VL; v++) {
                 AT(x.pairs + (first + r) * C + v * VL) = A[r][v];
                 AT(x.pairs + (C + first + r) * C + v * VL) = P[r][v];
             }
@@ -330,21 +386,66 @@ static void pair_tokens(Shape s, Chunk x) {
 static void solve(Shape s, Chunk x, const float *S, float *held, float *out) {
     const float *A = x.pairs, *P = x.pairs + C * C;
     product(out ? 2 * C : C, s.V, s.K, x.reads, s.ks, 1, S, s.vs, 0, held, held, s.vs);
-    for (int64_t n = 0; n < s.V; n += VL)
-        for (int i = 0; i < C; i++) {
-            vec u = AT(x.fresh + i * s.vs + n) - AT(held + i * s.vs + n);
-            for (int j = 0; j < i; j++) u -= A[i * C + j] * AT(x.fresh + j * s.vs + n);
-            AT(x.fresh + i * s.vs + n) = u;
-            if (!out) continue;
+    for (int64_t n = 0; n < s.V; n += VL) {
+        vec u[C];
+        UNROLL for (int i = 0; i < C; i++) {
+            u[i] = AT(x.fresh + i * s.vs + n) - AT(held + i * s.vs + n);
+            UNROLL for (int j = 0; j < i; j++) u[i] -= A[i * C + j] * u[j];
+            AT(x.fresh + i * s.vs + n) = u[i];
+        }
+        if (!out) continue;
+        UNROLL for (int i = 0; i < C; i++) {
             vec o = AT(held + (C + i) * s.vs + n);
-            for (int j = 0; j <= i; j++) o += P[i * C + j] * AT(x.fresh + j * s.vs + n);
+            UNROLL for (int j = 0; j <= i; j++) o += P[i * C + j] * u[j];
             AT(out + i * s.vs + n) = o;
         }
+    }
 }
 
 /* S_after = Diag(since_last) S + kd^T U. The two may be the same memory. */
 static void advance(Shape s, Chunk x, const float *S, float *S_after) {
     product(s.K, s.V, C, x.kd, C, 1, x.fresh, s.vs, x.since + (C - 1) * s.ks, S, S_after, s.vs);
+}
+
+/* One token, law for law, in two passes over S: what e and q read after the decay; then the edit. Any V, any stride.
+   Reading q before the edit saves a pass: S^T q after it is S^T q before it, plus (q . k) u. */
+INLINE void step_columns(int columns, int64_t K, float *S, int64_t stride, const float *decay, const float *erase,
+                         const float *q, const float *k, float qk, const float *w, float *out) {
+    vec held[4], read[4];
+    UNROLL for (int v = 0; v < columns; v++) held[v] = read[v] = splat(0);
+    for (int64_t c = 0; c < K; c++)
+        UNROLL for (int v = 0; v < columns; v++) {
+            vec S_c = LOOSE(S + c * stride + v * VL);
+            held[v] += erase[c] * S_c, read[v] += q[c] * S_c;
+        }
+    UNROLL for (int v = 0; v < columns; v++) {
+        held[v] = LOOSE(w + v * VL) - held[v];
+        LOOSE(out + v * VL) = read[v] + qk * held[v];
+    }
+    for (int64_t c = 0; c < K; c++)
+        UNROLL for (int v = 0; v < columns; v++) {
+            float *S_c = S + c * stride + v * VL;
+            LOOSE(S_c) = decay[c] * LOOSE(S_c) + k[c] * held[v];
+        }
+}
+
+static void step_token(int64_t K, int64_t V, float *S, int64_t stride, const float *decay, const float *erase,
+                       const float *q, const float *k, const float *w, float *out) {
+    float erase_decayed[MAX_K], q_decayed[MAX_K], qk = 0;
+    for (int64_t c = 0; c < K; c++) erase_decayed[c] = erase[c] * decay[c], q_decayed[c] = q[c] * decay[c];
+    for (int64_t c = 0; c < K; c++) qk += q[c] * k[c];
+    int64_t n = 0;
+    for (; n + 4 * VL <= V; n += 4 * VL)
+        step_columns(4, K, S + n, stride, decay, erase_decayed, q_decayed, k, qk, w + n, out + n);
+    for (; n + VL <= V; n += VL)
+        step_columns(1, K, S + n, stride, decay, erase_decayed, q_decayed, k, qk, w + n, out + n);
+    for (; n < V; n++) {
+        float held = 0, read = 0;
+        for (int64_t c = 0; c < K; c++) held += erase_decayed[c] * S[c * stride + n], read += q_decayed[c] * S[c * stride + n];
+        const float fresh = w[n] - held;
+        for (int64_t c = 0; c < K; c++) S[c * stride + n] = decay[c] * S[c * stride + n] + k[c] * fresh;
+        out[n] = read + qk * fresh;
+    }
 }
 
 /* ---- forward ---------------------------------------------------------------------------------------------------- */
@@ -371,9 +472,15 @@ static void forward_task(const Call *c, Shape s, int64_t n, int64_t first_head, 
             if (c->checkpoints && t % SEGMENT == 0)
                 copy_state(c->checkpoints + (slot(c, n, t) * HV + head) * K * V, V, S_h, s.vs, K, V);
             load_chunk(c, s, row, tokens - t, head, x);
-            pair_tokens(s, x);
-            solve(s, x, S_h, held, out);
-            advance(s, x, S_h, S_h);
+            if (tokens <= SHORT && !c->checkpoints)
+                for (int64_t i = 0; i < real; i++)
+                    step_token(s.K, s.V, S_h, s.vs, x.decay + i * s.ks, x.erase + i * s.ks, x.q + i * s.ks, x.k + i * s.ks,
+                               x.fresh + i * s.vs, out + i * s.vs);
+            else {
+                pair_tokens(s, x);
+                solve(s, x, S_h, held, out);
+                advance(s, x, S_h, S_h);
+            }
             for (int64_t i = 0; i < real; i++) store(c->out, ((row + i) * HV + head) * V, out + i * s.vs, V, 1);
         }
     for (int64_t h = 0; h < heads; h++)
@@ -392,7 +499,7 @@ typedef struct {
     float *d_since;             /* [K] what the memory's own decay contributes */
     float *d_erase, *d_decay;   /* [C, K] */
     float *d_beta;              /* [C] */
-    float *value;               /* [V] */
+    float *row;                 /* [K or V] */
 } Adjoint;
 
 static Adjoint take_adjoint(float **arena, Shape s) {
@@ -401,7 +508,7 @@ static Adjoint take_adjoint(float **arena, Shape s) {
     y.d_pairs = take(arena, 2 * C * C), y.d_reads_t = take(arena, s.K * 2 * C), y.d_reads = take(arena, 2 * C * s.ks);
     y.d_kd_t = take(arena, s.K * C), y.d_kd = take(arena, C * s.ks), y.d_since = take(arena, s.K);
     y.d_erase = take(arena, C * s.ks), y.d_decay = take(arena, C * s.ks), y.d_beta = take(arena, C);
-    y.value = take(arena, s.V);
+    y.row = take(arena, s.K > s.V ? s.K : s.V);
     return y;
 }
 
@@ -409,13 +516,15 @@ static Adjoint take_adjoint(float **arena, Shape s) {
 static void solve_adjoint(Shape s, Chunk x, const float *d_S, Adjoint y) {
     const float *A = x.pairs, *P = x.pairs + C * C, *d_out = y.d + C * s.vs;
     product(C, s.V, s.K, x.kd, 1, C, d_S, s.vs, 0, y.d, y.d, s.vs);
-    for (int64_t n = 0; n < s.V; n += VL)
-        for (int j = C - 1; j >= 0; j--) {
-            vec minus = -AT(y.d + j * s.vs + n);
-            for (int i = j; i < C; i++) minus -= P[i * C + j] * AT(d_out + i * s.vs + n);
-            for (int i = j + 1; i < C; i++) minus -= A[i * C + j] * AT(y.d + i * s.vs + n);
-            AT(y.d + j * s.vs + n) = minus;
+    for (int64_t n = 0; n < s.V; n += VL) {
+        vec minus[C];
+        UNROLL for (int j = C - 1; j >= 0; j--) {
+            minus[j] = -AT(y.d + j * s.vs + n);
+            UNROLL for (int i = C - 1; i >= j; i--) minus[j] -= P[i * C + j] * AT(d_out + i * s.vs + n);
+            UNROLL for (int i = C - 1; i > j; i--) minus[j] -= A[i * C + j] * minus[i];
+            AT(y.d + j * s.vs + n) = minus[j];
         }
+    }
 }
 
 /* The adjoint of pair_tokens, load_chunk's products and the decays: VL channels at a time, tokens backwards.
@@ -459,8 +568,32 @@ static void unpair_tokens(Shape s, Chunk x, Adjoint y, float *d_q_out, float *d_
     for (int i = 0; i < C; i++) y.d_beta[i] = sum(d_beta[i]);
 }
 
+/* Turn the gradient of a log-decay row into that of its logits; d_parameters is d_dt_bias [K], then d_A_log. */
+static void ungate(const Call *c, Shape s, int64_t row, int64_t head, float *scratch, float *d, float *d_parameters) {
+    const float rate = expf(c->A_log[head]);
+    vec d_A_log = splat(0);
+    load_logits(c, s, row, head, scratch);
+    for (int64_t n = 0; n < s.K; n += VL) {
+        vec slope, t = AT(scratch + n), g = gated(c, rate, t, &slope), d_g = AT(d + n);
+        AT(d + n) = slope * d_g;
+        AT(d_parameters + n) += slope * d_g;
+        if (c->gate == SIGMOID) g = slope * t;
+        d_A_log += d_g * g; /* A_log acts through rate: on g itself, or on rate t */
+    }
+    d_parameters[s.K] += sum(d_A_log);
+}
+
+/* Turn the gradient of scale times a normalised row into that of the row x: scale r (d - r^2 (x . d) x). */
+static void unnormalise(Shape s, Array from, int64_t offset, int64_t n, float scale, float *x, float *d) {
+    vec squares = splat(0), dots = splat(0);
+    load(x, from, offset, n, s.K, 1);
+    for (int64_t i = 0; i < s.K; i += VL) squares += AT(x + i) * AT(x + i), dots += AT(x + i) * AT(d + i);
+    const float r = 1 / sqrtf(sum(squares) + 1e-6f), along = r * r * sum(dots);
+    for (int64_t i = 0; i < s.K; i += VL) AT(d + i) = scale * r * (AT(d + i) - along * AT(x + i));
+}
+
 static void backward_chunk(const Call *c, Shape s, int64_t row, int64_t tokens, int64_t head, Chunk x, const float *S,
-                           float *d_S, Adjoint y, float *d_q, float *d_k) {
+                           float *d_S, Adjoint y, float *d_q, float *d_k, float *d_parameters) {
     const int64_t K = c->K, V = c->V, HV = c->value_heads;
     for (int64_t i = 0; i < C; i++)
         load(y.d + (C + i) * s.vs, c->d_out, i < tokens ? ((row + i) * HV + head) * V : 0, i < tokens ? V : 0, s.V, 1);
@@ -484,13 +617,15 @@ static void backward_chunk(const Call *c, Shape s, int64_t row, int64_t tokens, 
         const float *minus_d_w = y.d + i * s.vs;
         if (c->beta.data) {
             vec dot = splat(0);
-            load(y.value, c->value, at * V, V, s.V, 1);
-            for (int64_t n = 0; n < s.V; n += VL) dot += AT(y.value + n) * AT(minus_d_w + n);
+            load(y.row, c->value, at * V, V, s.V, 1);
+            for (int64_t n = 0; n < s.V; n += VL) dot += AT(y.row + n) * AT(minus_d_w + n);
             y.d_beta[i] -= sum(dot);
+            if (c->gate) y.d_beta[i] *= x.beta[i] * (1 - x.beta[i]);
             store(c->d_beta, at, y.d_beta + i, 1, 1);
         } else
             store(c->d_erase, at * K, y.d_erase + i * s.ks, K, 1);
         store(c->d_value, at * V, minus_d_w, V, -x.beta[i]);
+        if (c->gate) ungate(c, s, row + i, head, y.row, y.d_decay + i * s.ks, d_parameters);
         store(c->d_log_decay, at * K, y.d_decay + i * s.ks, K, 1);
     }
 }
@@ -499,7 +634,8 @@ static int64_t backward_floats(Shape s, int64_t group) {
     float *end = 0;
     for (int n = 0; n < SEGMENT / C; n++) take_chunk(&end, s);
     take_adjoint(&end, s);
-    return (end - (float *)0) + (SEGMENT / C + TOGETHER * group) * s.K * s.vs + 3 * C * s.vs + 2 * SEGMENT * s.ks;
+    return (end - (float *)0) + (SEGMENT / C + TOGETHER * group) * s.K * s.vs + 3 * C * s.vs + 2 * SEGMENT * s.ks +
+           TOGETHER * group * (s.K + 16);
 }
 
 /* Key heads first_head .. first_head + heads of sequence n, with all their value heads. */
@@ -508,11 +644,13 @@ static void backward_task(const Call *c, Shape s, int64_t n, int64_t first_head,
     const int64_t tokens = c->cu[n + 1] - c->cu[n], square = s.K * s.vs;
     float *d_S = take(&arena, TOGETHER * group * square), *S = take(&arena, SEGMENT / C * square);
     float *held = take(&arena, 3 * C * s.vs), *d_q = take(&arena, SEGMENT * s.ks), *d_k = take(&arena, SEGMENT * s.ks);
+    float *d_parameters = take(&arena, TOGETHER * group * (s.K + 16));
     Adjoint y = take_adjoint(&arena, s);
     Chunk x[SEGMENT / C];
     for (int i = 0; i < SEGMENT / C; i++) x[i] = take_chunk(&arena, s);
     memset(d_S, 0, sizeof(float) * TOGETHER * group * square);
     memset(S, 0, sizeof(float) * SEGMENT / C * square);
+    memset(d_parameters, 0, sizeof(float) * TOGETHER * group * (s.K + 16));
     for (int64_t h = 0; h < heads * group; h++)
         copy_state(d_S + h * square, s.vs, c->d_end_state + (n * HV + first_head * group + h) * K * V, V, K, V);
     for (int64_t t0 = (tokens - 1) / SEGMENT * SEGMENT; t0 >= 0 && tokens; t0 -= SEGMENT)
@@ -532,28 +670,46 @@ static void backward_task(const Call *c, Shape s, int64_t n, int64_t first_head,
                 }
                 for (int64_t i = chunks - 1; i >= 0; i--)
                     backward_chunk(c, s, row + i * C, real - i * C < C ? real - i * C : C, head, x[i], S + i * square,
-                                   d_S + (h * group + r) * square, y, d_q + i * C * s.ks, d_k + i * C * s.ks);
+                                   d_S + (h * group + r) * square, y, d_q + i * C * s.ks, d_k + i * C * s.ks,
+                                   d_parameters + (h * group + r) * (s.K + 16));
             }
             for (int64_t i = 0; i < real; i++) {
-                store(c->d_q, ((row + i) * H + first_head + h) * K, d_q + i * s.ks, K, (float)c->scale);
-                store(c->d_k, ((row + i) * H + first_head + h) * K, d_k + i * s.ks, K, 1);
+                const int64_t at = ((row + i) * H + first_head + h) * K;
+                if (c->gate) {
+                    unnormalise(s, c->q, at, K, (float)c->scale, y.row, d_q + i * s.ks);
+                    unnormalise(s, c->k, at, K, 1, y.row, d_k + i * s.ks);
+                }
+                store(c->d_q, at, d_q + i * s.ks, K, c->gate ? 1 : (float)c->scale);
+                store(c->d_k, at, d_k + i * s.ks, K, 1);
             }
         }
-    for (int64_t h = 0; h < heads * group; h++)
-        copy_state(c->d_state + (n * HV + first_head * group + h) * K * V, V, d_S + h * square, s.vs, K, V);
+    for (int64_t h = 0; h < heads * group; h++) {
+        const int64_t at = n * HV + first_head * group + h;
+        copy_state(c->d_state + at * K * V, V, d_S + h * square, s.vs, K, V);
+        if (!c->gate) continue;
+        memcpy(c->d_dt_bias + at * K, d_parameters + h * (s.K + 16), sizeof(float) * K);
+        c->d_A_log[at] = d_parameters[h * (s.K + 16) + s.K];
+    }
 }
 
 /* ---- entry points: 0, or 1 when memory runs out ----------------------------------------------------------------- */
+
+/* Waking a thread costs some microseconds: as much as editing this many entries of the memory. */
+static int64_t threads_for(const Call *c, int64_t tokens) {
+    const int64_t useful = 1 + tokens * c->value_heads * c->K * c->V / (1 << 16);
+    return c->threads < useful ? c->threads : useful;
+}
 
 typedef void Task(const Call *, Shape, int64_t, int64_t, int64_t, float *);
 
 static int run(const Call *c, Task *task, int64_t heads, int64_t floats) {
     const Shape s = shape_of(c);
-    int64_t together = (c->sequences * heads + c->threads - 1) / c->threads; /* enough tasks for every thread */
+    const int64_t threads = threads_for(c, c->cu[c->sequences]);
+    int64_t together = (c->sequences * heads + threads - 1) / threads; /* enough tasks for every thread */
     together = together < 1 ? 1 : together > TOGETHER ? TOGETHER : together;
     const int64_t groups = (heads + together - 1) / together;
     int failed = 0;
-#pragma omp parallel num_threads((int)c->threads) if (c->threads > 1 && c->sequences * groups > 1)
+#pragma omp parallel num_threads((int)threads) if (threads > 1 && c->sequences * groups > 1)
     {
         void *memory = malloc(sizeof(float) * floats + 64);
         float *arena = (float *)(((uintptr_t)memory + 63) & ~(uintptr_t)63);
@@ -564,6 +720,7 @@ static int run(const Call *c, Task *task, int64_t heads, int64_t floats) {
             if (memory)
                 task(c, s, i / groups, first, heads - first < together ? heads - first : together, arena);
             else
+#pragma omp atomic write
                 failed = 1;
         }
         restore_denormals(mode);
@@ -578,4 +735,34 @@ EXPORT int delta_memory_forward(const Call *c) {
 
 EXPORT int delta_memory_backward(const Call *c) {
     return run(c, backward_task, c->key_heads, backward_floats(shape_of(c), c->value_heads / c->key_heads));
+}
+
+/* One token for each of B sequences; `state` is edited in place. bf16 is a mask: bit i is argument i among the arrays. */
+EXPORT void delta_memory_step(int64_t B, int64_t H, int64_t HV, int64_t K, int64_t V, int64_t threads, int64_t bf16,
+                              double scale, void *q, void *k, void *v, void *log_decay, void *beta, float *state,
+                              void *out) {
+    const Array q_ = {q, bf16 & 1}, k_ = {k, bf16 >> 1 & 1}, v_ = {v, bf16 >> 2 & 1}, out_ = {out, bf16 >> 2 & 1};
+    const Array log_decay_ = {log_decay, bf16 >> 3 & 1}, beta_ = {beta, bf16 >> 4 & 1};
+    const int64_t useful = 1 + B * HV * K * V / (1 << 16), Kp = (K + VL - 1) / VL * VL;
+    threads = threads < useful ? threads : useful;
+#pragma omp parallel for num_threads((int)threads) if (threads > 1)
+    for (int64_t i = 0; i < B * HV; i++) {
+        float q_row[MAX_K], k_row[MAX_K], erase[MAX_K], decay[MAX_K] __attribute__((aligned(64))), strength;
+        float w[MAX_K], o[MAX_K];
+        const int64_t key = (i / HV * H + i % HV / (HV / H)) * K;
+        uint64_t mode = flush_denormals();
+        load(q_row, q_, key, K, K, (float)scale);
+        load(k_row, k_, key, K, K, 1);
+        load(decay, log_decay_, i * K, K, Kp, 1);
+        load(&strength, beta_, i, 1, 1, 1);
+        for (int64_t n = 0; n < K; n += VL) AT(decay + n) = exp_vec(AT(decay + n));
+        for (int64_t n = 0; n < K; n++) erase[n] = strength * k_row[n];
+        for (int64_t n = 0; n < V; n += MAX_K) {
+            const int64_t width = V - n < MAX_K ? V - n : MAX_K;
+            load(w, v_, i * V + n, width, width, strength);
+            step_token(K, width, state + i * K * V + n, V, decay, erase, q_row, k_row, w, o);
+            store(out_, i * V + n, o, width, 1);
+        }
+        restore_denormals(mode);
+    }
 }

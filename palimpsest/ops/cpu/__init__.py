@@ -1,0 +1,1 @@
+"""The delta memory on a CPU, in C: delta_memory.c is the kernel, build.py compiles it, register.py makes it a backend."""

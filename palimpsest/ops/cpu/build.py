@@ -1,0 +1,168 @@
+"""From delta_memory.c to a loaded library: compiled on first use, kept in the user's cache, checked before it is opened.
+
+A cached library is one file, `delta_memory-<key>-<digest>.so`. Its key is made of source, flags, processor and
+compiler, so a change of any of them is another file. Its digest is that of its own bytes, so a file that is cut short
+or altered is seen before it is opened, thrown away and built again. It is compiled in a folder of its own and then
+renamed: processes that compile at once, or die while they do, leave either a whole library or none.
+
+Where the cache cannot be written, each process compiles for itself in a temporary folder.
+"""
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import torch
+
+SOURCE = Path(__file__).with_name("delta_memory.c")
+OPTIMISE = ("-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic", "-fno-math-errno", "-fno-trapping-math")
+SHARED = ("-std=gnu11", "-shared", "-fPIC")
+# Tried in this order. Apple's compiler has no OpenMP, and some have no name for the processor they run on.
+FLAGS = (("-march=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
+PATIENCE = 120  # seconds for one compilation, which takes two on an idle machine
+
+
+class CannotCompileError(RuntimeError):
+    """Why there is no library, and what to install."""
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The kernels, compiled if need be.
+
+    Raises:
+        CannotCompileError: no compiler was found, or none of its ways to compile worked.
+    """
+    return load(find_compiler(), cache_folder())
+
+
+@torch.compiler.assume_constant_result
+def refusal() -> str | None:
+    """Why this machine cannot run the kernels, or None. The first "why" of a process also warns."""
+    return _refusal()
+
+
+@functools.cache
+def _refusal() -> str | None:
+    try:
+        library()
+    except CannotCompileError as why:
+        warnings.warn(f"KDA runs in its slower PyTorch form on this CPU: the C kernel {why}", stacklevel=2)
+        return str(why)
+    return None
+
+
+def find_compiler() -> Path:
+    """The system's C compiler: $CC, else cc, gcc or clang."""
+    for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
+        if name and (path := shutil.which(name)):
+            return Path(path).resolve()
+    raise CannotCompileError(
+        "needs a C compiler and found none; install gcc or clang (Debian, Ubuntu: `apt install gcc`; macOS: "
+        "`xcode-select --install`) and start again"
+    )
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels of this user are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "palimpsest"
+
+
+def load(compiler: Path, cache: Path, *, source: Path = SOURCE) -> ctypes.CDLL:
+    """Open the cached library for this source, compiler and processor, or compile and keep it."""
+    key = _key(compiler, source)
+    for path in sorted(cache.glob(f"delta_memory-{key}-*.so")) if cache.is_dir() else ():
+        if path.stem.rpartition("-")[2] == _digest(path):
+            return _open(path)
+        _discard(path)
+    try:
+        cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _sweep(cache)
+        with tempfile.TemporaryDirectory(prefix="build-", dir=cache, ignore_cleanup_errors=True) as folder:
+            built = compile_source(compiler, Path(folder), source=source)
+            kept = cache / f"delta_memory-{key}-{_digest(built)}.so"
+            os.replace(built, kept)
+        return _open(kept)
+    except OSError:  # not ours to write, or full
+        pass
+    with tempfile.TemporaryDirectory(prefix="palimpsest-", ignore_cleanup_errors=True) as folder:
+        return _open(compile_source(compiler, Path(folder), source=source))
+
+
+def compile_source(
+    compiler: Path, folder: Path, *, source: Path = SOURCE, flags: tuple[tuple[str, ...], ...] = FLAGS
+) -> Path:
+    """Compile into `folder` with the first of `flags` that works. Raises CannotCompileError with the last complaint."""
+    complaint = ""
+    for machine in flags:
+        built = folder / "delta_memory.so"
+        command = [str(compiler), *OPTIMISE, *SHARED, *machine, str(source), "-o", str(built), "-lm"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            raise CannotCompileError(f"did not compile: {compiler} took more than {PATIENCE} s") from None
+        except OSError as error:
+            raise CannotCompileError(f"did not compile: {compiler} does not run ({error})") from None
+        if done.returncode == 0 and built.is_file():
+            return built
+        errors = [line for line in done.stderr.splitlines() if "error" in line.lower()]
+        complaint = (errors or done.stderr.splitlines() or [f"exit status {done.returncode}"])[0]
+    if shutil.disk_usage(folder).free < 1 << 20:
+        raise OSError("no space left to compile in")
+    raise CannotCompileError(f"did not compile: {compiler} said `{complaint}`; install or repair gcc or clang")
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    try:
+        opened = ctypes.CDLL(str(path))
+        for name in ("delta_memory_forward", "delta_memory_backward", "delta_memory_step"):
+            getattr(opened, name)
+    except (OSError, AttributeError) as error:
+        raise CannotCompileError(
+            f"was compiled but cannot be opened ({error}); install gcc or clang, or delete {path}"
+        ) from None
+    return opened
+
+
+def _key(compiler: Path, source: Path) -> str:
+    made_by = compiler.stat()
+    facts = (source.read_bytes(), OPTIMISE, SHARED, FLAGS, compiler, made_by.st_size, made_by.st_mtime_ns, _processor())
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        lines = []
+    names = ("model name", "flags", "Features", "CPU part")
+    return repr((platform.machine(), platform.processor(), [line for line in lines if line.startswith(names)]))
+
+
+def _digest(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
+    except OSError:
+        return ""
+
+
+def _discard(path: Path) -> None:
+    with contextlib.suppress(OSError):  # not ours to remove: then it is only skipped
+        path.unlink()
+
+
+def _sweep(cache: Path) -> None:
+    """Remove what compilations that were killed an hour ago or more left behind."""
+    for folder in cache.glob("build-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - folder.stat().st_mtime > 3600:
+                shutil.rmtree(folder, ignore_errors=True)
