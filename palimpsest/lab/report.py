@@ -1,0 +1,105 @@
+"""One page that says what was found, how sure that is, and how to find it again; and two results side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from palimpsest.lab.experiment import Experiment, Record, Row, Table
+from palimpsest.lab.plots import save
+from palimpsest.lab.run import failures, read_records, read_sweep, title
+from palimpsest.lab.spread import Spread
+from palimpsest.lab.tasks.task import check
+
+
+def write_report(folder: Path, experiment: Experiment, records: Sequence[Record]) -> None:
+    """report.md and the plots."""
+    sweep, verdict = read_sweep(folder), experiment.judge(records)
+    drawn = save(experiment.draw(records), folder)
+    lines = [f"# {experiment.name}: {experiment.question}", "", f"**Claim.** {experiment.claim}", ""]
+    lines += [f"**Verdict: {verdict.outcome}.** {' '.join(verdict.because)}", ""]
+    left = len(sweep["points"]) - len(records)
+    if left > 0:
+        lines += [f"*{left} of {len(sweep['points'])} points are not run yet; the verdict is of the rest.*", ""]
+    for name in drawn:
+        lines += [f"![{name}]({name}.png)", ""]
+    for table in verdict.tables:
+        lines += [table.markdown(), ""]
+    failed = failures(folder)
+    if failed:
+        lines += [Table("Points that failed", ["point", "reason"], failed).markdown(), ""]
+    lines += ["**How it was done.** " + experiment.setting, ""] if experiment.setting else []
+    seeds = sorted({r.label["seed"] for r in records if "seed" in r.label})
+    seconds = sum(r.seconds for r in records)
+    lines += [
+        f"Scale `{sweep['scale']}`: {experiment.scales[sweep['scale']]}. Seeds: {', '.join(map(str, seeds)) or 'none'}. "
+        f"Time, summed over points: {_duration(seconds)}.",
+        "",
+    ]
+    sessions = {}
+    for s in sweep["sessions"]:
+        sessions.setdefault((s["command"], s["machine"], s["note"]), []).append(s["began"])
+    for (command, machine, note), began in sessions.items():
+        lines += [f"- {began[0]}: `{command or 'palimpsest.lab.run'}` on {machine}{'; ' + note if note else ''}"]
+    lines += ["", "Every number is in `results.csv`; curves and settings are in `results.jsonl`.", ""]
+    (folder / "report.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def compare(folders: Sequence[Path]) -> list[Table]:
+    """The points that the folders' results have in common, side by side: seeds as a spread, differences in the open.
+
+    Raises:
+        ValueError: fewer than two folders, one without results, or nothing in common.
+    """
+    check(len(folders) >= 2, f"compare takes at least two results folders; {len(folders)} given")
+    tables = []
+    found = [_measures(folder) for folder in folders]
+    shared = [key for key in found[0] if all(key in other for other in found[1:])]
+    check(
+        bool(shared),
+        f"the results of {' and '.join(map(str, folders))} have no point in common; compare results of one experiment",
+    )
+    for metric in dict.fromkeys(metric for _, metric in shared):
+        rows = []
+        for label, name in shared:
+            if name != metric:
+                continue
+            spreads = [other[label, name] for other in found]
+            change = spreads[-1].mean - spreads[0].mean
+            sure = "" if spreads[-1].above(spreads[0]) or spreads[0].above(spreads[-1]) else " (within the spread)"
+            rows.append([label, *(s.text() for s in spreads), f"{change:+.3g}{sure}"])
+        tables.append(Table(metric, ["point", *map(str, folders), "last minus first"], rows))
+    return tables
+
+
+def _measures(folder: Path) -> dict[tuple[str, str], Spread]:
+    """(description without the seed, metric) -> its values over seeds."""
+    read_sweep(folder)
+    records = read_records(folder)
+    check(bool(records), f"folder {str(folder)!r} has no finished point yet")
+    values: dict[tuple[str, str], list[float]] = {}
+    for record in records:
+        for row in record.result["rows"]:
+            label = _words(record.label) | {k: v for k, v in row.items() if isinstance(v, str) or k in COORDINATES}
+            for name, value in row.items():
+                if name not in COORDINATES and isinstance(value, int | float) and not isinstance(value, bool):
+                    values.setdefault((title(label), name), []).append(float(value))
+    return {key: Spread(tuple(v)) for key, v in values.items()}
+
+
+COORDINATES = ("test", "test_length", "tokens", "context", "layer", "head", "step")  # columns that say where, not how much
+
+
+def _words(label: Row) -> Row:
+    return {k: v for k, v in label.items() if k != "seed"}
+
+
+def _duration(seconds: float) -> str:
+    """A length of time in words.
+
+    >>> _duration(75), _duration(7500)
+    ('1.2 minutes', '2.1 hours')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} seconds"
+    return f"{seconds / 60:.1f} minutes" if seconds < 3600 else f"{seconds / 3600:.1f} hours"

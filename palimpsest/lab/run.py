@@ -1,0 +1,370 @@
+"""Running a sweep: what is done stays done, what is left is known, and an interrupt loses the running points at most.
+
+    FOLDER/sweep.json      the experiment, its scale and its points: who this folder belongs to
+    FOLDER/results.jsonl   a line a finished point, with curves
+    FOLDER/results.csv     the same, a line a row, without curves
+    FOLDER/*.png, *.svg    plots
+    FOLDER/report.md       one page: the verdict, the tables, the machine
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import multiprocessing
+import platform
+import queue
+import signal
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from palimpsest.lab.experiment import Experiment, Record, Row, load_experiment
+from palimpsest.lab.tasks.task import check
+
+Report = Callable[[Row], None]
+
+
+class InterruptedSweep(Exception):  # noqa: N818 - not an error: the user asked for it
+    """The user interrupted; finished points are kept."""
+
+
+def run(
+    experiment: Experiment,
+    scale: str,
+    folder: str | Path,
+    *,
+    device: str | None = None,
+    workers: int = 1,
+    only: str = "",
+    report: Report = lambda event: None,
+    command: str = "",
+    note: str = "",
+) -> bool:
+    """Runs the points that are not done yet, then writes CSV, plots and the report.
+
+    Args:
+        experiment, scale: what to run.
+        folder: where results go; one that holds the same sweep is resumed.
+        device: "cpu", "cuda" or "cuda:N"; None takes a GPU if there is one.
+        workers: points run at once, each in a process of its own; 1 runs them in this one.
+        only: run only points whose description contains this text; the rest stays for later.
+        report: called with each event, a dict: "start", "progress", "point", "end".
+        command, note: for the report: how this was called, and what a reader should know of the machine.
+
+    Returns:
+        Whether all points of the sweep are done.
+
+    Raises:
+        ValueError: the experiment, folder or device cannot be used; nothing was run.
+        InterruptedSweep: Ctrl-C or SIGTERM; all finished points are in the folder, and so is their report.
+    """
+    plan, folder = experiment.plan(scale), Path(folder)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check(workers >= 1, f"workers is {workers}; give at least 1")
+    _check_device(device, plan, workers)
+    sweep = Sweep(folder, experiment, scale, plan)
+    done = {r["id"] for r in sweep.lines() if "result" in r}
+    left = {i: p for i, p in plan.items() if i not in done and only in title(p.label())}
+    check(
+        bool(left) or not only or any(only in title(p.label()) for p in plan.values()),
+        f"no point of {experiment.name!r} matches {only!r}; a point is described like {title(next(iter(plan.values())).label())!r}",
+    )
+    sweep.start(command, note, device)
+    tally = Tally(plan, left, report)
+    report({"event": "start", "points": len(plan), "left": len(left), "device": device, "workers": workers})
+    try:
+        if workers == 1:
+            _run_here(left, device, sweep, tally)
+        elif left:
+            _run_in_processes(experiment.place, scale, left, device, min(workers, len(left)), sweep, tally)
+    finally:
+        finish(folder, experiment)
+    complete = {r["id"] for r in sweep.lines() if "result" in r} >= set(plan)
+    report({"event": "end", "complete": complete, "folder": str(folder), "failed": tally.failed})
+    return complete
+
+
+def finish(folder: Path, experiment: Experiment) -> None:
+    """Writes CSV, plots and the report of what is done, if anything is."""
+    from palimpsest.lab.report import write_report
+
+    records = read_records(folder)
+    if records:
+        write_csv(folder / "results.csv", records)
+        write_report(folder, experiment, records)
+
+
+class Sweep:
+    """The folder of one sweep.
+
+    Raises ValueError if it holds something else: other files, or another sweep.
+    """
+
+    def __init__(self, folder: Path, experiment: Experiment, scale: str, plan: Mapping[str, Any]):
+        self.folder = folder
+        self.facts = {"experiment": experiment.name, "place": experiment.place, "scale": scale, "points": list(plan)}
+        self.points = plan
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"results {str(folder)!r} is a file; give a folder")
+        if not folder.is_dir() or not any(folder.iterdir()):
+            return
+        held = read_sweep(folder)
+        if held["experiment"] != experiment.name or held["scale"] != scale:
+            raise ValueError(
+                f"results folder {str(folder)!r} holds {held['experiment']!r} at scale {held['scale']!r}, not "
+                f"{experiment.name!r} at {scale!r}; give another folder"
+            )
+        if set(held["points"]) != set(plan):
+            raise ValueError(
+                f"results folder {str(folder)!r} holds {experiment.name!r} with other settings than the recipe has now; "
+                "give another folder"
+            )
+
+    def start(self, command: str, note: str, device: str) -> None:
+        """Makes the folder, or cuts off a line that a kill left half written; adds this session to its history."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write_whole(self.folder / "results.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines()))
+        except OSError as error:
+            raise ValueError(f"results folder {str(self.folder)!r} cannot be written: {error.strerror}") from error
+        history = read_sweep(self.folder)["sessions"] if (self.folder / "sweep.json").is_file() else []
+        now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+        history = [*history, {"began": now, "command": command, "machine": machine(device), "note": note}]
+        _write_whole(self.folder / "sweep.json", json.dumps(self.facts | {"sessions": history}, indent=2) + "\n")
+
+    def lines(self) -> list[Row]:
+        return read_lines(self.folder / "results.jsonl")
+
+    def keep(self, identity: str, outcome: Row, seconds: float) -> None:
+        """One point is done, or has failed."""
+        point = self.points[identity]
+        line = {"id": identity, "label": point.label(), "seconds": round(seconds, 2), **outcome, "settings": point.to_dict()}
+        with open(self.folder / "results.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+class Tally:
+    """How far the sweep is, and when it will end at the pace so far."""
+
+    def __init__(self, plan: Mapping[str, Any], left: Mapping[str, Any], report: Report):
+        self.work = {i: p.work() for i, p in left.items()}
+        self.titles = {i: title(p.label()) for i, p in plan.items()}
+        self.share = dict.fromkeys(left, 0.0)
+        self.report, self.began, self.failed = report, time.monotonic(), 0
+
+    def progress(self, identity: str, share: float, word: str) -> None:
+        self.share[identity] = share
+        self.report({"event": "progress", "point": self.titles[identity], "share": share, "word": word, **self.outlook()})
+
+    def point(self, identity: str, outcome: Row, seconds: float) -> None:
+        self.share[identity] = 1.0  # early stopping ends a point before its time
+        self.failed += "error" in outcome
+        event = {"event": "point", "point": self.titles[identity], "seconds": seconds, **outcome, **self.outlook()}
+        self.report(event)
+
+    def outlook(self) -> Row:
+        total = sum(self.work.values())
+        done = sum(self.work[i] * share for i, share in self.share.items())
+        elapsed = time.monotonic() - self.began
+        eta = elapsed * (total - done) / done if done else None
+        return {"done": done / total if total else 1.0, "elapsed": elapsed, "eta": eta}
+
+
+def title(label: Row) -> str:
+    """A point in a line of text.
+
+    >>> title({"contestant": "kda", "length": 64})
+    'contestant kda, length 64'
+    """
+    return ", ".join(f"{name} {value}" for name, value in label.items())
+
+
+def _attempt(point: Any, device: str, tell: Callable[[float, str], None]) -> Row:
+    """The point's result, or why it has none; an interrupt passes through."""
+    try:
+        return {"result": point.run(device, tell)}
+    except InterruptedSweep:
+        raise
+    except torch.OutOfMemoryError as error:
+        return {"error": f"out of memory on the device ({str(error).splitlines()[0]}); use fewer workers"}
+    except Exception as error:  # one bad point must not end a sweep of hours; it is told, and tried again on resume
+        return {"error": f"{type(error).__name__}: {str(error).strip() or 'no message'}"}
+    finally:
+        if device.startswith("cuda"):
+            torch.cuda.empty_cache()
+
+
+def _run_here(left: Mapping[str, Any], device: str, sweep: Sweep, tally: Tally) -> None:
+    from palimpsest.train.interrupts import interrupts
+
+    with interrupts() as interrupted:
+        for identity, point in left.items():
+
+            def tell(share: float, word: str, identity=identity) -> None:
+                if interrupted():
+                    raise InterruptedSweep
+                tally.progress(identity, share, word)
+
+            began = time.monotonic()
+            outcome = _attempt(point, device, tell)
+            sweep.keep(identity, outcome, time.monotonic() - began)
+            tally.point(identity, outcome, time.monotonic() - began)
+
+
+def _serve(place: str, scale: str, device: str, jobs: Any, news: Any) -> None:
+    """A worker process: takes identities, runs their points, sends what came of them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    torch.set_num_threads(1)
+    plan = load_experiment(place).plan(scale)
+    last = [0.0]
+    while (identity := jobs.get()) is not None:
+
+        def tell(share: float, word: str, identity=identity) -> None:
+            if word or time.monotonic() - last[0] > 1:
+                last[0] = time.monotonic()
+                news.put(("progress", identity, share, word))
+
+        began = time.monotonic()
+        outcome = _attempt(plan[identity], device, tell)
+        news.put(("point", identity, outcome, time.monotonic() - began))
+
+
+def _run_in_processes(
+    place: str, scale: str, left: Mapping[str, Any], device: str, workers: int, sweep: Sweep, tally: Tally
+) -> None:
+    from palimpsest.train.interrupts import interrupts
+
+    context = multiprocessing.get_context("spawn")
+    jobs, news = context.Queue(), context.Queue()
+    for identity in [*left, *[None] * workers]:
+        jobs.put(identity)
+    processes = [context.Process(target=_serve, args=(place, scale, device, jobs, news)) for _ in range(workers)]
+    waiting = set(left)
+    with interrupts() as interrupted:
+        try:
+            for process in processes:
+                process.start()
+            while waiting:
+                if interrupted():
+                    raise InterruptedSweep
+                try:
+                    kind, identity, *facts = news.get(timeout=0.5)
+                except queue.Empty:
+                    dead = [p for p in processes if p.exitcode not in (None, 0)]
+                    if dead and not any(p.is_alive() for p in processes):
+                        raise ValueError(
+                            f"every worker process ended (exit code {dead[0].exitcode}) with {len(waiting)} points left; "
+                            "use fewer workers if memory ran out, and run the command again to resume"
+                        ) from None
+                    continue
+                if kind == "progress":
+                    tally.progress(identity, *facts)
+                    continue
+                waiting.discard(identity)
+                sweep.keep(identity, *facts)
+                tally.point(identity, *facts)
+        finally:
+            for process in processes:
+                if process.is_alive() and waiting:
+                    process.terminate()
+                process.join(10)
+
+
+def _check_device(device: str, plan: Mapping[str, Any], workers: int) -> None:
+    if not device.startswith("cuda"):
+        check(device == "cpu", f"device is {device!r}; give 'cpu' or 'cuda'")
+        return
+    check(torch.cuda.is_available(), f"device is {device!r} and this machine has no CUDA GPU; give 'cpu'")
+    room = torch.cuda.mem_get_info(device)[0]
+    hungriest = max(plan.values(), key=lambda p: p.bytes_needed())
+    check_room(hungriest.bytes_needed(), room, workers, title(hungriest.label()))
+
+
+def check_room(needed: int, room: int, workers: int, what: str) -> None:
+    """Raise if so many workers cannot hold the largest point in the free memory of a GPU."""
+    each = needed + (600 << 20)  # a process on the GPU costs its context
+    check(
+        each * workers <= room,
+        f"the sweep needs about {each * workers / 2**30:.1f} GiB of GPU memory ({workers} workers, largest point: {what}) and "
+        f"{room / 2**30:.1f} GiB are free; "
+        + (f"give at most {room // each} workers" if room >= each else "run a smaller scale or on a larger GPU"),
+    )
+
+
+def read_sweep(folder: Path) -> Row:
+    """What the folder holds. Raises ValueError if it is no sweep."""
+    try:
+        return json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise ValueError(
+            f"folder {str(folder)!r} holds no results of the lab; give one that `palimpsest lab run` wrote, or a new one"
+        ) from None
+
+
+def read_lines(file: Path) -> list[Row]:
+    """The whole lines of a JSONL file; the last may have been cut by a kill."""
+    found = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def read_records(folder: Path) -> list[Record]:
+    """The finished points of a sweep, the last result of each."""
+    lines = {line["id"]: line for line in read_lines(folder / "results.jsonl") if "result" in line}
+    return [Record(line["label"], line["result"], line["seconds"]) for line in lines.values()]
+
+
+def failures(folder: Path) -> list[tuple[str, str]]:
+    """Points that failed and have no result since: description and reason."""
+    lines = read_lines(folder / "results.jsonl")
+    done = {line["id"] for line in lines if "result" in line}
+    return [(title(line["label"]), line["error"]) for line in lines if "error" in line and line["id"] not in done]
+
+
+def write_csv(file: Path, records: list[Record]) -> None:
+    rows = [row | {"seconds": record.seconds} for record in records for row in record.rows]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    half = file.with_name(f".saving-{file.name}")
+    with open(half, "w", newline="", encoding="utf-8") as out:
+        writer = csv.DictWriter(out, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    half.rename(file)
+
+
+def machine(device: str) -> str:
+    """The machine in words: device, torch, Python."""
+    if device.startswith("cuda"):
+        import importlib.metadata as metadata
+
+        name = torch.cuda.get_device_name(device)
+        try:
+            triton = f", Triton {metadata.version('triton')}"
+        except metadata.PackageNotFoundError:
+            triton = ""
+    else:
+        name, triton = f"CPU {_cpu()}, {torch.get_num_threads()} threads", ""
+    return f"{name}, torch {torch.__version__.split('+')[0]}{triton}, Python {platform.python_version()}"
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _write_whole(file: Path, text: str) -> None:
+    half = file.with_name(f".saving-{file.name}")
+    half.write_text(text, encoding="utf-8")
+    half.rename(file)

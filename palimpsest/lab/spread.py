@@ -1,0 +1,98 @@
+"""Numbers over seeds: never a mean without how far the seeds lie apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from palimpsest.lab.experiment import Record, Row, Table
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The values of several seeds.
+
+    >>> print(Spread((0.98, 1.0)).percent())
+    99.0 % (98.0 to 100.0)
+    >>> Spread((0.98, 1.0)).above(Spread((0.5, 0.97)))
+    True
+    """
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return sum(self.values) / len(self.values)
+
+    @property
+    def low(self) -> float:
+        return min(self.values)
+
+    @property
+    def high(self) -> float:
+        return max(self.values)
+
+    def above(self, other: Spread) -> bool:
+        """Every seed of this one is above every seed of the other."""
+        return self.low > other.high
+
+    def percent(self) -> str:
+        return self.text(lambda x: f"{100 * x:.1f}", " %")
+
+    def text(self, form: Callable[[float], str] = lambda x: f"{x:.3g}", unit: str = "") -> str:
+        spread = f" ({form(self.low)} to {form(self.high)})" if len(self.values) > 1 else ""
+        return form(self.mean) + unit + spread
+
+
+def tuned(
+    records: Iterable[Record], by: Sequence[str], value: str = "best_accuracy", *, larger: bool = True
+) -> dict[tuple, tuple[Spread, float]]:
+    """For each combination of the columns `by`: the seeds' values at the learning rate with the best mean, and that rate.
+
+    Every contestant is given the same rates to choose from.
+    """
+    found: dict[tuple, dict[float, list[float]]] = {}
+    for record in records:
+        row = record.rows[0]
+        found.setdefault(tuple(row[name] for name in by), {}).setdefault(row.get("lr", 0.0), []).append(row[value])
+    sign = 1 if larger else -1
+    best = {}
+    for key, rates in found.items():
+        lr = max(rates, key=lambda r: sign * sum(rates[r]) / len(rates[r]))
+        best[key] = (Spread(tuple(rates[lr])), lr)
+    return best
+
+
+def against(a: str, one: Spread, b: str, other: Spread) -> str:
+    """A sentence fragment that compares two contestants' accuracies and says how sure that is."""
+    if one.low >= 0.99 and other.low >= 0.99:
+        return f"{a} and {b} both solve it"
+    points = 100 * abs(one.mean - other.mean)
+    if one.above(other):
+        return f"{a} is ahead of {b} by {points:.1f} points, in every seed"
+    if other.above(one):
+        return f"{b} is ahead of {a} by {points:.1f} points, in every seed"
+    return f"{a} and {b} differ by {points:.1f} points, less than their seeds do"
+
+
+def grid(title: str, cells: dict[tuple[str, str], str], corner: str) -> Table:
+    """A table from (row, column) -> text, in order of appearance."""
+    rows, columns = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
+    return Table(title, [corner, *columns], [[r, *(cells.get((r, c), "") for c in columns)] for r in rows])
+
+
+def contestants_table(records: Iterable[Record]) -> Table:
+    """Parameters and state of everyone who took part, per model."""
+    seen: dict[tuple, Row] = {}
+    for record in records:
+        row = record.rows[0]
+        seen.setdefault((row["contestant"], row["task"], row["length"]), row)
+    largest: dict[str, dict[str, Any]] = {}
+    for (who, _, length), row in seen.items():
+        sizes = largest.setdefault(who, {"parameters": set(), "state": {}})
+        sizes["parameters"].add(row["parameters"])
+        sizes["state"][length] = row["state_numbers"]
+    spell = lambda numbers: " to ".join(dict.fromkeys(f"{n:,}" for n in (min(numbers), max(numbers))))
+    rows = [[who, spell(s["parameters"]), spell(s["state"].values())] for who, s in largest.items()]
+    return Table("Contestants", ["contestant", "parameters", "numbers in the state of a sequence"], rows)
