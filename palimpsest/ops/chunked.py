@@ -25,21 +25,21 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 CHUNK = 32  # tokens; larger chunks only add operations on a CPU
-SEGMENT = 512  # tokens; what a segment holds stays in cache
+SEGMENT = 256  # tokens; what a segment holds stays in cache, and bounds what backward recomputes
 
 
 def delta_memory(
     q: Tensor, k: Tensor, erase: Tensor, write: Tensor, log_decay: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
     """See reference.delta_memory: the same arguments, the same results."""
-    return _by_segments(_delta_segment, (q, k, erase, write, log_decay), state)
+    return by_segments(_delta_segment, (q, k, erase, write, log_decay), state)
 
 
 def dplr(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, log_decay: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
     """See reference.dplr: the same arguments, the same results."""
-    return _by_segments(_dplr_segment, (q, k, v, a, b, log_decay), state)
+    return by_segments(_dplr_segment, (q, k, v, a, b, log_decay), state)
 
 
 def softmax_lookup(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -91,6 +91,7 @@ def products(q: Tensor, k: Tensor, erase: Tensor, write: Tensor, log_decay: Tens
 
 
 def _delta_segment(q, k, erase, write, log_decay, S_BHKV):
+    T = q.shape[1]
     _, _, W, U, P, q, k, decay = products(q, k, erase, write, log_decay)
     states, fresh = [], []
     for U_n, W_n, k_n, decay_n in zip(*(x.unbind(2) for x in (U, W, k, decay[..., None]))):
@@ -98,7 +99,7 @@ def _delta_segment(q, k, erase, write, log_decay, S_BHKV):
         fresh.append(U_n - W_n @ S_BHKV)
         S_BHKV = decay_n * S_BHKV + k_n.mT @ fresh[-1]
     output = q @ torch.stack(states, 2) + P @ torch.stack(fresh, 2)
-    return output.flatten(2, 3).transpose(1, 2), S_BHKV
+    return _unchunked(output, T), S_BHKV
 
 
 def _dplr_segment(q, k, v, a, b, log_decay, S_BHKV):
@@ -106,6 +107,7 @@ def _dplr_segment(q, k, v, a, b, log_decay, S_BHKV):
 
     (I - A_ab) held = A_ak v + (a decay) S,    S <- Diag(decay) S + b^T held + k^T v
     """
+    T = q.shape[1]
     q, k, v, a, b, log_decay = (_chunks(x) for x in (q, k, v, a, b, log_decay))
     decay = log_decay.exp()
     ones = torch.ones_like(decay[..., :1, None])
@@ -125,7 +127,7 @@ def _dplr_segment(q, k, v, a, b, log_decay, S_BHKV):
         held.append(U_n + W_n @ S_BHKV)
         S_BHKV = decay_n * S_BHKV + b_n.mT @ held[-1] + k_n.mT @ v_n
     output = q @ torch.stack(states, 2) + P_b @ torch.stack(held, 2) + P_k @ v
-    return output.flatten(2, 3).transpose(1, 2), S_BHKV
+    return _unchunked(output, T), S_BHKV
 
 
 def _merged(block: Block, sign: int) -> Block:
@@ -188,7 +190,16 @@ def _tokens(x: Tensor) -> Tensor:
 
 
 def _chunks(x_BTHX: Tensor) -> Tensor:
-    return x_BTHX.transpose(1, 2).unflatten(2, (-1, min(CHUNK, x_BTHX.shape[1])))
+    """[B, H, N, C, X]. A padding token has no decay, erases nothing and writes nothing: the memory does not see it."""
+    T = x_BTHX.shape[1]
+    chunk = CHUNK if T >= CHUNK else 1 << max(T - 1, 0).bit_length()
+    if T % chunk or T == 0:
+        x_BTHX = torch.nn.functional.pad(x_BTHX, (0, 0, 0, 0, 0, -T % chunk or T == 0))
+    return x_BTHX.transpose(1, 2).unflatten(2, (-1, chunk))
+
+
+def _unchunked(x_BHNCX: Tensor, T: int) -> Tensor:
+    return x_BHNCX.flatten(2, 3).transpose(1, 2)[:, :T]
 
 
 def _flushed(decay: Tensor) -> Tensor:
@@ -196,19 +207,14 @@ def _flushed(decay: Tensor) -> Tensor:
     return torch.nn.functional.threshold(decay, torch.finfo(decay.dtype).tiny, 0.0)
 
 
-def _by_segments(segment, sequences: tuple[Tensor, ...], state: Tensor) -> tuple[Tensor, Tensor]:
-    T = sequences[0].shape[1]
-    if T == 0:
-        return state.new_zeros(len(state), 0, state.shape[1], state.shape[3]), state
-    chunk = CHUNK if T >= CHUNK else 1 << max(T - 1, 0).bit_length()
-    # A padding token has no decay, erases nothing and writes nothing: the memory does not see it.
-    padded = (torch.nn.functional.pad(x, (0, 0, 0, 0, 0, -T % chunk)) for x in sequences)
+def by_segments(run, sequences: tuple[Tensor, ...], state: Tensor) -> tuple[Tensor, Tensor]:
+    """Fold `run(*piece, state) -> (output, state)` over pieces of SEGMENT tokens; backward recomputes each piece."""
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (*sequences, state))
     outputs = []
-    for pieces in zip(*(x.split(SEGMENT, dim=1) for x in padded)):
-        if needs_grad and T > SEGMENT:
-            output, state = checkpoint(segment, *pieces, state, use_reentrant=False, preserve_rng_state=False)
+    for piece in zip(*(x.split(SEGMENT, dim=1) for x in sequences)):
+        if needs_grad and sequences[0].shape[1] > SEGMENT:
+            output, state = checkpoint(run, *piece, state, use_reentrant=False, preserve_rng_state=False)
         else:
-            output, state = segment(*pieces, state)
+            output, state = run(*piece, state)
         outputs.append(output)
-    return torch.cat(outputs, 1)[:, :T], state
+    return torch.cat(outputs, 1), state

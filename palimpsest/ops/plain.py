@@ -14,16 +14,38 @@ from palimpsest.ops.packing import by_sequence
 
 def _backend(name: str, law) -> Backend:
     def core(q, k, erase, write, log_decay, state, scale, cu_seqlens):
-        return _run(law.delta_memory, (q, k, erase, write, log_decay), state, scale, cu_seqlens)
+        def prepared(q, k, erase, write, log_decay, S):
+            q, k, erase, write, log_decay = _wide((q, k, erase, write, log_decay), S)
+            return law.delta_memory(q * scale, k, erase, write, log_decay, S)
+
+        return _run(prepared, (q, k, erase, write, log_decay), state, cu_seqlens, write.dtype)
 
     def kda(q, k, v, log_decay, beta, state, scale, cu_seqlens):
-        k, v, beta = (x.to(state.dtype) for x in (k, v, beta[..., None]))
-        k = k.repeat_interleave(v.shape[2] // k.shape[2], dim=2)
-        output, state = core(q, k, beta * k, beta * v, log_decay, state, scale, cu_seqlens)
-        return output.to(q.dtype), state
+        def prepared(q, k, v, log_decay, beta, S):
+            q, k, v, log_decay, beta = _wide((q, k, v, log_decay, beta), S)
+            return law.delta_memory(q * scale, k, beta * k, beta * v, log_decay, S)
+
+        return _run(prepared, (q, k, v, log_decay, beta[..., None]), state, cu_seqlens, v.dtype)
 
     def dplr(q, k, v, a, b, log_decay, state, scale, cu_seqlens):
-        return _run(law.dplr, (q, k, v, a, b, log_decay), state, scale, cu_seqlens, value=2)
+        def prepared(q, k, v, a, b, log_decay, S):
+            q, *rest = _wide((q, k, v, a, b, log_decay), S)
+            return law.dplr(q * scale, *rest, S)
+
+        return _run(prepared, (q, k, v, a, b, log_decay), state, cu_seqlens, v.dtype)
+
+    def _run(prepared, sequences, state, cu_seqlens, dtype):
+        # Preparation happens inside a segment, so that no copy is ever as long as the sequence.
+        if law is chunked:
+            run = lambda *x: chunked.by_segments(prepared, x[:-1], x[-1])
+        else:
+            run = prepared
+        with torch.autocast(state.device.type, enabled=False):
+            if cu_seqlens is None:
+                output, state = run(*sequences, state)
+            else:
+                output, state = by_sequence(run, sequences, state, cu_seqlens)
+        return output.to(dtype), state
 
     def lookup(q, k, v, keys, values, scale, cu_seqlens):
         q = q.repeat_interleave(v.shape[2] // q.shape[2], dim=2) * scale
@@ -37,16 +59,11 @@ def _backend(name: str, law) -> Backend:
     return Backend(name, lambda problem: None, core=core, kda=kda, dplr=dplr, step=step_, lookup=lookup)
 
 
-def _run(law, sequences, state, scale, cu_seqlens, value=3):
-    dtype, heads = sequences[value].dtype, sequences[value].shape[2]
-    with torch.autocast(state.device.type, enabled=False):
-        q, *rest = (x.to(state.dtype).repeat_interleave(heads // x.shape[2], dim=2) for x in sequences)
-        sequences = (q * scale, *rest)
-        if cu_seqlens is None:
-            output, state = law(*sequences, state)
-        else:
-            output, state = by_sequence(law, sequences, state, cu_seqlens)
-    return output.to(dtype), state
+def _wide(sequences, state):
+    """In the state's dtype, and with the state's heads."""
+    heads = state.shape[1]
+    wide = (x.to(state.dtype) for x in sequences)
+    return [x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], dim=2) for x in wide]
 
 
 def step_(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor, scale: float) -> Tensor:
