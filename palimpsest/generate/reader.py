@@ -136,10 +136,8 @@ class Reader:
         """Read on with the sequences that have left, but for those that failed."""
         back = sorted(row for row in self._left if row not in self.faults)
         if back:
-            order = [*self.rows, *back]
             parts = [*([self.ready] if self.rows else []), *(self._left.pop(row) for row in back)]
-            self.rows = sorted(order)
-            self.ready = Ready.join(parts).select([order.index(row) for row in self.rows])
+            self.rows, self.ready = [*self.rows, *back], Ready.join(parts)
             self._rest_here()
 
     def result(self) -> Ready:

@@ -77,7 +77,7 @@ def choose_tokens(
     cumulative_BN = probabilities(logits, sampling, seen).double().cumsum(-1)
     draws_B = torch.tensor([draw(s, p) for s, p in zip(seeds, positions, strict=True)], dtype=torch.float64)
     target_B1 = draws_B.to(logits.device)[:, None] * cumulative_BN[:, -1:]
-    return torch.searchsorted(cumulative_BN, target_B1, right=True)[:, 0]  # right: never a token of probability 0
+    return torch.searchsorted(cumulative_BN, target_B1)[:, 0]
 
 
 def probabilities(logits: Tensor, sampling: Sampling, seen: Tensor | None = None) -> Tensor:
@@ -114,7 +114,7 @@ def draw(seed: int, position: int) -> float:
     (True, False, False)
     """
     bits = _splitmix(_splitmix(seed) + position)
-    return ((bits >> 16) + 0.5) / 2**48  # 48 bits: times a sum of probabilities it still rounds to less than the sum
+    return ((bits >> 12) + 0.5) / 2**52  # never 0, which would let a token of probability 0 through
 
 
 def _splitmix(x: int) -> int:
