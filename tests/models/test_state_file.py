@@ -70,7 +70,8 @@ def test_extra_tensors_come_back(model, tmp_path):
 
 def test_the_fingerprint_follows_the_weights_and_not_their_precision(model):
     assert weights_fingerprint(build()) == weights_fingerprint(build().to(torch.bfloat16))
-    assert weights_fingerprint(build()) != weights_fingerprint(build(seed=1))
+    for pattern in ("KM", "M"):
+        assert weights_fingerprint(build(pattern)) != weights_fingerprint(build(pattern, seed=1))
 
 
 def test_any_cut_is_found(model, saved):

@@ -116,18 +116,17 @@ def check_state(state: ModelState, model: KimiLinearForCausalLM, batch_size: int
 
 
 def weights_fingerprint(model: KimiLinearForCausalLM) -> str:
-    """A name for the weights: a hash over those that stay float32 in every precision (decay rates, router biases).
+    """A name for the weights, the same in bfloat16 and float32 and on any device; every training step changes it.
 
-    It is the same in bfloat16 and float32 and on any device, and every training step changes it. A model with neither
-    memories nor experts has "none".
+    A hash over what stays float32 in every precision (decay rates, router biases) and over the embedding's first channel
+    as bfloat16.
     """
     contract = ("A_log", "dt_bias", "e_score_correction_bias")
-    kept = {name: x for name, x in model.state_dict().items() if name.endswith(contract)}
-    if not kept:
-        return "none"
+    kept = {name: x.float() for name, x in model.state_dict().items() if name.endswith(contract)}
+    kept["embedding"] = model.model.embed_tokens.weight[:, 0].detach().bfloat16()
     digest = hashlib.sha256()
     for name, x in sorted(kept.items()):
-        digest.update(f"{name} {x.float().flatten().tolist()}\n".encode())
+        digest.update(f"{name} {x.flatten().tolist()}\n".encode())
     return digest.hexdigest()
 
 
