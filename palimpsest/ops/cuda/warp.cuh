@@ -1,0 +1,98 @@
+// What a warp can do with fragments of matrices, and where a chunk lies. Everything a kernel asks of the hardware is
+// here, so that the kernels can also be compiled for a CPU that plays the 32 lanes (tests/ops/warp_on_cpu.h).
+//
+// A fragment is spread over the lanes of a warp: lane = 4 r + c holds rows r and r + 8. All 16-bit numbers travel in
+// pairs, the earlier column in the low half.
+#pragma once
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+
+#define DEVICE __device__ __forceinline__
+constexpr float LOG2E = 1.4426950408889634f;
+
+struct alignas(16) Quad { u32 x[4]; };
+
+#ifndef WARP_ON_CPU
+
+DEVICE float exp2_(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+DEVICE float rsqrt_(float x) { return rsqrtf(x); }
+DEVICE float log_(float x) { return __logf(x); }
+#ifdef FP16
+DEVICE u32 pack(float low, float high) { u32 d; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low)); return d; }
+DEVICE float low(u32 x) { float y; asm("{.reg .b16 a, b; mov.b32 {a, b}, %1; cvt.f32.f16 %0, a;}" : "=f"(y) : "r"(x)); return y; }
+DEVICE float high(u32 x) { float y; asm("{.reg .b16 a, b; mov.b32 {a, b}, %1; cvt.f32.f16 %0, b;}" : "=f"(y) : "r"(x)); return y; }
+#define MMA_TYPE "f16"
+#else
+DEVICE u32 pack(float low, float high) { u32 d; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low)); return d; }
+DEVICE float low(u32 x) { return __uint_as_float(x << 16); }
+DEVICE float high(u32 x) { return __uint_as_float(x & 0xffff0000u); }
+#define MMA_TYPE "bf16"
+#endif
+
+// d[16 x 8] += a[16 x 16] b[16 x 8]. a: (r, 2c), (r + 8, 2c), (r, 2c + 8), (r + 8, 2c + 8); b: rows 2c, 2c + 8 of column r;
+// d: (r, 2c), (r, 2c + 1), (r + 8, 2c), (r + 8, 2c + 1).
+DEVICE void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." MMA_TYPE "." MMA_TYPE ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+DEVICE u32 tf32(float x) { u32 y; asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x)); return y; }
+// d[16 x 8] += a[16 x 8] b[8 x 8] in tf32. a: (r, c), (r + 8, c), (r, c + 4), (r + 8, c + 4); b: rows c, c + 4 of column r.
+DEVICE void mma_tf32(float (&d)[4], float a0, float a1, float a2, float a3, float b0, float b1) {
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(tf32(a0)), "r"(tf32(a1)), "r"(tf32(a2)), "r"(tf32(a3)), "r"(tf32(b0)), "r"(tf32(b1)));
+}
+DEVICE float swap_lanes(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+// The transpose of an 8 x 8 tile of 16-bit numbers held as (r, 2c), (r, 2c + 1).
+DEVICE u32 transpose(u32 x) { u32 y; asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x)); return y; }
+// Four 8 x 8 tiles from shared memory, lane l giving the address of row l % 8 of tile l / 8; as they lie, or transposed.
+DEVICE Quad load_tiles(const u16* row) {
+    Quad d;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+        : "=r"(d.x[0]), "=r"(d.x[1]), "=r"(d.x[2]), "=r"(d.x[3]) : "r"((u32)__cvta_generic_to_shared(row)) : "memory");
+    return d;
+}
+DEVICE Quad load_tiles_transposed(const u16* row) {
+    Quad d;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+        : "=r"(d.x[0]), "=r"(d.x[1]), "=r"(d.x[2]), "=r"(d.x[3]) : "r"((u32)__cvta_generic_to_shared(row)) : "memory");
+    return d;
+}
+DEVICE void warp_barrier() { __syncwarp(); }
+DEVICE void block_barrier() { __syncthreads(); }
+
+#endif
+
+DEVICE float exp_(float x) { return exp2_(x * LOG2E); }
+DEVICE float sigmoid(float x) { return 1.0f / (1.0f + exp_(-x)); }
+DEVICE float softplus(float x) {
+    float u = exp_(-fabsf(x));
+    return fmaxf(x, 0.0f) + (u < 1e-4f ? u - 0.5f * u * u : log_(1.0f + u));
+}
+DEVICE float quad_sum(float x) { x += swap_lanes(x, 1); return x + swap_lanes(x, 2); }  // over c
+DEVICE float one(const u16* p) { return low((u32)*p); }
+
+// A decayed row lives in shared memory as 16-byte pieces; this moves piece `at` of a row so that neither a column of
+// eight rows nor two rows side by side meet in a bank.
+DEVICE int swizzled(int row, int at) { return at ^ (((row & 1) << 2) | ((row >> 1) & 3)); }
+
+// Where the 16-byte piece `at` of a row lies in a tile of 64 rows, counted in numbers: pieces of 64 columns side by side,
+// 128-byte rows, swizzled as the tensor cores want them. Workspaces are kept so, and a tile is one contiguous copy.
+DEVICE int image(int row, int at) { return at / 8 * 4096 + row * 64 + ((at % 8) ^ (row % 8)) * 8; }
+
+struct Chunk { long long start; int count; };  // first token; tokens, <= 0 if there is nothing to do
+
+DEVICE Chunk find_chunk(int chunk, const int* cu_seqlens, const int* chunk_offsets, int T, int N, int C) {
+    if (chunk_offsets == nullptr) {
+        int chunks = (T + C - 1) / C, n = chunk / chunks, begin = (chunk % chunks) * C;
+        return {(long long)n * T + begin, min(C, T - begin)};
+    }
+    int n = 0, after = N;
+    while (after - n > 1) {
+        int middle = (n + after) / 2;
+        if (chunk_offsets[middle] <= chunk) n = middle; else after = middle;
+    }
+    int start = cu_seqlens[n] + (chunk - chunk_offsets[n]) * C;
+    return {start, min(C, cu_seqlens[n + 1] - start)};
+}
