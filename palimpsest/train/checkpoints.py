@@ -16,9 +16,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-from torch import nn
+import torch
+from accelerate import Accelerator, DistributedType
 
+from palimpsest.models.kimi_linear import KimiLinearForCausalLM
+from palimpsest.models.kimi_linear.checkpoint import load_into_
 from palimpsest.text import FileTokenizer, Tokenizer
 from palimpsest.train.parallel import agree
 from palimpsest.train.recipe import Recipe, as_dict, difference
@@ -51,7 +53,9 @@ class RunFolder:
         if entries and not is_run(self.path):
             raise ValueError(f"folder {str(path)!r} holds files but no run; give an empty or a new folder")
         if entries and not resume:
-            raise ValueError(f"folder {str(path)!r} holds a run already; resume it, overwrite it, or give another folder")
+            raise ValueError(
+                f"folder {str(path)!r} holds a run already; resume it, overwrite it, or give another folder"
+            )
         if entries:
             self._refuse_another(json.loads((self.path / "run.json").read_text(encoding="utf-8")))
 
@@ -104,7 +108,9 @@ def latest(folder: str | Path) -> Path | None:
     return found[-1] if found else None
 
 
-def save(accelerator: Accelerator, model: nn.Module, tokenizer: Tokenizer, run: RunFolder, step: int) -> Path:
+def save(
+    accelerator: Accelerator, model: KimiLinearForCausalLM, tokenizer: Tokenizer, run: RunFolder, step: int
+) -> Path:
     """Writes the checkpoint of this step and drops the oldest beyond the recipe's number. All processes call this.
 
     Raises:
@@ -138,6 +144,24 @@ def save(accelerator: Accelerator, model: nn.Module, tokenizer: Tokenizer, run: 
             shutil.rmtree(path, ignore_errors=True)
     accelerator.wait_for_everyone()
     return final
+
+
+def keep_weights_apart(accelerator: Accelerator, model: KimiLinearForCausalLM) -> None:
+    """Has accelerate leave the weights to the model's own format, which any reader of checkpoints knows.
+
+    Sharded models are not among the lists that accelerate passes: their shards are its own business.
+    """
+
+    def before_save(models: list, weights: list, folder: str) -> None:
+        weights.clear()
+
+    def before_load(models: list, folder: str) -> None:
+        if models:
+            models.clear()
+            load_into_(model, folder)
+
+    accelerator.register_save_state_pre_hook(before_save)
+    accelerator.register_load_state_pre_hook(before_load)
 
 
 def restore(accelerator: Accelerator, folder: Path) -> None:
@@ -177,11 +201,20 @@ def flush(folder: Path) -> None:
         _flush_folder(Path(parent))
 
 
-def _write(accelerator: Accelerator, model: nn.Module, tokenizer: Tokenizer, folder: Path) -> None:
+def _write(accelerator: Accelerator, model: KimiLinearForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
     accelerator.save_state(str(folder))
+    whole = model
+    if accelerator.distributed_type == DistributedType.FSDP:  # shards lie beside it; the whole model is for its readers
+        tensors = accelerator.get_state_dict(model)
+        with torch.device("meta"):
+            whole = KimiLinearForCausalLM(model.config)
+        if accelerator.is_main_process:
+            whole.load_state_dict(tensors, assign=True)
     if accelerator.is_main_process:
-        write_json(folder / "config.json", model.config.to_dict())
-        write_json(folder / "palimpsest.json", {"tokenizer": "bytes" if tokenizer.name == "bytes" else "tokenizer.json"})
+        whole.save_pretrained(folder)
+        write_json(
+            folder / "palimpsest.json", {"tokenizer": "bytes" if tokenizer.name == "bytes" else "tokenizer.json"}
+        )
         if isinstance(tokenizer, FileTokenizer):
             source = Path(tokenizer.name)
             shutil.copyfile(source, folder / "tokenizer.json")

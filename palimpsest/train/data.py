@@ -236,7 +236,9 @@ def _read_paths(paths: Sequence[str], source: TextFiles) -> list[Document]:
     for path in map(Path, paths):
         if path.is_dir():
             files = [(f.relative_to(path).as_posix(), f) for f in _files_below(path)]
-            files = [(name, f) for name, f in files if _named(name, source.include) and not _named(name, source.exclude)]
+            files = [
+                (name, f) for name, f in files if _named(name, source.include) and not _named(name, source.exclude)
+            ]
             if not files:
                 raise ValueError(
                     f"folder {str(path)!r} holds no file that data.source.include {' '.join(source.include)!r} takes; "
@@ -270,7 +272,9 @@ def _read_text(file: Path) -> bytes:
     try:
         content = file.read_bytes()
     except OSError as error:
-        raise ValueError(f"data file {str(file)!r} cannot be read: {error.strerror}; leave it out by exclude") from error
+        raise ValueError(
+            f"data file {str(file)!r} cannot be read: {error.strerror}; leave it out by exclude"
+        ) from error
     if b"\0" in content:
         raise ValueError(f"data file {str(file)!r} is binary, not text; leave it out by data.source.exclude")
     return content

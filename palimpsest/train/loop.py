@@ -61,6 +61,7 @@ def train(recipe: Recipe, folder: str | Path, *, resume: bool = False, report: R
     model, optimizer = accelerator.prepare(plain, build_optimizer(plain, recipe.optim))
     progress = Progress()
     accelerator.register_for_checkpointing(progress)
+    checkpoints.keep_weights_apart(accelerator, plain)
     if saved := checkpoints.latest(folder):
         checkpoints.restore(accelerator, saved)
     tell = Teller(run, report, tokens_per_byte=corpus.tokens_per_byte, silent=not accelerator.is_main_process)

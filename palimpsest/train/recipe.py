@@ -90,7 +90,9 @@ class Schedule:
     def __post_init__(self):
         decay = self.decay if self.kind == "wsd" else 0.0
         shares = min(self.warmup, decay) >= 0 and self.warmup + decay <= 1
-        _expect(shares, f"schedule.warmup {self.warmup} and decay {self.decay} are shares of the run, at most 1 together")
+        _expect(
+            shares, f"schedule.warmup {self.warmup} and decay {self.decay} are shares of the run, at most 1 together"
+        )
         _expect(0 <= self.floor <= 1, f"schedule.floor is {self.floor}; expected a factor between 0 and 1")
 
 

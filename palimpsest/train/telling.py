@@ -43,7 +43,12 @@ class Teller:
         self._tokens, self._busy, self._since = self._tokens + num_tokens, self._busy + now - self._since, now
         if self.silent:
             return
-        event = {"event": "step", "step": progress.step, "tokens": progress.tokens, "seconds": round(progress.seconds, 3)}
+        event = {
+            "event": "step",
+            "step": progress.step,
+            "tokens": progress.tokens,
+            "seconds": round(progress.seconds, 3),
+        }
         event |= {"loss": loss, "bits_per_byte": loss * self.bits_per_nat, "skipped": progress.skipped, **facts}
         self.report(event)
         if progress.step % self.run.recipe.keep.log_every == 0:
@@ -79,7 +84,9 @@ class Teller:
             if isinstance(value, float):
                 self.board.add_scalar(f"{event['event']}/{name}", value, event["step"])
             elif isinstance(value, list):
-                self.board.add_scalars(f"{event['event']}/{name}", {str(i): x for i, x in enumerate(value)}, event["step"])
+                self.board.add_scalars(
+                    f"{event['event']}/{name}", {str(i): x for i, x in enumerate(value)}, event["step"]
+                )
 
 
 def _board(folder: Path):
