@@ -57,10 +57,11 @@ class Ready:
         return Ready(state, extra["logits"], extra["seen"])
 
     @staticmethod
-    def nothing(state: ModelState, vocab_size: int) -> Ready:
-        """A state before the prompt: its logits are unknown, and so NaN, until a token is read."""
+    def before(state: ModelState, vocab_size: int, seen: Tensor | None = None) -> Ready:
+        """A state before its prompt: the logits are unknown, and so NaN, until a token is read."""
         shape = (state.batch_size, vocab_size)
-        seen = torch.zeros(shape, dtype=torch.bool, device=state.device)
+        if seen is None:
+            seen = torch.zeros(shape, dtype=torch.bool, device=state.device)
         return Ready(state, torch.full(shape, torch.nan, device=state.device), seen)
 
 

@@ -84,7 +84,7 @@ def generate(
     stop: Sequence[str] = (),
     end_tokens: Sequence[int] | None = None,
     seed: int | Sequence[int] = 0,
-    state: ModelState | None = None,
+    state: ModelState | Ready | None = None,
     mask: Tensor | None = None,
     prefill_chunk: int = 1024,
     on_nonfinite: Literal["raise", "stop"] = "raise",
@@ -101,7 +101,8 @@ def generate(
         stop: texts that end a sequence; they need a tokenizer.
         end_tokens: ids that end a sequence; by default the tokenizer's end mark or, without a tokenizer, the model's.
         seed: sequence i draws with seed + i; or one seed per sequence.
-        state: what was read before the prompts, one row each; not changed.
+        state: what was read before the prompts, one row each; not changed. A `Ready` also tells the repetition penalty
+            which tokens that was; with a state it counts the prompts alone.
         mask: for ids [B, T], bool, True for a token; left and right padding are the same.
         prefill_chunk: tokens of a prompt read at once, which bounds the memory that a prompt needs.
         on_nonfinite: "raise" NonFiniteError, which names sequence, layer, head and token, or "stop" that sequence at
@@ -153,7 +154,7 @@ def stream(
     stop: Sequence[str] = (),
     end_tokens: Sequence[int] | None = None,
     seed: int | Sequence[int] = 0,
-    state: ModelState | None = None,
+    state: ModelState | Ready | None = None,
     mask: Tensor | None = None,
     prefill_chunk: int = 1024,
     on_nonfinite: Literal["raise", "stop"] = "raise",
@@ -197,7 +198,7 @@ def prefill(
     prompts: Prompts,
     *,
     tokenizer: Tokenizer | None = None,
-    state: ModelState | None = None,
+    state: ModelState | Ready | None = None,
     mask: Tensor | None = None,
     prefill_chunk: int = 1024,
 ) -> Ready:
@@ -332,7 +333,7 @@ def _start(
     model: KimiLinearForCausalLM,
     prompts: Prompts | Ready,
     tokenizer: Tokenizer | None,
-    state: ModelState | None,
+    state: ModelState | Ready | None,
     mask: Tensor | None,
     prefill_chunk: int,
     history: StateHistory | None,
@@ -353,6 +354,8 @@ def _start(
             raise ValueError("prompts is a Ready whose logits are not finite; nothing can be chosen from them")
         return prompts, None
     rows = read_prompts(prompts, vocab_size=model.config.vocab_size, tokenizer=tokenizer, mask=mask)
+    seen = state.seen if isinstance(state, Ready) else None
+    state = state.state if isinstance(state, Ready) else state
     if state is None:
         state = ModelState.empty(model.config, len(rows), device=model.device, dtype=model.dtype)
     check_state(state, model, len(rows))
@@ -360,7 +363,7 @@ def _start(
         raise ValueError(
             f"state is not finite in layer {broken[0].layer}, before any prompt; go back to an earlier state"
         )
-    return Ready.nothing(state, model.config.vocab_size), rows
+    return Ready.before(state, model.config.vocab_size, seen), rows
 
 
 def _seeds(seed: int | Sequence[int], count: int) -> list[int]:

@@ -157,6 +157,14 @@ def test_a_prompt_after_a_state_is_one_long_prompt(model):
     )
 
 
+def test_a_prompt_after_a_ready_remembers_which_tokens_occurred(model):
+    rest = {"sampling": Sampling(repetition_penalty=0.3)} | REST  # likes to repeat what it saw
+    ready = prefill(model, [PROMPTS[1][:30]])
+    whole = generate(model, [PROMPTS[1]], **rest).tokens
+    assert generate(model, [PROMPTS[1][30:]], state=ready, **rest).tokens == whole
+    assert generate(model, [PROMPTS[1][30:]], state=ready.state, **rest).tokens != whole
+
+
 def test_one_prompt_many_continuations(model):
     ready = prefill(model, [PROMPTS[1]])
     forked = generate(model, ready.select([0, 0, 0]), sampling=Sampling(1.0), seed=9, **REST)
