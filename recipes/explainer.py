@@ -95,7 +95,7 @@ def recipe() -> Recipe:
             tie_word_embeddings=True,
         ),
         data=Data(source=TextFiles(paths=(str(TEXT),)), sequence_length=256, batch_size=16),
-        steps=6000,
+        steps=2200,
         optim=Optim(),
         schedule=Schedule(warmup=0.02, decay=0.4),
         evaluate=Evaluate(every=500, max_bytes=32768, final_max_bytes=1 << 17),
