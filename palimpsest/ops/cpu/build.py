@@ -21,8 +21,6 @@ import time
 import warnings
 from pathlib import Path
 
-import torch
-
 SOURCE = Path(__file__).with_name("delta_memory.c")
 OPTIMISE = ("-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic", "-fno-math-errno", "-fno-trapping-math")
 SHARED = ("-std=gnu11", "-shared", "-fPIC")
@@ -45,10 +43,13 @@ def library() -> ctypes.CDLL:
     return load(find_compiler(), cache_folder())
 
 
-@torch.compiler.assume_constant_result
 def refusal() -> str | None:
     """Why this machine cannot run the kernels, or None. The first "why" of a process also warns."""
     return _refusal()
+
+
+# What torch.compiler.assume_constant_result does, without loading the whole of torch's compiler for it (3 seconds).
+setattr(refusal, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 @functools.cache
@@ -72,30 +73,41 @@ def find_compiler() -> Path:
     )
 
 
-def cache_folder() -> Path:
-    """Where compiled kernels of this user are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "palimpsest"
+def cache_folder() -> Path | None:
+    """Where compiled kernels of this user are kept; None for a user without a home."""
+    if cache := os.environ.get("XDG_CACHE_HOME"):
+        return Path(cache) / "palimpsest"
+    try:
+        return Path.home() / ".cache" / "palimpsest"
+    except RuntimeError:
+        return None
 
 
-def load(compiler: Path, cache: Path, *, source: Path = SOURCE) -> ctypes.CDLL:
+def load(compiler: Path, cache: Path | None, *, source: Path = SOURCE) -> ctypes.CDLL:
     """Open the cached library for this source, compiler and processor, or compile and keep it."""
+    if cache is not None:
+        with contextlib.suppress(OSError):  # not ours to write, full, or mounted so that nothing in it may run
+            return _load_from(cache, compiler, source)
+    try:
+        with tempfile.TemporaryDirectory(prefix="palimpsest-", ignore_cleanup_errors=True) as folder:
+            return _open(compile_source(compiler, Path(folder), source=source))
+    except OSError as error:
+        raise CannotCompileError(f"could not be built or opened ({error}); install or repair gcc or clang") from None
+
+
+def _load_from(cache: Path, compiler: Path, source: Path) -> ctypes.CDLL:
     key = _key(compiler, source)
-    for path in sorted(cache.glob(f"delta_memory-{key}-*.so")) if cache.is_dir() else ():
+    for path in sorted(cache.glob(f"delta_memory-{key}-*.so")):
         if path.stem.rpartition("-")[2] == _digest(path):
             return _open(path)
         _discard(path)
-    try:
-        cache.mkdir(parents=True, exist_ok=True, mode=0o700)
-        _sweep(cache)
-        with tempfile.TemporaryDirectory(prefix="build-", dir=cache, ignore_cleanup_errors=True) as folder:
-            built = compile_source(compiler, Path(folder), source=source)
-            kept = cache / f"delta_memory-{key}-{_digest(built)}.so"
-            os.replace(built, kept)
-        return _open(kept)
-    except OSError:  # not ours to write, or full
-        pass
-    with tempfile.TemporaryDirectory(prefix="palimpsest-", ignore_cleanup_errors=True) as folder:
-        return _open(compile_source(compiler, Path(folder), source=source))
+    cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _sweep(cache)
+    with tempfile.TemporaryDirectory(prefix="build-", dir=cache, ignore_cleanup_errors=True) as folder:
+        built = compile_source(compiler, Path(folder), source=source)
+        opened = _open(built)  # before it is kept: what cannot be opened is not worth keeping
+        os.replace(built, cache / f"delta_memory-{key}-{_digest(built)}.so")
+    return opened
 
 
 def compile_source(
@@ -122,14 +134,10 @@ def compile_source(
 
 
 def _open(path: Path) -> ctypes.CDLL:
-    try:
-        opened = ctypes.CDLL(str(path))
-        for name in ("delta_memory_forward", "delta_memory_backward", "delta_memory_step"):
-            getattr(opened, name)
-    except (OSError, AttributeError) as error:
-        raise CannotCompileError(
-            f"was compiled but cannot be opened ({error}); install gcc or clang, or delete {path}"
-        ) from None
+    opened = ctypes.CDLL(str(path))
+    for name in ("delta_memory_forward", "delta_memory_backward", "delta_memory_step"):
+        if not hasattr(opened, name):
+            raise OSError(f"{path} has no {name}")
     return opened
 
 
