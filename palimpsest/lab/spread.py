@@ -34,8 +34,8 @@ class Spread:
         return max(self.values)
 
     def above(self, other: Spread) -> bool:
-        """Every seed of this one is above every seed of the other."""
-        return self.low > other.high
+        """Every seed of this one is above every seed of the other. One seed proves nothing: False."""
+        return min(len(self.values), len(other.values)) > 1 and self.low > other.high
 
     def percent(self) -> str:
         return self.text(lambda x: f"{100 * x:.1f}", " %")
@@ -73,6 +73,8 @@ def against(a: str, one: Spread, b: str, other: Spread) -> str:
         return f"{a} is ahead of {b} by {points:.1f} points, in every seed"
     if other.above(one):
         return f"{b} is ahead of {a} by {points:.1f} points, in every seed"
+    if len(one.values) == 1:
+        return f"{a} is at {one.percent()} and {b} at {other.percent()}, in one seed"
     return f"{a} and {b} differ by {points:.1f} points, less than their seeds do"
 
 

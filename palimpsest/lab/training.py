@@ -25,6 +25,7 @@ from palimpsest.lab.tasks.task import IGNORED, Batch, Key, Task, check, describe
 from palimpsest.models.kimi_linear import KimiLinearForCausalLM
 
 TEST_SEED = 0  # one test set for all
+METRICS = ("accuracy", "exact", "loss", "bits")  # the last is of the same loss
 AHEAD = 4  # batches made while the device works
 
 
@@ -141,7 +142,7 @@ def learn(point: Training, device: str, tell: Tell) -> tuple[Row, KimiLinearForC
             continue
         found = evaluate(model, point, point.asked[0], device)
         mean_loss, running, last = float(running) / (done - last), torch.zeros((), device=device), done
-        curve.append({"step": done, "train_loss": mean_loss, **{k: found[k] for k in ("accuracy", "exact", "loss")}})
+        curve.append({"step": done, "train_loss": mean_loss, **{k: found[k] for k in METRICS}})
         tell(done / point.steps, f"step {done}, loss {mean_loss:.3f}, accuracy {found['accuracy']:.1%}")
         diverged = not math.isfinite(mean_loss)
         if diverged or found["accuracy"] >= point.stop_at:
@@ -160,7 +161,7 @@ def learn(point: Training, device: str, tell: Tell) -> tuple[Row, KimiLinearForC
     }
     rows = [
         {"test": i, "test_task": task.name, "test_length": task.length}
-        | {k: test[k] for k in ("accuracy", "exact", "loss")}
+        | {k: test[k] for k in METRICS}
         | shared
         for i, (task, test) in enumerate(zip(point.asked, tests))
     ]
@@ -175,7 +176,7 @@ def evaluate(
     device: str,
     reader: Callable[[KimiLinearForCausalLM, Tensor], Tensor] | None = None,
 ) -> Row:
-    """Accuracy an answer, accuracy a sequence ("exact"), nats an answer, and accuracy by slice, on held-out sequences.
+    """On held-out sequences: accuracy an answer, accuracy a sequence ("exact"), nats and bits an answer, accuracy by slice.
 
     reader: tokens [B, T] to hidden states [B, T, D], another way than the model's forward pass.
     """
@@ -195,7 +196,9 @@ def evaluate(
                 slices[name][value][0] += ok
                 slices[name][value][1] += 1
     cut = {name: {str(k): [ok / n, n] for k, (ok, n) in sorted(found.items())} for name, found in slices.items()}
-    return {"accuracy": right / asked, "exact": whole / sequences, "loss": nats / asked, "slices": cut}
+    loss = nats / asked
+    found = {"accuracy": right / asked, "exact": whole / sequences, "loss": loss, "bits": loss / math.log(2)}
+    return found | {"slices": cut}
 
 
 def answer_losses(

@@ -39,7 +39,6 @@ class Needle:
     depth: float | None = None
     language: bool = True
     paths: tuple[str, ...] = ("python",)
-    name = "needle"
     vocab_size = 256
 
     def __post_init__(self):
@@ -54,6 +53,10 @@ class Needle:
             self.depth is None or 0 <= self.depth <= 1,
             f"needle: depth is {self.depth}; give a share of the text from 0 to 1, or None",
         )
+
+    @property
+    def name(self) -> str:
+        return "needle" if self.needles == 1 else f"needle, {self.queries} of {self.needles}"
 
     @staticmethod
     def _fact(name: bytes, key: bytes) -> bytes:

@@ -1,0 +1,175 @@
+"""A memory that is kept in few bits, against one that is not: alone, and inside a model that learned something."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from palimpsest.lab.experiment import Row, Tell
+from palimpsest.lab.formats import FORMATS, Format
+from palimpsest.lab.tasks.task import Task, check
+from palimpsest.lab.training import Training, evaluate, learn
+from palimpsest.layers.state import KDAState
+from palimpsest.models.kimi_linear import KimiLinearForCausalLM
+from palimpsest.models.kimi_linear.state import ModelState
+from palimpsest.ops.gates import l2norm
+from palimpsest.ops.variants import kda, kda_step_
+
+LIVES = {"short": (4, 64), "long": (64, 4096), "endless": (math.inf, math.inf)}  # tokens until a channel has faded to 1/e
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drift:
+    """A point: random tokens through memories of one format, against the law in float64.
+
+    Attributes:
+        format: a name of FORMATS.
+        life: "short", "long" or "endless": how long channels remember, spread evenly on a logarithmic scale.
+        tokens: to read. heads, channels: of the memory. seed: of everything.
+    """
+
+    format: str
+    life: str = "long"
+    tokens: int = 1024
+    heads: int = 4
+    channels: int = 32
+    seed: int = 0
+
+    def label(self) -> Row:
+        return {"format": self.format, "life": self.life, "seed": self.seed}
+
+    def to_dict(self) -> Row:
+        return {"kind": "drift", **vars(self)}
+
+    def prepare(self) -> None:
+        check(self.format in FORMATS, f"format {self.format!r} is unknown; choose one of {', '.join(FORMATS)}")
+        check(self.life in LIVES, f"life {self.life!r} is unknown; choose one of {', '.join(LIVES)}")
+        check(self.tokens >= 16, f"drift: tokens is {self.tokens}; give at least 16")
+        check(self.channels % 2 == 0, f"drift: channels is {self.channels}; give an even number")
+
+    def work(self) -> float:
+        return self.tokens / 2000
+
+    def bytes_needed(self) -> int:
+        return 64 * self.tokens * self.heads * self.channels + 64 * self.heads * self.channels**2
+
+    @torch.no_grad()
+    def run(self, device: str, tell: Tell) -> Row:
+        inputs = [x.to(device) for x in self._inputs()]
+        truth = kda(*inputs).output
+        chance = torch.Generator(device).manual_seed(self.seed)
+        how = FORMATS[self.format]
+        stored = how.pack(torch.zeros(1, self.heads, self.channels, self.channels, device=device), chance)
+        error, size = [], []
+        singles = [x.float().unbind(1) for x in inputs]
+        for t, token in enumerate(zip(*singles)):
+            memory = how.unpack(stored)
+            output = kda_step_(*token, memory.contiguous())
+            stored = how.pack(memory, chance)
+            error.append((output.double() - truth[:, t]).square().sum())
+            size.append(truth[:, t].square().sum())
+            if t % 64 == 63:
+                tell((t + 1) / self.tokens, "")
+        error_T, size_T = torch.stack(error), torch.stack(size)
+        rows, end = [], 16
+        while end <= self.tokens:  # over the second half of ever longer prefixes
+            part = slice(end // 2, end)
+            rows.append(
+                {"tokens": end, "relative_error": float((error_T[part].sum() / size_T[part].sum()).sqrt())}
+                | {"bytes_per_number": stored.nbytes / stored.codes.numel()}
+            )
+            end *= 2
+        return {"rows": rows}
+
+    def _inputs(self) -> tuple[Tensor, ...]:
+        """q, k, v, log_decay, beta in float64; keys and queries of unit length."""
+        chance = torch.Generator().manual_seed(self.seed)
+        T, H, K = self.tokens, self.heads, self.channels
+        q, k, v = (torch.randn(1, T, H, K, generator=chance, dtype=torch.float64) for _ in range(3))
+        shortest, longest = LIVES[self.life]
+        if math.isinf(shortest):
+            log_decay = torch.zeros(1, T, H, K, dtype=torch.float64)
+        else:
+            spread = torch.linspace(0, 1, K, dtype=torch.float64)
+            life = shortest * (longest / shortest) ** spread
+            log_decay = -(torch.rand(1, T, H, K, generator=chance, dtype=torch.float64) * 2) / life
+        beta = torch.rand(1, T, H, generator=chance, dtype=torch.float64)
+        return l2norm(q), l2norm(k), v, log_decay, beta
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredState:
+    """A point: a contestant learns a task, then answers with its memories in each format, rounded after every token.
+
+    Attributes:
+        training: what is learned.
+        tests: what is asked then; sequences of batch_size at once.
+    """
+
+    training: Training
+    tests: tuple[Task, ...]
+    batch_size: int = 16
+
+    def label(self) -> Row:
+        label = self.training.label()
+        return {name: label[name] for name in ("contestant", "task", "seed")}
+
+    def to_dict(self) -> Row:
+        tests = replace(self.training, tests=self.tests).to_dict()["tests"]
+        return {"kind": "stored state", "training": self.training.to_dict(), "tests": tests, "batch_size": self.batch_size}
+
+    def prepare(self) -> None:
+        replace(self.training, tests=self.tests).prepare()
+
+    def work(self) -> float:
+        return self.training.work() / 15000 + len(FORMATS) * sum(t.length for t in self.tests) / 100
+
+    def bytes_needed(self) -> int:
+        return self.training.bytes_needed()
+
+    def run(self, device: str, tell: Tell) -> Row:
+        learned, model = learn(self.training, device, lambda share, word: tell(share / 2, word))
+        model.eval()
+        rows = []
+        for i, (name, how) in enumerate(FORMATS.items()):
+            reader = StepReader(how, device, tell=lambda: tell(0.5 + i / 2 / len(FORMATS), ""))
+            for task in self.tests:
+                point = replace(self.training, tokens_per_step=self.batch_size * task.length)
+                found = evaluate(model, point, task, device, reader)
+                rows.append(
+                    {"format": name, "test_task": task.name, "test_length": task.length, "bits": found["bits"]}
+                    | {"accuracy": found["accuracy"], "bytes_per_number": reader.bytes_per_number}
+                )
+                tell(0.5 + (i + 1) / 2 / len(FORMATS), f"{name}, {task.name}: accuracy {found['accuracy']:.1%}")
+        return {"rows": rows, "curve": learned["curve"]}
+
+
+class StepReader:
+    """Reads token after token, as in decoding, and rounds every memory after each."""
+
+    def __init__(self, how: Format, device: str, tell: Any = lambda: None):
+        self.how, self.tell = how, tell
+        self.chance = torch.Generator(device).manual_seed(0)
+        self.bytes_per_number = 0.0
+
+    def __call__(self, model: KimiLinearForCausalLM, tokens: Tensor) -> Tensor:
+        state = ModelState.empty(model.config, len(tokens), device=tokens.device, dtype=model.dtype)
+        hidden = []
+        for t in range(tokens.shape[1]):
+            x, state = model.model.step_(tokens[:, t], state)
+            hidden.append(x)
+            state = replace(state, layers=tuple(self._rounded(layer) for layer in state.layers))
+            if t % 64 == 0:
+                self.tell()
+        return torch.stack(hidden, 1)
+
+    def _rounded(self, layer: Any) -> Any:
+        if not isinstance(layer, KDAState):
+            return layer
+        stored = self.how.pack(layer.memory, self.chance)
+        self.bytes_per_number = stored.nbytes / stored.codes.numel()
+        return KDAState(self.how.unpack(stored).contiguous(), layer.conv)

@@ -1,0 +1,64 @@
+"""The ratio: how many layers of attention does a hybrid need? (paper, Table 1, upper half)"""
+
+from palimpsest.lab.contestants import Contestant, Size
+from palimpsest.lab.experiment import Experiment
+from palimpsest.lab.ranking import draw_bars, versus
+from palimpsest.lab.tasks import Needle, Text
+from palimpsest.lab.training import Training
+
+WHO = {
+    "0:1, all attention": Contestant("0:1, all attention", "M"),
+    "1:1": Contestant("1:1", "KM"),
+    "3:1": Contestant("3:1", "KKKM"),
+    "7:1": Contestant("7:1", "KKKKKKKM"),
+    "1:0, all KDA": Contestant("1:0, all KDA", "K"),
+}
+
+
+def points(scale: str) -> list[Training]:
+    if scale == "tiny":
+        size, seeds, length = Size(layers=8, hidden_size=16, heads=1, head_dim=8, mlp=32), (0,), 200
+        shared = {"steps": 1, "tokens_per_step": 400, "evaluate_every": 1, "test_batches": 1, "lr": 3e-3}
+    elif scale == "small":
+        size, seeds, length = Size(layers=8, hidden_size=48, heads=2, head_dim=24, mlp=96), (0, 1), 256
+        shared = {"steps": 400, "tokens_per_step": 2048, "evaluate_every": 100, "test_batches": 8, "lr": 3e-3}
+    else:
+        size, seeds, length = Size(layers=16, hidden_size=512, heads=4, head_dim=128, mlp=1408), (0, 1), 2048
+        shared = {"steps": 8000, "tokens_per_step": 65536, "evaluate_every": 1000, "test_batches": 4, "lr": 1e-3}
+    return [
+        Training(
+            who=who,
+            train=(Needle(length=length),),
+            tests=(Text(length=length), Needle(length=length), Needle(length=length, needles=2, queries=2))
+            if scale != "full"
+            else (Text(length=length), *(Needle(length=n) for n in (2048, 4096, 8192)), Needle(length=4096, needles=4, queries=2)),
+            size=size,
+            seed=seed,
+            stop_at=2.0,  # never: equal compute for all
+            **shared,  # type: ignore[arg-type]
+        )
+        for seed in seeds
+        for who in WHO.values()
+    ]
+
+
+EXPERIMENT = Experiment(
+    name="ratio",
+    question="how many layers of memory may stand for one of attention?",
+    claim=(
+        "Of 0:1, 1:1, 3:1, 7:1 and 15:1 the ratio 3:1 has the lowest validation perplexity: 5.77, 5.66, 5.65, 5.70, 5.82 "
+        "(arXiv:2510.26692, Table 1)."
+    ),
+    scales={
+        "tiny": "every part in seconds, on a CPU; proves nothing",
+        "small": "8 layers of width 48 on bytes of text with needles at length 256, 400 steps of 2,048 tokens, 2 seeds: an hour on a CPU",
+        "full": "16 layers of width 512 at length 2,048, 524M bytes, tested to 8,192, 2 seeds: about 6 hours on an H200",
+    },
+    points=points,
+    judge=versus("3:1", {name: name for name in WHO if name != "3:1"}),
+    draw=draw_bars,
+    setting=(
+        "Text with a needle in each sequence; equal parameters (through the MLPs) and equal tokens. Bits a byte are of text "
+        "without needles; a needle counts when all its digits are right."
+    ),
+)

@@ -1,0 +1,169 @@
+"""Contestants ranked on several tests: the judge and the plots that the training experiments share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from palimpsest.lab.experiment import Record, Row, Table, Verdict
+from palimpsest.lab.plots import FAINT, band, figure, learning_curves, legend_below, style
+from palimpsest.lab.spread import Spread, contestants_table, grid
+
+PERCENT: Callable[[float], str] = lambda x: f"{100 * x:.1f}"
+
+
+class Measure:
+    """What counts on a test: bits a byte of text (less is better), whole answers of a needle, else answers."""
+
+    def __init__(self, task: str):
+        self.column = "bits" if task == "text" else "exact" if task.startswith("needle") else "accuracy"
+        self.larger = task != "text"
+        self.unit = "bits a byte" if task == "text" else "%"
+        self.factor = 1 if task == "text" else 100
+        self.form = (lambda x: f"{x:.3f}") if task == "text" else PERCENT
+
+    def text(self, spread: Spread) -> str:
+        return spread.text(self.form, "" if self.unit != "%" else " %")
+
+
+def best(records: Sequence[Record]) -> dict[tuple[str, str], Spread]:
+    """(test, contestant) -> values over seeds, at the learning rate that was best on that training task's first test."""
+    by: dict[tuple, dict[float, list[Record]]] = {}
+    for record in records:
+        label = record.label
+        key = label["contestant"], label["task"], label["length"]
+        by.setdefault(key, {}).setdefault(label["lr"], []).append(record)
+    found: dict[tuple[str, str], Spread] = {}
+    for (who, task, _), rates in by.items():
+        first = Measure(task)
+        score = lambda rs: sum(r.rows[0][first.column] for r in rs) / len(rs) * (1 if first.larger else -1)
+        chosen = max(rates.values(), key=score)
+        for i, row in enumerate(chosen[0].rows):
+            column = Measure(row["test_task"]).column
+            found[test_name(row), who] = Spread(tuple(r.rows[i][column] for r in chosen))
+    return found
+
+
+def test_name(row: Row) -> str:
+    return f"{row['test_task']} {row['test_length']}"
+
+
+def versus(baseline: str, others: Mapping[str, str]) -> Callable[[Sequence[Record]], Verdict]:
+    """A judge: is the baseline better than each of the others?
+
+    others: contestant -> the words for it, such as "one decay a head".
+    """
+
+    def judge(records: Sequence[Record]) -> Verdict:
+        found = best(records)
+        because, better, worse = [], 0, 0
+        for test in dict.fromkeys(test for test, _ in found):
+            measure, base = Measure(test.rpartition(" ")[0]), found.get((test, baseline))
+            if base is None:
+                continue
+            ahead, behind, level = [], [], []
+            for who, words in others.items():
+                other = found.get((test, who))
+                if other is None:
+                    continue
+                up, down = (base.above(other), other.above(base)) if measure.larger else (other.above(base), base.above(other))
+                (ahead if up else behind if down else level).append(f"{words} ({measure.text(other)})")
+            better, worse = better + len(ahead), worse + len(behind)
+            parts = [
+                f"{word} {', '.join(names)}"
+                for word, names in (("ahead of", ahead), ("level with", level), ("behind", behind))
+                if names
+            ]
+            because.append(f"{test}: {baseline} at {measure.text(base)} is {'; '.join(parts)}." if parts else "")
+        outcome = "shown" if better and better > 2 * worse else "not shown" if worse > better else "undecided"
+        because.append("Level means that the ranges over seeds overlap; one seed cannot tell.")
+        return Verdict(outcome, [b for b in because if b], (results_table(found), contestants_table(records)))
+
+    return judge
+
+
+def results_table(found: Mapping[tuple[str, str], Spread]) -> Table:
+    cells = {(who, f"{test}, {m.unit}"): m.text(s) for (test, who), s in found.items() for m in [Measure(test.rpartition(" ")[0])]}
+    return grid("Results at the best learning rate, mean and range over seeds", cells, "contestant")
+
+
+def draw_bars(records: Sequence[Record]):
+    """A row of panels, one a test: each contestant's mean, its seeds as dots; and the learning curves."""
+    found = best(records)
+    tests, names = (list(dict.fromkeys(key[i] for key in found)) for i in (0, 1))
+    styles = style(names)
+    bars, axes = figure(-(-len(tests) // 4), min(len(tests), 4), width=4.2, height=0.8 + 0.32 * len(names))
+    for ax, test in zip(axes, tests):
+        m = Measure(test.rpartition(" ")[0])
+        here = [name for name in names[::-1] if (test, name) in found]
+        for i, name in enumerate(here):
+            spread = found[test, name]
+            ax.barh(i, m.factor * spread.mean, color=styles[name]["color"], alpha=0.75, height=0.7)
+            ax.plot([m.factor * v for v in spread.values], [i] * len(spread.values), "o", color="black", markersize=3)
+            ax.annotate(f" {m.form(spread.mean)}", (m.factor * spread.high, i), va="center", fontsize=8)
+        ax.set_yticks(range(len(here)), here, fontsize=8)
+        ax.set_title(test, fontsize=10)
+        ax.set_xlabel("bits a byte (less is better)" if m.unit != "%" else "accuracy, %")
+        low = min(m.factor * found[test, n].low for n in here)
+        high = max(m.factor * found[test, n].high for n in here)
+        ax.set_xlim((low - (high - low) - 0.02, high + 0.6 * (high - low) + 0.02) if m.unit != "%" else (0, 118))
+    for ax in axes[len(tests) :]:
+        ax.set_visible(False)
+    return {"results": bars, "curves": draw_curves(records, styles)}
+
+
+def draw_curves(records: Sequence[Record], styles: Mapping[str, dict]):
+    tasks = list(dict.fromkeys((r.label["task"], r.label["length"]) for r in records))
+    curves, axes = figure(1, len(tasks))
+    for ax, (task, length) in zip(axes, tasks):
+        m = Measure(task)
+        here = [r for r in records if (r.label["task"], r.label["length"]) == (task, length)]
+        learning_curves(ax, _at_best_rate(here, m), styles, "bits" if m.column == "bits" else m.column)
+        ax.set_title(f"{task}, length {length}", fontsize=10)
+        if m.column == "bits":
+            ax.set_ylabel("bits a byte")
+    legend_below(curves, axes)
+    return curves
+
+
+def _at_best_rate(records: Sequence[Record], measure: Measure) -> list[Record]:
+    sign = 1 if measure.larger else -1
+    chosen = []
+    for who in dict.fromkeys(r.label["contestant"] for r in records):
+        mine = [r for r in records if r.label["contestant"] == who]
+        mean = lambda lr, mine=mine: _mean([r.rows[0][measure.column] for r in mine if r.label["lr"] == lr])
+        rate = max({r.label["lr"] for r in mine}, key=lambda lr, mean=mean: sign * mean(lr))
+        chosen += [r for r in mine if r.label["lr"] == rate]
+    return chosen
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def draw_lengths(records: Sequence[Record]):
+    """A panel a task: each contestant against the length of the test, trained at the dotted line."""
+    found = best(records)
+    names = list(dict.fromkeys(who for _, who in found))
+    styles = style(names)
+    trained = sorted({r.label["length"] for r in records})
+    tasks = list(dict.fromkeys(test.rpartition(" ")[0] for test, _ in found))
+    lengths, axes = figure(1, len(tasks))
+    for ax, task in zip(axes, tasks):
+        m = Measure(task)
+        for who in names:
+            have = sorted(int(test.rpartition(" ")[2]) for test, w in found if w == who and test.rpartition(" ")[0] == task)
+            spreads = [found[f"{task} {n}", who] for n in have]
+            seeds = min((len(s.values) for s in spreads), default=0)
+            if seeds:
+                band(ax, have, [[m.factor * s.values[i] for s in spreads] for i in range(seeds)], who, styles[who])
+        for length in trained:
+            ax.axvline(length, color=FAINT, linestyle=":", linewidth=1)
+        ax.set(title=task, xlabel="length of the test (dotted: of training)", xscale="log")
+        ticks = sorted({int(test.rpartition(" ")[2]) for test, _ in found if test.rpartition(" ")[0] == task})
+        ax.set_xticks(ticks, [str(n) for n in ticks])
+        ax.minorticks_off()
+        ax.set_ylabel("bits a byte" if m.unit != "%" else "accuracy, %")
+        if m.unit == "%":
+            ax.set_ylim(-3, 103)
+    legend_below(lengths, axes)
+    return {"lengths": lengths, "curves": draw_curves(records, styles)}

@@ -1,0 +1,202 @@
+"""What a trained layer does to its memory: transition matrices, their eigenvalues, what its gates learned, warnings.
+
+    S_t = M_t S_{t-1} + beta_t k_t v_t^T,     M_t = (I - beta_t k_t k_t^T) Diag(alpha_t)
+
+M has the eigenvalues of the symmetric Diag(alpha)^(1/2) (I - beta k k^T) Diag(alpha)^(1/2): they are real. With unit keys,
+alpha in (0, 1] and beta in [0, 2] they lie in [-1, 1] and no M lengthens a vector.
+
+Letters  B sequences, T tokens, H heads, K key channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from palimpsest.lab.experiment import Row, Tell
+from palimpsest.lab.tasks.task import Key, check
+from palimpsest.lab.training import TEST_SEED, Training, learn
+from palimpsest.layers.kimi_delta_attention import Edits, KimiDeltaAttention
+from palimpsest.models.kimi_linear import KimiLinearForCausalLM
+from palimpsest.ops.trace import trace
+
+CLOSE = 1e-4  # to 1, in float32
+
+
+def transition_matrix(k: Tensor, log_decay: Tensor, beta: Tensor) -> Tensor:
+    """M of every token, [..., K, K], from k and log_decay [..., K] and beta [...].
+
+    >>> transition_matrix(torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.5]).log(), torch.tensor(1.0))
+    tensor([[0.0000, 0.0000],
+            [0.0000, 0.5000]])
+    """
+    eye = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
+    return (eye - beta[..., None, None] * k[..., :, None] * k[..., None, :]) * log_decay.exp()[..., None, :]
+
+
+def eigenvalues(k: Tensor, log_decay: Tensor, beta: Tensor) -> Tensor:
+    """Of M of every token, [..., K], ascending; real, because M is similar to a symmetric matrix.
+
+    >>> eigenvalues(torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.5]).log(), torch.tensor(2.0))
+    tensor([-0.5000,  0.5000])
+    """
+    root = (log_decay / 2).exp()
+    eye = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
+    inner = eye - beta[..., None, None] * k[..., :, None] * k[..., None, :]
+    return torch.linalg.eigvalsh(root[..., :, None] * inner * root[..., None, :])
+
+
+class Spectrum(NamedTuple):
+    """What one layer did on some text. Tensors on the CPU."""
+
+    eigenvalues: Tensor  # [B, T, H, K]
+    largest_stretch: Tensor  # [B, T, H], the spectral norm of M
+    carried: Tensor  # [B, T, H], the spectral norm of M_t ... M_1: how much of an early write can be left
+    memory_norm: Tensor  # [B, T, H], Frobenius
+    life: Tensor  # [H, K], tokens until a channel has faded to 1/e, by its mean log decay
+    log_decay: Tensor  # [B, T, H, K]
+    beta: Tensor  # [B, T, H]
+
+
+@torch.no_grad()
+def spectrum(edits: Edits) -> Spectrum:
+    """Measures a layer's edits; see `layer_edits`."""
+    q, k, v, log_decay, beta = (x.double().cpu() for x in edits)
+    M = transition_matrix(k, log_decay, beta)
+    carried, product = [], torch.eye(k.shape[-1], dtype=M.dtype).expand(M.shape[0], M.shape[2], *M.shape[-2:])
+    for t in range(M.shape[1]):
+        product = M[:, t] @ product
+        carried.append(torch.linalg.matrix_norm(product, 2))
+    norms = trace(q, k, v, log_decay, beta).written.flatten(-2).norm(dim=-1)
+    life = -1 / log_decay.mean((0, 1)).clamp(max=-1e-12)
+    found = eigenvalues(k, log_decay, beta)
+    return Spectrum(found, torch.linalg.matrix_norm(M, 2), torch.stack(carried, 1), norms, life, log_decay, beta)
+
+
+@torch.no_grad()
+def layer_edits(model: KimiLinearForCausalLM, tokens: Tensor) -> dict[int, Edits]:
+    """What every delta-rule layer of the model tells its memory about tokens [B, T]: layer -> edits."""
+    inputs: dict[int, Tensor] = {}
+    layers = [layer.self_attn for layer in model.model.layers]
+    hooks = [
+        layer.register_forward_pre_hook(lambda module, args, i=i: inputs.__setitem__(i, args[0]))
+        for i, layer in enumerate(layers)
+        if isinstance(layer, KimiDeltaAttention) and layer.parts.rule == "delta"
+    ]
+    try:
+        model(tokens)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {i: layers[i].edits(x) for i, x in inputs.items()}
+
+
+def warnings(layer: int, found: Spectrum, length: int) -> list[str]:
+    """What looks unstable or wasted, in sentences.
+
+    length: of the sequences that the model was trained on.
+    """
+    said = []
+    where = f"layer {layer}"
+    if not all(x.isfinite().all() for x in found):
+        return [f"{where}: numbers that are not finite"]
+    stretch = found.largest_stretch.max().item()
+    if stretch > 1 + CLOSE:
+        said.append(f"{where}: a transition lengthens vectors by {stretch:.4f}; keys are not of unit length or beta is beyond 2")
+    if found.eigenvalues.min() < -1 - CLOSE:
+        said.append(f"{where}: an eigenvalue of {found.eigenvalues.min():.3f}, below -1")
+    half = found.memory_norm.shape[1] // 2
+    early, late = found.memory_norm[:, half // 2 : half].mean((0, 1)), found.memory_norm[:, half + half // 2 :].mean((0, 1))
+    for head in (late > 2 * early).nonzero().flatten().tolist():
+        said.append(f"{where}, head {head}: the memory still grows, {early[head]:.2g} to {late[head]:.2g} within the sequence")
+    endless = (found.life > 100 * length).double().mean().item()
+    if endless > 0.5:
+        said.append(f"{where}: {endless:.0%} of the channels hardly ever fade; what is not erased stays")
+    if (gone := (found.life < 1).double().mean().item()) > 0.5:
+        said.append(f"{where}: {gone:.0%} of the channels forget within a token; they hold nothing")
+    if (idle := (found.beta < 0.01).double().mean().item()) > 0.5:
+        said.append(f"{where}: beta is below 0.01 for {idle:.0%} of the tokens; the layer hardly writes")
+    return said
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spectra:
+    """A point: a contestant learns a task, then its layers are measured on held-out sequences.
+
+    Attributes: training, what is learned; sequences, how many are looked at.
+    """
+
+    training: Training
+    sequences: int = 4
+
+    def label(self) -> Row:
+        label = self.training.label()
+        return {name: label[name] for name in ("contestant", "task", "seed")}
+
+    def to_dict(self) -> Row:
+        return {"kind": "spectra", "training": self.training.to_dict(), "sequences": self.sequences}
+
+    def prepare(self) -> None:
+        check(self.sequences >= 1, f"spectra: sequences is {self.sequences}; give at least 1")
+        self.training.prepare()
+
+    def work(self) -> float:
+        return self.training.work()
+
+    def bytes_needed(self) -> int:
+        return self.training.bytes_needed()
+
+    def run(self, device: str, tell: Tell) -> Row:
+        learned, model = learn(self.training, device, lambda share, word: tell(0.9 * share, word))
+        model.eval()
+        task = self.training.asked[0]
+        batch = task.draw(self.sequences, Key("test", TEST_SEED, 0))
+        rows, details, said = [], [], []
+        for layer, edits in layer_edits(model, batch.tokens.to(device)).items():
+            found = spectrum(edits)
+            said += warnings(layer, found, task.length)
+            rows += [{"layer": layer, "head": head} | _summary(found, head) for head in range(found.beta.shape[2])]
+            details.append({"layer": layer, **_details(found)})
+            tell(0.95, f"layer {layer}")
+        return {
+            "rows": [{**row, "accuracy": learned["rows"][0]["accuracy"]} for row in rows],
+            "details": details,
+            "warnings": said,
+            "curve": learned["curve"],
+        }
+
+
+def _summary(found: Spectrum, head: int) -> Mapping[str, Any]:
+    values = found.eigenvalues[:, :, head]
+    return {
+        "smallest_eigenvalue": values.min().item(),
+        "negative_share": (values < 0).double().mean().item(),
+        "largest_stretch": found.largest_stretch[:, :, head].max().item(),
+        "carried_to_the_end": found.carried[:, -1, head].mean().item(),
+        "memory_norm_at_the_end": found.memory_norm[:, -1, head].mean().item(),
+        "median_life": found.life[head].median().item(),
+        "shortest_life": found.life[head].min().item(),
+        "longest_life": found.life[head].max().item(),
+        "mean_beta": found.beta[:, :, head].mean().item(),
+    }
+
+
+def _details(found: Spectrum) -> Row:
+    """For the plots: histograms and curves, rounded."""
+    edges = torch.linspace(-1, 1, 41, dtype=torch.float64)
+    histogram = lambda x, edges: torch.histogram(x.flatten().clamp(edges[0], edges[-1]).contiguous(), edges).hist
+    share = lambda x, edges: [round(v, 5) for v in (histogram(x, edges) / x.numel()).tolist()]
+    decades = torch.linspace(-6, 3, 37, dtype=torch.float64)  # log10 of -log_decay
+    curve = lambda x: [[round(v, 5) for v in head] for head in x.mean(0).T.tolist()]
+    return {
+        "eigenvalues": share(found.eigenvalues, edges),
+        "beta": share(found.beta, torch.linspace(0, 2, 41, dtype=torch.float64)),
+        "decay": share((-found.log_decay).clamp(min=1e-6).log10(), decades),
+        "life": [sorted(round(v, 3) for v in head) for head in found.life.tolist()],
+        "memory_norm": curve(found.memory_norm),
+        "carried": curve(found.carried.clamp(min=1e-12)),
+    }
