@@ -94,7 +94,8 @@ INLINE float sum(vec x) {
     return total;
 }
 
-/* exp to about 1 ulp: x = n log 2 + r, a Taylor polynomial in r, and 2^n in two factors so that no n overflows. */
+/* exp to 0.6 ulp: x = n log 2 + r, a Taylor polynomial in r, and 2^n in two factors so that no n overflows. A gate that
+   stands still makes the same error at every token, so the last sum, 1 + (r + r^2 p), must be the only rounding. */
 INLINE vec exp_vec(vec x) {
     x = pick(x < -160, splat(-160), x); /* comparisons are false for NaN, which so stays NaN */
     x = pick(x > 128, splat(128), x);
@@ -103,7 +104,7 @@ INLINE vec exp_vec(vec x) {
     vec r = x - n * 0.693359375f - n * -2.12194440e-4f; /* log 2 in two parts: the first product is exact */
     vec p = splat(1.f / 5040);
     p = p * r + 1.f / 720, p = p * r + 1.f / 120, p = p * r + 1.f / 24, p = p * r + 1.f / 6, p = p * r + .5f;
-    p = p * r + 1, p = p * r + 1;
+    p = r * r * p + r + 1;
     uvec exponent = (uvec)shifted - (uvec)round + 256, half = exponent >> 1;
     return p * (vec)((half - 1) << 23) * (vec)((exponent - half - 1) << 23); /* 2 x 127 = 256 - 2 */
 }
@@ -302,9 +303,9 @@ INLINE vec gated(const Call *c, float rate, vec t, vec *slope) {
         *slope = -rate * sigmoid(t);
         return -rate * softplus(t);
     }
-    vec s = sigmoid(rate * t);
-    *slope = (float)c->floor * rate * s * sigmoid(-rate * t);
-    return (float)c->floor * s;
+    vec y = exp_vec(rate * t - 2 * only(t > 0, rate * t)), high = 1 / (y + 1), low = y * high;
+    *slope = (float)c->floor * rate * (high * low);
+    return (float)c->floor * pick(t > 0, high, low);
 }
 
 static void load_logits(const Call *c, Shape s, int64_t row, int64_t head, float *t) {
@@ -529,7 +530,7 @@ static void solve_adjoint(Shape s, Chunk x, const float *d_S, Adjoint y) {
 
 /* The adjoint of pair_tokens, load_chunk's products and the decays: VL channels at a time, tokens backwards.
    Adds to d_q and d_k [C, K]. */
-static void unpair_tokens(Shape s, Chunk x, Adjoint y, float *d_q_out, float *d_k_out) {
+static void unpair_tokens(Shape s, Chunk x, Adjoint y, int erase_is_beta_k, float *d_q_out, float *d_k_out) {
     const float *dA = y.d_pairs, *dP = y.d_pairs + C * C;
     vec d_beta[C];
     for (int i = 0; i < C; i++) d_beta[i] = splat(0);
@@ -556,7 +557,8 @@ static void unpair_tokens(Shape s, Chunk x, Adjoint y, float *d_q_out, float *d_
                 d_kd[j] = d * a;
             }
             d_q += dP[i * C + i] * now[i];
-            vec d_k = d_kd[i] + dP[i * C + i] * q + x.beta[i] * d_e;
+            vec d_k = d_kd[i] + dP[i * C + i] * q;
+            if (erase_is_beta_k) d_k += x.beta[i] * d_e;
             d_since *= a;
             d_beta[i] += now[i] * d_e;
             AT(d_q_out + i * s.ks + n) += d_q;
@@ -611,7 +613,7 @@ static void backward_chunk(const Call *c, Shape s, int64_t row, int64_t tokens, 
     product(s.K, s.V, 2 * C, x.reads, 1, s.ks, y.d, s.vs, x.since + (C - 1) * s.ks, d_S, d_S, s.vs);
     transpose(s.K, 2 * C, y.d_reads_t, 2 * C, y.d_reads, s.ks, 1);
     transpose(s.K, C, y.d_kd_t, C, y.d_kd, s.ks, 1);
-    unpair_tokens(s, x, y, d_q, d_k);
+    unpair_tokens(s, x, y, c->beta.data != 0, d_q, d_k);
     for (int64_t i = 0; i < tokens; i++) {
         const int64_t at = (row + i) * HV + head;
         const float *minus_d_w = y.d + i * s.vs;
