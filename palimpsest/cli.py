@@ -20,6 +20,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from palimpsest.explainer.command import explain
+
 INTERRUPTED = 130
 USER_ERRORS = (
     ValueError,
@@ -486,6 +488,9 @@ def _print_machine(console: Console, facts: dict[str, Any]) -> None:
     for call, answers in calls.items():
         table.add_row(call, *answers.values())
     console.print(table)
+
+
+app.command()(explain)
 
 
 # --- words ------------------------------------------------------------------------------------------------------------

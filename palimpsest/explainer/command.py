@@ -32,13 +32,13 @@ def explain(
             from palimpsest.explainer.picture import draw
 
             for file in draw(picture):
-                print(file)
+                typer.echo(file)
         elif export is not None:
             _export(export, model, tuple(sentence or ()))
         else:
             _serve(model, port, browser)
     except (ValueError, ImportError) as error:
-        print(f"palimpsest explain: {error}", file=sys.stderr)
+        typer.echo(f"palimpsest explain: {error}", err=True)
         raise typer.Exit(1) from None
 
 
@@ -53,7 +53,7 @@ def _serve(model: Path | None, port: int, browser: bool) -> None:
     _check_model(model)
 
     def ready(url: str) -> None:
-        print(f"The explainer is at {url}  (Ctrl-C ends it)", flush=True)
+        typer.echo(f"The explainer is at {url}  (Ctrl-C ends it)")
         if browser:
             threading.Thread(target=_open, args=(url,), daemon=True).start()
 
@@ -66,7 +66,7 @@ def _open(url: str) -> None:
     except webbrowser.Error:
         opened = False
     if not opened:
-        print("No browser could be opened; open that address in one yourself.", flush=True)
+        typer.echo("No browser could be opened; open that address in one yourself.")
 
 
 def _export(folder: Path, model: Path | None, sentences: tuple[str, ...]) -> None:
@@ -75,10 +75,12 @@ def _export(folder: Path, model: Path | None, sentences: tuple[str, ...]) -> Non
 
     check_target(folder)
     _check_model(model)
-    counted = lambda done, total: print(f"\r{done} of {total} traces", end="" if done < total else "\n", flush=True)
-    files = export(folder, Library(model), sentences or EXAMPLES, counted if sys.stdout.isatty() else lambda *_: None)
+    counted = lambda done, total: typer.echo(f"\r{done} of {total} traces", err=True, nl=done == total)
+    files = export(folder, Library(model), sentences or EXAMPLES, counted if sys.stderr.isatty() else lambda *_: None)
     size = sum(file.stat().st_size for file in files)
-    print(f"{len(files)} files, {size / 1e6:.1f} MB, in {folder}. To look at it: python -m http.server -d {folder}")
+    typer.echo(
+        f"{len(files)} files, {size / 1e6:.1f} MB, in {folder}. To look at it: python -m http.server -d {folder}"
+    )
 
 
 def _check_model(model: Path | None) -> None:
