@@ -85,14 +85,25 @@ class LatentState:
         if torch.is_grad_enabled() and (self.latent.requires_grad or latent.requires_grad):
             return LatentState(torch.cat([self.latent, latent], dim=1), valid)
 
-        room = self.room
-        mine = room is not None and room.filled == S and room.rows.data_ptr() == self.latent.data_ptr()
-        if not mine or room is None or room.rows.shape[1] < S + T or room.rows.shape[0] != len(self.latent):
-            rows = latent.new_empty(
-                len(latent), S + T + max(64, S // 8), latent.shape[2]
-            )  # an eighth: few copies, little waste
-            rows[:, :S] = self.latent
-            room = Room(rows, S)
+        room = self._room_for(latent)
         room.rows[:, S : S + T] = latent
         room.filled = S + T
         return LatentState(room.rows[:, : S + T], valid, room)
+
+    def _room_for(self, latent: Tensor) -> Room:
+        """Room that begins with this state's rows: its own if nobody has written behind them, otherwise a copy."""
+        room, S, count = self.room, self.latent.shape[1], latent.shape[1]
+        if (
+            room is not None
+            and room.filled == S
+            and room.rows.data_ptr() == self.latent.data_ptr()
+            and room.rows.shape[0] == len(latent)
+            and room.rows.shape[1] >= S + count
+            and room.rows.dtype == latent.dtype
+            and (torch.is_inference_mode_enabled() or not room.rows.is_inference())  # torch forbids such writes
+        ):
+            return room
+        capacity = S + count + max(64, S // 8)  # an eighth more: few copies, little waste
+        rows = latent.new_empty(len(latent), capacity, latent.shape[2])
+        rows[:, :S] = self.latent
+        return Room(rows, S)

@@ -197,6 +197,16 @@ def test_a_step_passes_over_sequences_that_rest(parts):
         assert x_resting[1].equal(x_before[1])
 
 
+@torch.no_grad()
+def test_a_refused_step_rewrites_nothing():
+    m = layer()
+    _, state = m(draw(3, 8, HIDDEN))
+    kept = [x.clone() for x in (state.memory, *state.conv)]
+    with pytest.raises(ValueError, match=r"mask is torch.bool of shape \(2,\); expected torch.bool of shape \(3,\)"):
+        m.step_(draw(3, HIDDEN), state, mask=torch.tensor([True, False]))
+    assert all(a.equal(b) for a, b in zip((state.memory, *state.conv), kept))
+
+
 @pytest.mark.parametrize("T", [1, 5])
 @pytest.mark.parametrize("parts", ["released", "gla"])
 @torch.no_grad()

@@ -181,10 +181,20 @@ def test_an_older_state_keeps_its_value_and_can_branch():
     shorter = LatentState(one.latent[:, :5], None, one.room)  # rolled back
     _, again = m.step_(x[:, 13], shorter)
     torch.testing.assert_close(one.latent, first, rtol=0, atol=0)
-    other = LatentState(one.latent[:1], None, one.room)  # one of the sequences
+    other = LatentState(again.latent[:1], None, again.room)  # one of the sequences
     _, again = m.step_(x[:1, 13], other)
-    assert again.latent.shape == (1, 11, R + P)
+    assert again.latent.shape == (1, 7, R + P)
     torch.testing.assert_close(three.latent[:, :10], first, rtol=0, atol=0)
+
+
+def test_a_cache_begun_in_inference_mode_goes_on_outside_it():
+    m, x = layer(), draw(1, 9, HIDDEN)
+    with torch.inference_mode():
+        _, state = m(x[:, :8])
+        _, state = m.step_(x[:, 8], state)
+    with torch.no_grad():
+        _, after = m.step_(x[:, 8], state)
+    assert after.num_tokens().tolist() == [10]
 
 
 @torch.no_grad()

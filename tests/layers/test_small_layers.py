@@ -97,7 +97,7 @@ def test_packing_and_unpacking_are_inverse():
 )
 def test_rows_that_do_not_fit_are_refused(mask, cu_seqlens, message):
     with pytest.raises(ValueError, match=message):
-        check_rows(torch.zeros(2, 3, D), mask, cu_seqlens)
+        check_rows(torch.zeros(2, 3), mask, cu_seqlens)
 
 
 @pytest.mark.parametrize("ends", [[0], [1, 5], [0, 4], [0, 6], [0, 3, 2, 5]])
