@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from palimpsest.explainer.command import explain
+from palimpsest.lab.command import app as lab
 
 INTERRUPTED = 130
 USER_ERRORS = (
@@ -491,6 +492,7 @@ def _print_machine(console: Console, facts: dict[str, Any]) -> None:
 
 
 app.command()(explain)
+app.add_typer(lab)
 
 
 # --- words ------------------------------------------------------------------------------------------------------------

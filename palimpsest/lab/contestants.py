@@ -101,7 +101,9 @@ def contestant(name: str) -> Contestant:
     if name.isupper():
         return Contestant(name, name)
     near = difflib.get_close_matches(name, CONTESTANTS, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(CONTESTANTS)}, or a pattern such as KKKM"
+    hint = (
+        f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(CONTESTANTS)}, or a pattern such as KKKM"
+    )
     raise ValueError(f"contestant {name!r} is unknown; {hint}")
 
 

@@ -103,7 +103,10 @@ class Decode:
         )
         if self.layer.isupper():
             Contestant(self.layer, self.layer)
-        check(min(self.contexts, default=0) >= 1, f"cost: contexts are {self.contexts}; give at least one of 1 token or more")
+        check(
+            min(self.contexts, default=0) >= 1,
+            f"cost: contexts are {self.contexts}; give at least one of 1 token or more",
+        )
 
     def work(self) -> float:
         return 1.0 + sum(self.contexts) / 1e6
@@ -130,7 +133,12 @@ class Decode:
                     spread[context].append(seconds)
                 tell(round_ / (self.rounds + 1), "")
         rows = [
-            {"context": c, "milliseconds": 1e3 * best[c], "median_milliseconds": 1e3 * median(spread[c]), "state_bytes": held[c]}
+            {
+                "context": c,
+                "milliseconds": 1e3 * best[c],
+                "median_milliseconds": 1e3 * median(spread[c]),
+                "state_bytes": held[c],
+            }
             for c in self.contexts
         ]
         return {"rows": rows}
@@ -159,7 +167,10 @@ class Prefill:
     def prepare(self) -> None:
         known = (*LAYERS, "op kda", "op dplr")
         check(self.layer in known, f"layer {self.layer!r} is unknown; choose one of {', '.join(known)}")
-        check(min(self.contexts, default=0) >= 1, f"cost: contexts are {self.contexts}; give at least one of 1 token or more")
+        check(
+            min(self.contexts, default=0) >= 1,
+            f"cost: contexts are {self.contexts}; give at least one of 1 token or more",
+        )
 
     def work(self) -> float:
         return sum(self.contexts) / 2000 * self.shape.hidden_size / 256
@@ -338,5 +349,3 @@ class Cache:
             rows.append({"context": S, "state_bytes": ModelState(layers, torch.full((1,), S)).nbytes})
             tell(len(rows) / len(self.contexts), "")
         return {"rows": rows}
-
-

@@ -19,7 +19,11 @@ from palimpsest.models.kimi_linear.state import ModelState
 from palimpsest.ops.gates import l2norm
 from palimpsest.ops.variants import kda, kda_step_
 
-LIVES = {"short": (4, 64), "long": (64, 4096), "endless": (math.inf, math.inf)}  # tokens until a channel has faded to 1/e
+LIVES = {
+    "short": (4, 64),
+    "long": (64, 4096),
+    "endless": (math.inf, math.inf),
+}  # tokens until a channel has faded to 1/e
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +124,12 @@ class StoredState:
 
     def to_dict(self) -> Row:
         tests = replace(self.training, tests=self.tests).to_dict()["tests"]
-        return {"kind": "stored state", "training": self.training.to_dict(), "tests": tests, "batch_size": self.batch_size}
+        return {
+            "kind": "stored state",
+            "training": self.training.to_dict(),
+            "tests": tests,
+            "batch_size": self.batch_size,
+        }
 
     def prepare(self) -> None:
         replace(self.training, tests=self.tests).prepare()

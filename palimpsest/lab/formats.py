@@ -49,7 +49,9 @@ class Format:
     def __post_init__(self):
         check(self.kind in KINDS, f"format kind is {self.kind!r}; choose one of {', '.join(KINDS)}")
         check(not self.feedback or self.kind == "int8", f"feedback is for int8; format kind is {self.kind!r}")
-        check(not self.stochastic or self.kind != "float32", "float32 rounds nothing here, so it has no stochastic form")
+        check(
+            not self.stochastic or self.kind != "float32", "float32 rounds nothing here, so it has no stochastic form"
+        )
 
     @property
     def name(self) -> str:
@@ -67,7 +69,9 @@ class Format:
             return Stored(memory.clone(), None, None)
         if self.kind == "bfloat16":
             return Stored(_to_bfloat16(memory, chance) if self.stochastic else memory.bfloat16(), None, None)
-        scale = memory.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny * 1e4) / LARGEST[self.kind]
+        scale = (
+            memory.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny * 1e4) / LARGEST[self.kind]
+        )
         x = memory / scale
         if self.kind == "float8":
             x = _between_float8(x, chance) if self.stochastic else x
@@ -77,7 +81,9 @@ class Format:
         if not self.feedback:
             return Stored(codes.to(torch.int8), scale, None)
         sixteenths = ((x - codes) * 16).round().clamp(-8, 7).to(torch.int8) + 8
-        return Stored(codes.to(torch.int8), scale, (sixteenths[..., ::2] << 4 | sixteenths[..., 1::2]).view(torch.uint8))
+        return Stored(
+            codes.to(torch.int8), scale, (sixteenths[..., ::2] << 4 | sixteenths[..., 1::2]).view(torch.uint8)
+        )
 
     def unpack(self, stored: Stored) -> Tensor:
         """The memory, float32."""

@@ -9,7 +9,16 @@ from typing import Any
 from palimpsest.lab.experiment import Record
 
 INK, FAINT = "#333333", "#999999"
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A6D3B", "#333333")  # Okabe and Ito's, nearly
+PALETTE = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#8A6D3B",
+    "#333333",
+)  # Okabe and Ito's, nearly
 MARKERS = "osD^vP*X"
 
 
@@ -30,7 +39,12 @@ def style(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """name -> the arguments of plot that tell it from the others."""
     order = list(dict.fromkeys(names))
     return {
-        name: {"color": PALETTE[i % len(PALETTE)], "marker": MARKERS[i % len(MARKERS)], "markersize": 4, "linewidth": 1.6}
+        name: {
+            "color": PALETTE[i % len(PALETTE)],
+            "marker": MARKERS[i % len(MARKERS)],
+            "markersize": 4,
+            "linewidth": 1.6,
+        }
         for i, name in enumerate(order)
     }
 

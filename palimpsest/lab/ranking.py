@@ -65,7 +65,9 @@ def versus(baseline: str, others: Mapping[str, str]) -> Callable[[Sequence[Recor
                 other = found.get((test, who))
                 if other is None:
                     continue
-                up, down = (base.above(other), other.above(base)) if measure.larger else (other.above(base), base.above(other))
+                up, down = (
+                    (base.above(other), other.above(base)) if measure.larger else (other.above(base), base.above(other))
+                )
                 (ahead if up else behind if down else level).append(f"{words} ({measure.text(other)})")
             better, worse = better + len(ahead), worse + len(behind)
             parts = [
@@ -82,7 +84,11 @@ def versus(baseline: str, others: Mapping[str, str]) -> Callable[[Sequence[Recor
 
 
 def results_table(found: Mapping[tuple[str, str], Spread]) -> Table:
-    cells = {(who, f"{test}, {m.unit}"): m.text(s) for (test, who), s in found.items() for m in [Measure(test.rpartition(" ")[0])]}
+    cells = {
+        (who, f"{test}, {m.unit}"): m.text(s)
+        for (test, who), s in found.items()
+        for m in [Measure(test.rpartition(" ")[0])]
+    }
     return grid("Results at the best learning rate, mean and range over seeds", cells, "contestant")
 
 
@@ -151,7 +157,9 @@ def draw_lengths(records: Sequence[Record]):
     for ax, task in zip(axes, tasks):
         m = Measure(task)
         for who in names:
-            have = sorted(int(test.rpartition(" ")[2]) for test, w in found if w == who and test.rpartition(" ")[0] == task)
+            have = sorted(
+                int(test.rpartition(" ")[2]) for test, w in found if w == who and test.rpartition(" ")[0] == task
+            )
             spreads = [found[f"{task} {n}", who] for n in have]
             seeds = min((len(s.values) for s in spreads), default=0)
             if seeds:

@@ -87,7 +87,15 @@ def _measures(folder: Path) -> dict[tuple[str, str], Spread]:
     return {key: Spread(tuple(v)) for key, v in values.items()}
 
 
-COORDINATES = ("test", "test_length", "tokens", "context", "layer", "head", "step")  # columns that say where, not how much
+COORDINATES = (
+    "test",
+    "test_length",
+    "tokens",
+    "context",
+    "layer",
+    "head",
+    "step",
+)  # columns that say where, not how much
 
 
 def _words(label: Row) -> Row:

@@ -1,10 +1,10 @@
 """Running a sweep: what is done stays done, what is left is known, and an interrupt loses the running points at most.
 
-    FOLDER/sweep.json      the experiment, its scale and its points: who this folder belongs to
-    FOLDER/results.jsonl   a line a finished point, with curves
-    FOLDER/results.csv     the same, a line a row, without curves
-    FOLDER/*.png, *.svg    plots
-    FOLDER/report.md       one page: the verdict, the tables, the machine
+FOLDER/sweep.json      the experiment, its scale and its points: who this folder belongs to
+FOLDER/results.jsonl   a line a finished point, with curves
+FOLDER/results.csv     the same, a line a row, without curves
+FOLDER/*.png, *.svg    plots
+FOLDER/report.md       one page: the verdict, the tables, the machine
 """
 
 from __future__ import annotations
@@ -143,7 +143,13 @@ class Sweep:
     def keep(self, identity: str, outcome: Row, seconds: float) -> None:
         """One point is done, or has failed."""
         point = self.points[identity]
-        line = {"id": identity, "label": point.label(), "seconds": round(seconds, 2), **outcome, "settings": point.to_dict()}
+        line = {
+            "id": identity,
+            "label": point.label(),
+            "seconds": round(seconds, 2),
+            **outcome,
+            "settings": point.to_dict(),
+        }
         with open(self.folder / "results.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -159,7 +165,9 @@ class Tally:
 
     def progress(self, identity: str, share: float, word: str) -> None:
         self.share[identity] = share
-        self.report({"event": "progress", "point": self.titles[identity], "share": share, "word": word, **self.outlook()})
+        self.report(
+            {"event": "progress", "point": self.titles[identity], "share": share, "word": word, **self.outlook()}
+        )
 
     def point(self, identity: str, outcome: Row, seconds: float) -> None:
         self.share[identity] = 1.0  # early stopping ends a point before its time

@@ -106,13 +106,20 @@ def warnings(layer: int, found: Spectrum, length: int) -> list[str]:
         return [f"{where}: numbers that are not finite"]
     stretch = found.largest_stretch.max().item()
     if stretch > 1 + CLOSE:
-        said.append(f"{where}: a transition lengthens vectors by {stretch:.4f}; keys are not of unit length or beta is beyond 2")
+        said.append(
+            f"{where}: a transition lengthens vectors by {stretch:.4f}; keys are not of unit length or beta is beyond 2"
+        )
     if found.eigenvalues.min() < -1 - CLOSE:
         said.append(f"{where}: an eigenvalue of {found.eigenvalues.min():.3f}, below -1")
     half = found.memory_norm.shape[1] // 2
-    early, late = found.memory_norm[:, half // 2 : half].mean((0, 1)), found.memory_norm[:, half + half // 2 :].mean((0, 1))
+    early, late = (
+        found.memory_norm[:, half // 2 : half].mean((0, 1)),
+        found.memory_norm[:, half + half // 2 :].mean((0, 1)),
+    )
     for head in (late > 2 * early).nonzero().flatten().tolist():
-        said.append(f"{where}, head {head}: the memory still grows, {early[head]:.2g} to {late[head]:.2g} within the sequence")
+        said.append(
+            f"{where}, head {head}: the memory still grows, {early[head]:.2g} to {late[head]:.2g} within the sequence"
+        )
     endless = (found.life > 100 * length).double().mean().item()
     if endless > 0.5:
         said.append(f"{where}: {endless:.0%} of the channels hardly ever fade; what is not erased stays")

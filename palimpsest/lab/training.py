@@ -74,7 +74,9 @@ class Training:
         return self.tests or self.train[:1]
 
     def to_dict(self) -> Row:
-        settings = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("who", "train", "tests")}
+        settings = {
+            name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("who", "train", "tests")
+        }
         tasks = {"train": [describe(t) for t in self.train], "tests": [describe(t) for t in self.asked]}
         return {"kind": "training", "who": self.who.to_dict(), **settings, **tasks, "size": asdict(self.size)}
 
@@ -89,7 +91,10 @@ class Training:
             self.tokens_per_step >= longest,
             f"training: tokens_per_step {self.tokens_per_step} is less than one sequence of {longest}; give at least that",
         )
-        check(self.warmup + self.decay <= 1, f"training: warmup {self.warmup} and decay {self.decay} are more than the run")
+        check(
+            self.warmup + self.decay <= 1,
+            f"training: warmup {self.warmup} and decay {self.decay} are more than the run",
+        )
         for task in (*self.train, *self.asked):
             task.draw(1, Key("test", 0, 0))  # text that is missing or too short is told now
         config(self.who, self.size, self.vocab_size)
@@ -160,9 +165,7 @@ def learn(point: Training, device: str, tell: Tell) -> tuple[Row, KimiLinearForC
         "state_numbers": state_numbers(model.config, point.asked[0].length),
     }
     rows = [
-        {"test": i, "test_task": task.name, "test_length": task.length}
-        | {k: test[k] for k in METRICS}
-        | shared
+        {"test": i, "test_task": task.name, "test_length": task.length} | {k: test[k] for k in METRICS} | shared
         for i, (task, test) in enumerate(zip(point.asked, tests))
     ]
     return {"rows": rows, "curve": curve, "slices": [t["slices"] for t in tests]}, model

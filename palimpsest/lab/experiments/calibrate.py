@@ -63,8 +63,9 @@ def judge(records: Sequence[Record]) -> Verdict:
 
 def draw(records: Sequence[Record]):
     settings = list(dict.fromkeys((r.label["task"], r.label["length"]) for r in records))
-    name = lambda r: f"{r.label['contestant']}, {r.label['vocabulary']} tokens" + (
-        f", {r.label['pairs']} pairs" if r.label["pairs"] else ""
+    name = lambda r: (
+        f"{r.label['contestant']}, {r.label['vocabulary']} tokens"
+        + (f", {r.label['pairs']} pairs" if r.label["pairs"] else "")
     )
     renamed = [Record(r.label | {"contestant": name(r)}, r.result, r.seconds) for r in records]
     styles = style([r.label["contestant"] for r in renamed])

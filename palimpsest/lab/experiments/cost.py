@@ -14,7 +14,10 @@ def points(scale: str) -> list:
         shape = Shape(hidden_size=16, heads=1, head_dim=8, latent=8, positions=4)
         return [
             *(Decode(layer=name, shape=shape, contexts=(64, 256), rounds=1, steps=2) for name in ("kda", "mla", "KM")),
-            *(Prefill(layer=name, shape=shape, contexts=(32, 64), rounds=1) for name in ("kda", "softmax", "op kda", "op dplr")),
+            *(
+                Prefill(layer=name, shape=shape, contexts=(32, 64), rounds=1)
+                for name in ("kda", "softmax", "op kda", "op dplr")
+            ),
             *(Cache(pattern=pattern, shape=shape, contexts=(1 << 16,)) for pattern in ("KKKM", "MMMM")),
         ]
     caches = [Cache(pattern=pattern, shape=LARGE, contexts=powers(12, 20)) for pattern in ("KKKM", "MMMM")]
@@ -26,10 +29,18 @@ def points(scale: str) -> list:
         prefill = [
             Prefill(layer=name, contexts=(512, 1024, 2048, 4096, 8192)) for name in ("kda", "gdn", "mla", "softmax")
         ]
-        ops = [Prefill(layer=name, contexts=(512, 1024, 2048, 4096), backend="chunked") for name in ("op kda", "op dplr")]
+        ops = [
+            Prefill(layer=name, contexts=(512, 1024, 2048, 4096), backend="chunked") for name in ("op kda", "op dplr")
+        ]
         return [*decode, *prefill, *ops, *caches]
     decode = [
-        Decode(layer=name, shape=shape, contexts=powers(12, 18 if name == "softmax" and shape is LARGE else 20), rounds=20, steps=50)
+        Decode(
+            layer=name,
+            shape=shape,
+            contexts=powers(12, 18 if name == "softmax" and shape is LARGE else 20),
+            rounds=20,
+            steps=50,
+        )
         for shape in (SMALL, LARGE)
         for name in ("kda", "gdn", "mla", "softmax", *(("KKKM", "MMMM") if shape is SMALL else ()))
     ]
@@ -57,23 +68,41 @@ def judge(records: Sequence[Record]) -> Verdict:
             good, bad = good + (flat <= 0.05), bad + (flat > 0.05)
         else:
             because.append(f"{layer} of width {hidden} grows {ratio:.2g}-fold from {first:,} to {last:,}.")
-    caches = {r.label["layer"]: {row["context"]: row["state_bytes"] for row in r.rows} for r in records if r.label["what"] == "cache"}
+    caches = {
+        r.label["layer"]: {row["context"]: row["state_bytes"] for row in r.rows}
+        for r in records
+        if r.label["what"] == "cache"
+    }
     if {"KKKM", "MMMM"} <= set(caches):
         longest = max(set(caches["KKKM"]) & set(caches["MMMM"]))
         saving = 1 - caches["KKKM"][longest] / caches["MMMM"][longest]
-        because.append(f"At {longest:,} tokens KKKM holds {saving:.2%} less than MMMM, in the released model's layer shapes.")
+        because.append(
+            f"At {longest:,} tokens KKKM holds {saving:.2%} less than MMMM, in the released model's layer shapes."
+        )
         good, bad = good + (abs(saving - 0.75) <= 0.01), bad + (abs(saving - 0.75) > 0.01)
     ops = _times(records, "prefill")
     for (_, hidden), by in ((k, v) for k, v in ops.items() if k[0] == "op kda"):
         general = ops.get(("op dplr", hidden), {})
         longest = max(set(by) & set(general), default=None)
         if longest:
-            because.append(f"At {longest:,} tokens the general transition (DPLR) takes {general[longest] / by[longest]:.2f} times KDA's time.")
+            because.append(
+                f"At {longest:,} tokens the general transition (DPLR) takes {general[longest] / by[longest]:.2f} times KDA's time."
+            )
     for what in ("decode", "prefill"):
         times = _times(records, what)
-        cells = {(f"{layer}, width {hidden}", f"{c:,}"): f"{ms:.3g}" for (layer, hidden), by in times.items() for c, ms in by.items()}
+        cells = {
+            (f"{layer}, width {hidden}", f"{c:,}"): f"{ms:.3g}"
+            for (layer, hidden), by in times.items()
+            for c, ms in by.items()
+        }
         if cells:
-            tables.append(grid(f"{what}: milliseconds {'a token' if what == 'decode' else 'a prompt'}, against the context", cells, ""))
+            tables.append(
+                grid(
+                    f"{what}: milliseconds {'a token' if what == 'decode' else 'a prompt'}, against the context",
+                    cells,
+                    "",
+                )
+            )
     if caches:
         cells = {(layer, f"{c:,}"): f"{b / 2**20:,.1f}" for layer, by in caches.items() for c, b in by.items()}
         tables.append(grid("MiB of a sequence's state, bfloat16 latents and float32 memories", cells, ""))
@@ -93,7 +122,9 @@ def _times(records: Sequence[Record], what: str) -> dict[tuple[str, int], dict[i
 def draw(records: Sequence[Record]):
     from matplotlib.ticker import FuncFormatter
 
-    panels = [(what, hidden) for what in ("decode", "prefill") for hidden in sorted({r.label["hidden_size"] for r in records})]
+    panels = [
+        (what, hidden) for what in ("decode", "prefill") for hidden in sorted({r.label["hidden_size"] for r in records})
+    ]
     panels = [(what, hidden) for what, hidden in panels if any(h == hidden for _, h in _times(records, what))]
     caches = [r for r in records if r.label["what"] == "cache"]
     count = len(panels) + bool(caches)
@@ -109,7 +140,11 @@ def draw(records: Sequence[Record]):
     if caches:
         ax = axes[len(panels)]
         for r in caches:
-            ax.plot(*zip(*((row["context"], row["state_bytes"] / 2**20) for row in r.rows)), label=r.label["layer"], **styles[r.label["layer"]])
+            ax.plot(
+                *zip(*((row["context"], row["state_bytes"] / 2**20) for row in r.rows)),
+                label=r.label["layer"],
+                **styles[r.label["layer"]],
+            )
         ax.set(xscale="log", yscale="log", ylabel="MiB of state")
         ax.set_title("state, the released model's shapes", fontsize=10)
     for ax in axes[:count]:

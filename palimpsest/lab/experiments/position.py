@@ -22,7 +22,12 @@ def points(scale: str) -> list[Training]:
         size, seeds, length, factors = Size(layers=4, hidden_size=16, heads=1, head_dim=8, mlp=32), (0,), 200, (1, 2)
         shared = {"steps": 1, "tokens_per_step": 400, "evaluate_every": 1, "test_batches": 1, "lr": 3e-3}
     elif scale == "small":
-        size, seeds, length, factors = Size(layers=4, hidden_size=64, heads=2, head_dim=32, mlp=128), (0, 1), 256, (1, 2, 4)
+        size, seeds, length, factors = (
+            Size(layers=4, hidden_size=64, heads=2, head_dim=32, mlp=128),
+            (0, 1),
+            256,
+            (1, 2, 4),
+        )
         shared = {"steps": 500, "tokens_per_step": 2048, "evaluate_every": 100, "test_batches": 8, "lr": 3e-3}
     else:
         size, seeds, length, factors = (
@@ -50,7 +55,9 @@ def judge(records: Sequence[Record]) -> Verdict:
             up, down = (nope.above(rope), rope.above(nope)) if m.larger else (rope.above(nope), nope.above(rope))
             where = "at the length of training" if length == lengths[0] else f"at {length // lengths[0]} times that"
             verdict = "NoPE is ahead" if up else "RoPE is ahead" if down else "the seeds' ranges overlap"
-            because.append(f"{task} {where}: NoPE {m.text(nope)}, RoPE {m.text(rope)} {m.unit}; {verdict}.".replace("% %", "%"))
+            because.append(
+                f"{task} {where}: NoPE {m.text(nope)}, RoPE {m.text(rope)} {m.unit}; {verdict}.".replace("% %", "%")
+            )
             if length != lengths[0]:
                 shown, reverse = shown + up, reverse + down
     outcome = "shown" if shown and not reverse else "not shown" if reverse and not shown else "undecided"

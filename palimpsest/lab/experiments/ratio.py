@@ -31,7 +31,11 @@ def points(scale: str) -> list[Training]:
             train=(Needle(length=length),),
             tests=(Text(length=length), Needle(length=length), Needle(length=length, needles=2, queries=2))
             if scale != "full"
-            else (Text(length=length), *(Needle(length=n) for n in (2048, 4096, 8192)), Needle(length=4096, needles=4, queries=2)),
+            else (
+                Text(length=length),
+                *(Needle(length=n) for n in (2048, 4096, 8192)),
+                Needle(length=4096, needles=4, queries=2),
+            ),
             size=size,
             seed=seed,
             stop_at=2.0,  # never: equal compute for all

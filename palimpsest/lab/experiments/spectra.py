@@ -17,14 +17,31 @@ def points(scale: str) -> list[Spectra]:
         shared = {"size": size, "steps": 2, "tokens_per_step": 64, "evaluate_every": 1, "test_batches": 1}
         return [Spectra(training=Training(who=kda, train=(MQAR(length=16, vocab_size=16, pairs=3),), **shared))]  # type: ignore[arg-type]
     if scale == "small":
-        shared = {"size": Size(), "steps": 400, "tokens_per_step": 1024, "evaluate_every": 100, "test_batches": 2, "lr": 3e-3}
-        jobs = [(kda, MQAR(length=64, vocab_size=64, pairs=8)), (kda, Text(length=128)), (negative, StateTracking(length=64))]
+        shared = {
+            "size": Size(),
+            "steps": 400,
+            "tokens_per_step": 1024,
+            "evaluate_every": 100,
+            "test_batches": 2,
+            "lr": 3e-3,
+        }
+        jobs = [
+            (kda, MQAR(length=64, vocab_size=64, pairs=8)),
+            (kda, Text(length=128)),
+            (negative, StateTracking(length=64)),
+        ]
         seeds = (0,)
     else:
         shared = {"size": PAPER_SIZE, "steps": 4000, "tokens_per_step": 32768, "evaluate_every": 500, "test_batches": 2}
-        jobs = [(kda, MQAR(length=512, vocab_size=512, pairs=64)), (kda, Text(length=1024)), (negative, StateTracking(length=256))]
+        jobs = [
+            (kda, MQAR(length=512, vocab_size=512, pairs=64)),
+            (kda, Text(length=1024)),
+            (negative, StateTracking(length=256)),
+        ]
         seeds = (0, 1)
-    return [Spectra(training=Training(who=who, train=(task,), seed=seed, **shared)) for seed in seeds for who, task in jobs]  # type: ignore[arg-type]
+    return [
+        Spectra(training=Training(who=who, train=(task,), seed=seed, **shared)) for seed in seeds for who, task in jobs
+    ]  # type: ignore[arg-type]
 
 
 def judge(records: Sequence[Record]) -> Verdict:
@@ -40,7 +57,18 @@ def judge(records: Sequence[Record]) -> Verdict:
         )
         because += [f"Warning, {name}: {w}." for w in r.result["warnings"]]
     worst = max((row["largest_stretch"] for r in records for row in r.rows), default=0.0)
-    header = ["contestant", "task", "seed", "layer", "head", "negative share", "carried", "memory norm", "median life", "mean beta"]
+    header = [
+        "contestant",
+        "task",
+        "seed",
+        "layer",
+        "head",
+        "negative share",
+        "carried",
+        "memory norm",
+        "median life",
+        "mean beta",
+    ]
     rows = [
         [
             *(str(row[c]) for c in ("contestant", "task", "seed", "layer", "head")),
@@ -53,7 +81,11 @@ def judge(records: Sequence[Record]) -> Verdict:
         for r in records
         for row in r.rows
     ]
-    return Verdict("shown" if worst <= 1 + 1e-4 else "not shown", because, (Table("Heads, at the end of the sequence", header, rows),))
+    return Verdict(
+        "shown" if worst <= 1 + 1e-4 else "not shown",
+        because,
+        (Table("Heads, at the end of the sequence", header, rows),),
+    )
 
 
 def draw(records: Sequence[Record]):

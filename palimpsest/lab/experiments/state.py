@@ -15,21 +15,41 @@ from palimpsest.lab.training import Training
 def points(scale: str) -> list:
     kda = CONTESTANTS["kda"]
     if scale == "tiny":
-        drifts = [Drift(format=name, life=life, tokens=32, heads=1, channels=8) for name in ("bfloat16", "int8") for life in LIVES]
+        drifts = [
+            Drift(format=name, life=life, tokens=32, heads=1, channels=8)
+            for name in ("bfloat16", "int8")
+            for life in LIVES
+        ]
         task = MQAR(length=16, vocab_size=16, pairs=3)
         size = Size(layers=1, hidden_size=16, heads=1, head_dim=8, mlp=32)
-        learned = Training(who=kda, train=(task,), size=size, steps=2, tokens_per_step=64, evaluate_every=1, test_batches=1)
+        learned = Training(
+            who=kda, train=(task,), size=size, steps=2, tokens_per_step=64, evaluate_every=1, test_batches=1
+        )
         return [*drifts, StoredState(training=learned, tests=(task,), batch_size=2)]
     seeds = (0, 1, 2)
     if scale == "small":
         tokens, heads, channels, size = 4096, 4, 32, Size()
         recall, reading = MQAR(length=64, vocab_size=64, pairs=8), Text(length=128)
-        shared = {"steps": 400, "tokens_per_step": 1024, "evaluate_every": 100, "test_batches": 2, "lr": 3e-3, "size": size}
+        shared = {
+            "steps": 400,
+            "tokens_per_step": 1024,
+            "evaluate_every": 100,
+            "test_batches": 2,
+            "lr": 3e-3,
+            "size": size,
+        }
         tests = {"mqar": (recall,), "text": (Text(length=128), Text(length=1024))}
     else:
         tokens, heads, channels, size = 32768, 16, 128, PAPER_SIZE
         recall, reading = MQAR(length=512, vocab_size=512, pairs=64), Text(length=1024)
-        shared = {"steps": 4000, "tokens_per_step": 32768, "evaluate_every": 500, "test_batches": 2, "lr": 1e-3, "size": size}
+        shared = {
+            "steps": 4000,
+            "tokens_per_step": 32768,
+            "evaluate_every": 500,
+            "test_batches": 2,
+            "lr": 1e-3,
+            "size": size,
+        }
         tests = {"mqar": (recall,), "text": (Text(length=1024), Text(length=8192))}
     drifts = [
         Drift(format=name, life=life, tokens=tokens, heads=heads, channels=channels, seed=seed)
@@ -69,7 +89,10 @@ def judge(records: Sequence[Record]) -> Verdict:
     drift, answers, because, tables = _drift(records), _answers(records), [], []
     if drift:
         last = {key: (max(by), Spread(tuple(by[max(by)]))) for key, by in drift.items()}
-        cells = {(how, f"{life} life, {tokens:,} tokens"): s.text(lambda x: f"{x:.1e}") for (life, how), (tokens, s) in last.items()}
+        cells = {
+            (how, f"{life} life, {tokens:,} tokens"): s.text(lambda x: f"{x:.1e}")
+            for (life, how), (tokens, s) in last.items()
+        }
         tables.append(grid("Relative error of what is read, at the end", cells, "format"))
         for life in dict.fromkeys(life for life, _ in drift):
             grew = {}
@@ -96,7 +119,9 @@ def judge(records: Sequence[Record]) -> Verdict:
             because.append(f"{test}, against float32: {'; '.join(lost)}.")
         cells = {(how, f"{test}, accuracy"): a.percent() for (how, test), (a, _) in answers.items()}
         cells |= {(how, f"{test}, bits"): b.text(lambda x: f"{x:.3f}") for (how, test), (_, b) in answers.items()}
-        cells |= {(row["format"], "bytes a number"): f"{row['bytes_per_number']:.3g}" for r in records for row in r.rows}
+        cells |= {
+            (row["format"], "bytes a number"): f"{row['bytes_per_number']:.3g}" for r in records for row in r.rows
+        }
         tables.append(grid("A model with its memories stored so", cells, "format"))
     return Verdict("measured", because, tables)
 
@@ -114,7 +139,9 @@ def draw(records: Sequence[Record]):
                     band(ax, x, list(zip(*(by[n] for n in x))), how, styles[how])
             span = LIVES[life]
             words = "nothing fades" if span[0] == span[1] else f"channels live {span[0]} to {span[1]:,} tokens"
-            ax.set(xscale="log", yscale="log", xlabel="tokens read", ylabel="relative error of what is read", title=words)
+            ax.set(
+                xscale="log", yscale="log", xlabel="tokens read", ylabel="relative error of what is read", title=words
+            )
             ax.title.set_fontsize(10)
         legend_below(figures["drift"], axes)
         for legend in figures["drift"].legends:

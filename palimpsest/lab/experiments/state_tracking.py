@@ -19,12 +19,22 @@ def points(scale: str) -> list[Training]:
         shared = {"steps": 4, "tokens_per_step": 64, "evaluate_every": 2, "test_batches": 1, "lr": 3e-3}
         machines, who = [StateTracking(length=length)], WHO[:2]
     elif scale == "small":
-        size, seeds, length, factors = Size(layers=1, hidden_size=32, heads=2, head_dim=16, mlp=64), (0, 1, 2), 32, (1, 2, 4, 8)
+        size, seeds, length, factors = (
+            Size(layers=1, hidden_size=32, heads=2, head_dim=16, mlp=64),
+            (0, 1, 2),
+            32,
+            (1, 2, 4, 8),
+        )
         shared = {"steps": 600, "tokens_per_step": 2048, "evaluate_every": 50, "test_batches": 2, "lr": 3e-3}
         machines = [StateTracking(length=length), StateTracking(length=length, kind="group", degree=3, letters="swaps")]
         who = WHO[:2]
     else:
-        size, seeds, length, factors = Size(layers=1, hidden_size=128, heads=4, head_dim=32, mlp=256), (0, 1, 2), 128, (1, 2, 4, 8)
+        size, seeds, length, factors = (
+            Size(layers=1, hidden_size=128, heads=4, head_dim=32, mlp=256),
+            (0, 1, 2),
+            128,
+            (1, 2, 4, 8),
+        )
         shared = {"steps": 10000, "tokens_per_step": 32768, "evaluate_every": 250, "test_batches": 2, "lr": 1e-3}
         machines = [
             StateTracking(length=length),
@@ -34,9 +44,19 @@ def points(scale: str) -> list[Training]:
             StateTracking(length=length, kind="group", degree=5),
         ]
         who = WHO
-    longer = lambda t, f: StateTracking(length=t.length * f, kind=t.kind, modulus=t.modulus, degree=t.degree, letters=t.letters)
+    longer = lambda t, f: StateTracking(
+        length=t.length * f, kind=t.kind, modulus=t.modulus, degree=t.degree, letters=t.letters
+    )
     return [
-        Training(who=w, train=(t,), tests=tuple(longer(t, f) for f in factors), size=size, seed=seed, stop_at=0.9999, **shared)  # type: ignore[arg-type]
+        Training(
+            who=w,
+            train=(t,),
+            tests=tuple(longer(t, f) for f in factors),
+            size=size,
+            seed=seed,
+            stop_at=0.9999,
+            **shared,
+        )  # type: ignore[arg-type]
         for seed in seeds
         for t in machines
         for w in who

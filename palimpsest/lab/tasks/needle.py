@@ -48,7 +48,10 @@ class Needle:
             f"needle: queries is {self.queries}; ask at least 1 and at most all {self.needles} needles",
         )
         least = self.needles * len(self._fact(b"n" * NAME, b"0" * DIGITS)) + self.queries * self._question_length + 32
-        check(self.length >= least, f"needle: needles and questions do not fit length {self.length}; give at least {least}")
+        check(
+            self.length >= least,
+            f"needle: needles and questions do not fit length {self.length}; give at least {least}",
+        )
         check(
             self.depth is None or 0 <= self.depth <= 1,
             f"needle: depth is {self.depth}; give a share of the text from 0 to 1, or None",
@@ -74,9 +77,13 @@ class Needle:
         rows, depths, scored = np.empty((3, count, self.length + 1), np.int64)
         straw = windows(chance, text, count, hay)
         names = chance.integers(97, 123, (count, self.needles, NAME), np.uint8)
-        names[..., 0] = 97 + np.argsort(chance.random((count, 26)), 1)[:, : self.needles]  # told apart by the first letter
+        names[..., 0] = (
+            97 + np.argsort(chance.random((count, 26)), 1)[:, : self.needles]
+        )  # told apart by the first letter
         keys = chance.integers(48, 58, (count, self.needles, DIGITS), np.uint8)
-        place = chance.random((count, self.needles)) if self.depth is None else np.full((count, self.needles), self.depth)
+        place = (
+            chance.random((count, self.needles)) if self.depth is None else np.full((count, self.needles), self.depth)
+        )
         place[:, self.queries :] = chance.random((count, self.needles - self.queries))  # those not asked lie anywhere
         for row in range(count):
             self._hide(rows[row], depths[row], scored[row], straw[row], names[row], keys[row], place[row])

@@ -29,7 +29,10 @@ class Palindrome:
     def __post_init__(self):
         fits = self.length >= 4 and self.length % 2 == 0
         check(fits, f"palindrome: length is {self.length}; give an even number of at least 4")
-        check(self.vocab_size >= 3, f"palindrome: vocab_size is {self.vocab_size}; give at least 3, a separator and 2 symbols")
+        check(
+            self.vocab_size >= 3,
+            f"palindrome: vocab_size is {self.vocab_size}; give at least 3, a separator and 2 symbols",
+        )
 
     def draw(self, count: int, key: Key) -> Batch:
         n = self.length // 2

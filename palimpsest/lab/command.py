@@ -1,0 +1,265 @@
+"""`palimpsest lab`: list, show, run and compare experiments. torch is loaded inside the commands, not before."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+INTERRUPTED = 130
+app = typer.Typer(
+    name="lab",
+    help="Claims about these memories, measured again: a sweep, plots and a one-page report by one command.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
+notes = Console(stderr=True, highlight=False)
+Json = Annotated[bool, typer.Option("--json", help="JSON on standard output, for programs.")]
+
+
+@app.command("list")
+def list_(as_json: Json = False) -> int:
+    """The experiments, contestants and tasks there are.
+
+    Example: `palimpsest lab list`
+    """
+    from palimpsest.lab.contestants import ABOUT, CONTESTANTS
+    from palimpsest.lab.experiment import NAMES, load_experiment
+    from palimpsest.lab.tasks import TASKS
+
+    found = [load_experiment(name) for name in NAMES]
+    tasks = {name: (sys.modules[task.__module__].__doc__ or "").partition("\n")[0] for name, task in TASKS.items()}
+    if as_json:
+        experiments = [{"name": e.name, "question": e.question, "scales": dict(e.scales)} for e in found]
+        typer.echo(json.dumps({"experiments": experiments, "contestants": ABOUT, "tasks": tasks}))
+        return 0
+    console = Console(highlight=False)
+    table = Table(
+        "experiment", "question", "scales", title="palimpsest lab run NAME --scale SCALE", title_justify="left"
+    )
+    for e in found:
+        table.add_row(e.name, e.question, ", ".join(e.scales))
+    console.print(table)
+    table = Table("contestant", "what it is", "layers")
+    for name, words in ABOUT.items():
+        table.add_row(name, words, CONTESTANTS[name].pattern)
+    table.add_row("KKKM, ...", "any pattern of layers, capital letters", "")
+    console.print(table)
+    table = Table("task", "what is asked")
+    for name, words in tasks.items():
+        table.add_row(name, words.partition(": ")[2])
+    console.print(table)
+    return 0
+
+
+@app.command()
+def show(
+    target: Annotated[str, typer.Argument(help="An experiment's name, a recipe file, or a folder with results.")],
+    scale: Annotated[str | None, typer.Option(help="Which scale's points to describe.", show_default=False)] = None,
+) -> int:
+    """What an experiment asks and runs, or what its results say.
+
+    Example: `palimpsest lab show fig4`, `palimpsest lab show lab/results/fig4-small`
+    """
+    console = Console(highlight=False)
+    if Path(target).is_dir():
+        from palimpsest.lab.run import read_sweep
+
+        read_sweep(Path(target))
+        report = Path(target) / "report.md"
+        if not report.is_file():
+            raise ValueError(f"folder {target!r} has no finished point yet; run the experiment further")
+        text = report.read_text(encoding="utf-8")
+        console.print(Markdown(text)) if console.is_terminal else typer.echo(text)
+        return 0
+    from palimpsest.lab.experiment import load_experiment
+    from palimpsest.lab.run import title
+
+    experiment = load_experiment(target)
+    console.print(f"[bold]{escape(experiment.name)}[/]: {escape(experiment.question)}\n", soft_wrap=True)
+    console.print(f"Claim. {escape(experiment.claim)}\n", soft_wrap=True)
+    if experiment.setting:
+        console.print(f"How. {escape(experiment.setting)}\n", soft_wrap=True)
+    table = Table("scale", "points", "what runs")
+    for name, words in experiment.scales.items():
+        table.add_row(name, str(len(experiment.plan(name))), words)
+    console.print(table)
+    if scale is not None:
+        for point in experiment.plan(scale).values():
+            typer.echo(title(point.label()))
+    return 0
+
+
+@app.command()
+def run(
+    experiment: Annotated[
+        str, typer.Argument(help="A name from `lab list`, or a Python file that defines EXPERIMENT.")
+    ],
+    scale: Annotated[
+        str | None,
+        typer.Option(help="How much; by default `small` on a CPU, else `quick` or `full`.", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="Folder of the results; `runs/lab/NAME-SCALE` by default.", show_default=False
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="`cpu`, `cuda`, `cuda:1`, or `auto`.")] = "auto",
+    workers: Annotated[
+        int, typer.Option("--workers", "-w", help="Points run at once, a process each; several small ones share a GPU.")
+    ] = 1,
+    only: Annotated[str, typer.Option(help="Only points whose description contains this, such as `task mqar`.")] = "",
+    note: Annotated[str, typer.Option(help="What a reader should know of the machine, for the report.")] = "",
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    as_json: Json = False,
+) -> int:
+    """Run an experiment, or go on with it; then write CSV, plots and the report.
+
+    Ctrl-C keeps every finished point; the same command goes on. A folder with another sweep is refused.
+
+    Example: `palimpsest lab run fig4 --scale quick --workers 4`
+    """
+    import torch
+
+    from palimpsest.lab.experiment import load_experiment
+    from palimpsest.lab.run import InterruptedSweep
+    from palimpsest.lab.run import run as run_sweep
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    loaded = load_experiment(experiment)
+    wanted = ("small", "full") if device == "cpu" else ("quick", "full")
+    scale = scale or next((name for name in wanted if name in loaded.scales), next(iter(loaded.scales)))
+    folder = out or Path("runs") / "lab" / f"{loaded.name}-{scale}"
+    command = f"palimpsest lab run {shlex.quote(experiment)} --scale {scale} --out {shlex.quote(str(folder))}"
+    command += f" --device {device}" + (f" --workers {workers}" if workers > 1 else "")
+    try:
+        with _display(quiet, as_json) as report:
+            complete = run_sweep(
+                loaded, scale, folder, device=device, workers=workers, only=only, report=report, command=command, note=note
+            )  # fmt: skip
+    except InterruptedSweep:
+        notes.print(
+            f"interrupted; finished points are in {escape(str(folder))}, and the same command goes on", soft_wrap=True
+        )
+        return INTERRUPTED
+    if not as_json:
+        text = (folder / "report.md").read_text(encoding="utf-8") if (folder / "report.md").is_file() else ""
+        verdict = next((line for line in text.splitlines() if line.startswith("**Verdict")), "")
+        typer.echo(verdict.replace("**", ""))
+        notes.print(
+            f"report {escape(str(folder / 'report.md'))}" + ("" if complete else "; some points are left"),
+            soft_wrap=True,
+        )
+    return 0
+
+
+@app.command()
+def compare(
+    folders: Annotated[list[Path], typer.Argument(help="Folders with results of one experiment, two or more.")],
+    metric: Annotated[str, typer.Option(help="Only metrics whose name contains this.")] = "",
+    as_json: Json = False,
+) -> int:
+    """Results side by side: the same points, their spread over seeds, and whether the difference is beyond it.
+
+    Example: `palimpsest lab compare lab/results/fig4-small runs/lab/fig4-small --metric accuracy`
+    """
+    from palimpsest.lab.report import compare as side_by_side
+
+    tables = [t for t in side_by_side(folders) if metric in t.title]
+    if not tables:
+        raise ValueError(f"no metric of these results contains {metric!r}; leave --metric out to see all")
+    console = Console(highlight=False)
+    for found in tables:
+        if as_json:
+            rows = [dict(zip(found.header, row)) for row in found.rows]
+            typer.echo(json.dumps({"metric": found.title, "rows": rows}))
+            continue
+        table = Table(*map(str, found.header), title=found.title, title_justify="left")
+        for row in found.rows:
+            table.add_row(*map(str, row))
+        console.print(table)
+    return 0
+
+
+@contextmanager
+def _display(quiet: bool, as_json: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
+    if as_json:
+        yield lambda event: None if event["event"] == "progress" else typer.echo(json.dumps(event))
+    elif quiet:
+        yield lambda event: None
+    elif notes.is_terminal:
+        columns = (BarColumn(bar_width=24), TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.description}"))
+        with Progress(*columns, console=notes) as bar:
+            yield _Bar(bar)
+    else:
+        yield _Lines()
+
+
+class _Bar:
+    """A live line for the whole sweep, and a line above it for every finished point."""
+
+    def __init__(self, bar: Progress):
+        self.bar, self.task = bar, bar.add_task("starting", total=1.0)
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        if event["event"] in ("progress", "point"):
+            words = f"ETA {_clock(event['eta'])}  {event['point']}  {event.get('word', '')}"
+            self.bar.update(self.task, completed=event["done"], description=escape(words))
+        for line in _remarks(event):
+            self.bar.console.print(line, soft_wrap=True)
+
+
+class _Lines:
+    """The same for a log file: a line every few seconds, and one for every finished point."""
+
+    def __init__(self, every: float = 15.0):
+        self.every, self.last = every, 0.0
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        if event["event"] == "progress" and event["word"] and time.monotonic() - self.last > self.every:
+            self.last = time.monotonic()
+            notes.print(
+                escape(f"{event['done']:4.0%}  ETA {_clock(event['eta'])}  {event['point']}: {event['word']}"),
+                soft_wrap=True,
+            )
+        for line in _remarks(event):
+            notes.print(line, soft_wrap=True)
+
+
+def _remarks(event: dict[str, Any]) -> list[str]:
+    if event["event"] == "start":
+        return [f"{event['left']} of {event['points']} points to run on {event['device']}, {event['workers']} at once"]
+    if event["event"] == "point":
+        if "error" in event:
+            return [f"[red]failed[/] {escape(event['point'])}: {escape(event['error'])}"]
+        row = event["result"]["rows"][0]
+        words = [
+            f"{name} {row[name]:.4g}"
+            for name in ("best_accuracy", "bits", "relative_error", "milliseconds")
+            if name in row
+        ]
+        return [escape(f"{event['done']:4.0%}  {event['point']}: {', '.join(words)}, {_clock(event['seconds'])}")]
+    if event["event"] == "end" and event["failed"]:
+        return [f"[red]{event['failed']} points failed[/]; the report says why, and the same command tries them again"]
+    return []
+
+
+def _clock(seconds: float | None) -> str:
+    if seconds is None:
+        return "--:--"
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
