@@ -62,7 +62,7 @@ class Corpus:
         self.tokens_per_byte = len(self.tokens) / max(self.num_bytes, 1)
         self.digest = _digest(self.tokens, self.borders, self.heldout)
         lengths, T = np.diff(self.borders), data.sequence_length
-        windows = np.where(lengths > T, lengths // T + 1, 1)
+        windows = np.where(lengths > T, -(-(lengths - 1) // T) + 1, 1)  # one more than fits: the first may be cut short
         self.window_document = np.repeat(np.arange(len(lengths)), windows)
         self.window_in_document = np.concatenate([np.arange(n) for n in windows])
         self.rows_per_epoch = len(self.window_document) if data.layout == "windows" else len(self.tokens) // T

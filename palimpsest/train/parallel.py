@@ -17,9 +17,11 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
     # accelerate keeps one state per process; a second run in the same process may differ in precision or accumulation.
     AcceleratorState._reset_state()
     GradientState._reset_state()
-    here, plugin = PartialState(), None
+    cpu = not torch.accelerator.is_available()  # said aloud: without it, processes on CPUs do not find each other
+    here, plugin = PartialState(cpu=cpu), None
+    device = torch.device(here.device or "cpu")
     if recipe.parallel == "fsdp" and here.num_processes > 1:
-        if here.device.type == "cpu":
+        if device.type == "cpu":
             raise ValueError("parallel='fsdp' shards over GPUs and this machine computes on a CPU; use parallel=ddp")
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
@@ -28,10 +30,12 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
             # Shards stay in their own dtype, and autocast lowers what may be lowered: gates and routers stay in fp32.
             mixed_precision_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32),
         )
-    if recipe.precision == "fp16" and here.device.type == "cpu":
+    if recipe.precision == "fp16" and device.type == "cpu":
         raise ValueError("precision='fp16' needs a GPU; use bf16, or no for fp32")
     return Accelerator(
-        mixed_precision=recipe.precision, gradient_accumulation_steps=recipe.data.accumulate, fsdp_plugin=plugin
+        cpu=cpu,
+        mixed_precision=recipe.precision, gradient_accumulation_steps=recipe.data.accumulate,
+        fsdp_plugin=plugin,
     )
 
 

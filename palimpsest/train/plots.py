@@ -23,6 +23,7 @@ def draw_loss_curve(records: Sequence[Mapping[str, Any]], baselines: Mapping[str
     except ImportError as error:
         raise ImportError("the loss curve needs matplotlib: pip install palimpsest-kda[train]") from error
     train = [(r["tokens"] / 1e6, r["bits_per_byte"]) for r in records if r.get("event") == "train"]
+    train = [(x, y) for x, y in train if y is not None]  # steps that were skipped
     heldout = [(r["tokens"] / 1e6, r["heldout_bits_per_byte"]) for r in records if r.get("event") == "evaluate"]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()

@@ -239,6 +239,8 @@ def _replace(node: Any, tree: Mapping[str, Any], prefix: str) -> Any:
             changes[name] = _replace(inner, value, path + ".")
         elif is_dataclass(inner):
             raise ValueError(f"{path!r} is a group; set one of {', '.join(f'{path}.{f.name}' for f in fields(inner))}")
+        elif name == "layer_types" and value.isupper():
+            changes[name] = value  # letters, which the config reads itself
         else:
             changes[name] = _parse(path, value, types_of[name])
     return dataclasses.replace(node, **changes)

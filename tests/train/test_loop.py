@@ -1,0 +1,330 @@
+"""The loop as a whole: it learns, resumes to the bit, stops when told, and leaves whole files whatever happens."""
+
+import json
+import math
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from palimpsest.models.kimi_linear import KimiLinearForCausalLM, ModelState
+from palimpsest.train import CheckpointError, NonFiniteError, Optim, checkpoints, latest, override, train
+from palimpsest.text import ByteTokenizer
+from palimpsest.train.data import Heldout, read_documents
+from palimpsest.train.evaluate import compressors
+from palimpsest.train.interrupts import interrupts
+
+from .conftest import small_recipe
+
+ROOT = Path(__file__).parents[2]
+
+
+def weights(folder):
+    return KimiLinearForCausalLM.from_pretrained(latest(folder)).state_dict()
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+def lines(folder, event="train"):
+    parsed = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    timeless = [{k: v for k, v in p.items() if k not in ("seconds", "tokens_per_second")} for p in parsed]
+    return [p for p in timeless if p["event"] == event]
+
+
+def stopper(step):
+    """A report that asks for a stop, as Ctrl-C does, after this step."""
+    return lambda event: os.kill(os.getpid(), signal.SIGINT) if event["event"] == "step" and event["step"] == step else None
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """One run from start to end, for the tests that compare with it: recipe, folder, result, events."""
+    texts = tmp_path_factory.mktemp("texts")
+    for i in range(8):
+        (texts / f"file{i}.py").write_text("".join(f"def f{i}_{j}(x):\n    return x + {i * j}\n" for j in range(12 + i)))
+    recipe, folder, events = small_recipe(texts), tmp_path_factory.mktemp("whole") / "run", []
+    return recipe, folder, train(recipe, folder, report=events.append), events
+
+
+def test_a_run_tells_what_it_did(whole):
+    recipe, folder, result, events = whole
+    assert result.finished
+    assert result.progress.step == 4
+    assert [e["event"] for e in events if e["event"] != "step"] == [
+        "start", "train", "train", "evaluate", "checkpoint", "train", "train", "checkpoint", "evaluate", "end",
+    ]  # fmt: skip
+    (first, *_), (last_evaluation, *_) = lines(folder), lines(folder, "evaluate")[::-1]
+    assert first["loss"] == pytest.approx(math.log(257), rel=0.02)
+    assert first["bits_per_byte"] == pytest.approx(first["loss"] / math.log(2), rel=0.01)
+    assert last_evaluation["heldout_bits_per_byte"] == result.heldout_bits_per_byte < 8.1
+    assert set(result.compressors) == {"unigram", "gzip", "xz"}
+    assert len(first["expert_load"]) == 1
+    assert first["expert_load"][0] >= 1
+    assert json.loads((folder / "result.json").read_text())["step"] == 4
+    assert (folder / "loss.png").read_bytes()[1:4] == b"PNG"
+    assert "<svg" in (folder / "loss.svg").read_text()
+    assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == ["step-00000002", "step-00000004"]
+
+
+def test_it_learns(tmp_path, texts):
+    recipe = small_recipe(texts, steps=40, data={"batch_size": 8}, optim=Optim(lr=2e-2))
+    result = train(override(recipe, {"evaluate.every": "100", "keep.checkpoint_every": "100"}), tmp_path / "run")
+    assert result.heldout_bits_per_byte < result.compressors["unigram"] < 5
+    assert result.progress.tokens == 40 * 8 * 32
+
+
+def test_heldout_bits_are_what_the_model_pays_token_by_token(whole):
+    """Read one byte at a time by the recurrent step, which cannot look ahead."""
+    recipe, folder, result, _ = whole
+    model = KimiLinearForCausalLM.from_pretrained(latest(folder)).eval()
+    pieces = Heldout(read_documents(recipe.data.source)[1], ByteTokenizer(), piece_bytes=64, max_bytes=512).pieces
+    bits = 0.0
+    with torch.no_grad():
+        for piece in pieces:
+            state, logits = ModelState.empty(model.config), torch.zeros(1, 257)
+            for token in piece.tokens.tolist():
+                bits -= float(logits.log_softmax(-1)[0, token]) / math.log(2)
+                logits, state = model.step_(torch.tensor([token]), state)
+    assert bits / sum(p.num_bytes for p in pieces) == pytest.approx(result.heldout_bits_per_byte, rel=1e-5)
+
+
+@pytest.mark.parametrize("stop_after", [1, 3])
+def test_interrupted_and_resumed_is_never_interrupted_to_the_bit(whole, tmp_path, stop_after):
+    recipe, reference, result, _ = whole
+    first = train(recipe, tmp_path / "run", report=stopper(stop_after))
+    assert not first.finished
+    assert first.progress.step == stop_after
+    torch.manual_seed(999)  # whatever happened in between
+    second = train(recipe, tmp_path / "run", resume=True)
+    assert second.finished
+    assert same(weights(tmp_path / "run"), weights(reference))
+    assert lines(tmp_path / "run") == lines(reference)
+    assert second.heldout_bits_per_byte == result.heldout_bits_per_byte
+
+
+def test_resuming_without_the_optimisers_state_would_show(whole, tmp_path, monkeypatch):
+    """The test above can fail: a resume that forgets the momentum gives other weights."""
+    recipe, reference, _, _ = whole
+    train(recipe, tmp_path / "run", report=stopper(3))
+    monkeypatch.setattr("accelerate.optimizer.AcceleratedOptimizer.load_state_dict", lambda self, state: None)
+    train(recipe, tmp_path / "run", resume=True)
+    assert not same(weights(tmp_path / "run"), weights(reference))
+
+
+def test_accumulated_parts_learn_the_same(whole, tmp_path):
+    recipe, reference, _, _ = whole
+    train(override(recipe, {"data.accumulate": "2"}), tmp_path / "run")
+    ours, theirs = weights(tmp_path / "run"), weights(reference)
+    assert [e["loss"] for e in lines(tmp_path / "run")] == pytest.approx([e["loss"] for e in lines(reference)], rel=1e-4)
+    assert max(float((ours[n] - theirs[n]).abs().max()) for n in ours) < 2e-2  # Muon's bfloat16 steps amplify rounding
+
+
+@pytest.mark.parametrize("layout", ["packed"])
+def test_packed_runs_train_too(tmp_path, texts, layout):
+    result = train(small_recipe(texts, steps=2, data={"layout": layout}), tmp_path / "run")
+    assert result.finished
+    assert result.progress.tokens == 2 * 4 * 32
+
+
+def test_a_finished_run_resumed_does_nothing_more(whole, tmp_path):
+    recipe, reference, result, _ = whole
+    shutil.copytree(reference, tmp_path / "run")
+    again = train(recipe, tmp_path / "run", resume=True)
+    assert again.finished
+    assert again.heldout_bits_per_byte == result.heldout_bits_per_byte
+    assert same(weights(tmp_path / "run"), weights(reference))
+
+
+def test_another_recipe_or_other_data_is_refused_before_anything_is_touched(whole, tmp_path, texts):
+    recipe, reference, _, _ = whole
+    shutil.copytree(reference, tmp_path / "run")
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    with pytest.raises(ValueError, match=r"another recipe: optim.lr was 0.003 and is now 0.1"):
+        train(override(recipe, {"optim.lr": "0.1"}), tmp_path / "run", resume=True)
+    with pytest.raises(ValueError, match="holds a run already"):
+        train(recipe, tmp_path / "run")
+    changed = Path(recipe.data.source.paths[0]) / "file1.py"
+    old = changed.read_text()
+    try:
+        changed.write_text(old + "\n# one more line\n")
+        with pytest.raises(ValueError, match="the data changed since the run"):
+            train(recipe, tmp_path / "run", resume=True)
+    finally:
+        changed.write_text(old)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("precious")
+    with pytest.raises(ValueError, match="holds files but no run"):
+        train(recipe, tmp_path / "other")
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+
+
+def test_a_damaged_checkpoint_is_named(whole, tmp_path):
+    recipe, reference, _, _ = whole
+    for name in ("model.safetensors", "optimizer.bin"):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        shutil.copytree(reference, tmp_path / "run")
+        file = latest(tmp_path / "run") / name
+        file.write_bytes(file.read_bytes()[:-100])
+        with pytest.raises(CheckpointError, match=r"step-00000004' cannot be read"):
+            train(recipe, tmp_path / "run", resume=True)
+
+
+def failing_at(monkeypatch, steps):
+    """A model whose loss is not a number at these steps."""
+    forward, count = KimiLinearForCausalLM.forward, [0]
+
+    def wrapped(self, *args, **options):
+        out = forward(self, *args, **options)
+        if self.training:
+            count[0] += 1
+            if count[0] in steps:
+                out = out._replace(loss=out.loss * math.nan)
+        return out
+
+    monkeypatch.setattr(KimiLinearForCausalLM, "forward", wrapped)
+
+
+def test_a_loss_that_is_no_number_is_skipped_and_counted(tmp_path, texts, monkeypatch):
+    failing_at(monkeypatch, {2, 3})
+    result = train(small_recipe(texts, max_nonfinite=2), tmp_path / "run")
+    assert result.progress.skipped == 2
+    assert math.isfinite(result.heldout_bits_per_byte)
+    assert [line["loss"] is None for line in lines(tmp_path / "run")] == [False, True, True, False]
+
+
+def test_too_many_in_a_row_end_the_run(tmp_path, texts, monkeypatch):
+    failing_at(monkeypatch, {3, 4, 5})
+    with pytest.raises(NonFiniteError, match="2 steps in a row up to step 4 had no finite gradient"):
+        train(small_recipe(texts, steps=6, max_nonfinite=1), tmp_path / "run")
+    assert all(t.isfinite().all() for t in weights(tmp_path / "run").values())
+    assert latest(tmp_path / "run").name == "step-00000002"
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_it_whole(whole, tmp_path, monkeypatch):
+    recipe, reference, _, _ = whole
+    save = torch.save
+
+    def full(value, file, *args, **options):
+        if ".saving-step-00000004" in str(file):
+            Path(file).write_bytes(b"half")
+            raise OSError(28, "No space left on device", str(file))
+        return save(value, file, *args, **options)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CheckpointError, match=r"no room to write .*step-00000004.*\(step-00000002 is whole\)") as error:
+        train(recipe, tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+    monkeypatch.undo()
+    train(recipe, tmp_path / "run", resume=True)
+    assert same(weights(tmp_path / "run"), weights(reference))
+
+
+def test_a_file_size_limit_of_the_system_is_such_a_fault_too(tmp_path, texts):
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))  # the weights alone are larger
+    try:
+        with pytest.raises(CheckpointError, match="there is none before it"):
+            train(small_recipe(texts), tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+@pytest.mark.parametrize("moment", ["writing", "before the rename"])
+def test_a_kill_while_saving_leaves_the_checkpoint_before_it_whole(whole, tmp_path, monkeypatch, moment):
+    """What a kill leaves is what is on the disk when an exception that nothing catches goes through."""
+    recipe, reference, _, _ = whole
+
+    class Kill(BaseException):
+        pass
+
+    real = {"writing": KimiLinearForCausalLM.save_pretrained, "before the rename": checkpoints.flush}[moment]
+
+    def kill(*args, **options):
+        real(*args, **options)
+        if any(".saving-step-00000004" in str(a) for a in args):
+            raise Kill
+
+    if moment == "writing":
+        monkeypatch.setattr(KimiLinearForCausalLM, "save_pretrained", kill)
+    else:
+        monkeypatch.setattr(checkpoints, "flush", kill)
+    with pytest.raises(Kill):
+        train(recipe, tmp_path / "run")
+    monkeypatch.undo()
+    assert latest(tmp_path / "run").name == "step-00000002"
+    train(recipe, tmp_path / "run", resume=True)
+    assert same(weights(tmp_path / "run"), weights(reference))
+    assert not [p for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.startswith(".")]
+
+
+def test_only_the_last_checkpoints_are_kept(tmp_path, texts):
+    recipe = override(small_recipe(texts), {"keep.checkpoint_every": "1", "keep.checkpoints": "3"})
+    train(recipe, tmp_path / "run")
+    names = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["step-00000002", "step-00000003", "step-00000004"]
+
+
+def test_tensorboard_on_request(tmp_path, texts):
+    pytest.importorskip("tensorboard")
+    recipe = override(small_recipe(texts, steps=2), {"keep.tensorboard": "true"})
+    train(recipe, tmp_path / "run")
+    assert list((tmp_path / "run" / "tensorboard").rglob("events.*"))
+
+
+def test_a_vocabulary_too_small_for_the_tokenizer_is_refused(tmp_path, texts):
+    with pytest.raises(ValueError, match="model.vocab_size is 200; tokenizer 'bytes' needs at least 257"):
+        train(override(small_recipe(texts), {"model.vocab_size": "200", "model.eos_token_id": "none"}), tmp_path / "run")
+
+
+def test_minutes_end_a_run_as_steps_do(tmp_path, texts):
+    recipe = small_recipe(texts, steps=10**6, minutes=0.02)
+    shares = []
+    result = train(recipe, tmp_path / "run", report=lambda e: shares.append(e["share"]) if e["event"] == "step" else None)
+    assert result.finished
+    assert 1 <= result.progress.step < 10**6
+    assert shares == sorted(shares)
+
+
+def test_the_second_signal_acts_as_ever():
+    with pytest.raises(KeyboardInterrupt), interrupts() as interrupted:
+        signal.raise_signal(signal.SIGINT)
+        assert interrupted()
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_compressors_agree_with_what_they_are():
+    assert compressors(bytes(range(256)) * 4)["unigram"] == pytest.approx(8)
+    assert compressors(b"a" * 1000)["unigram"] == 0
+
+
+def test_two_processes_train_as_one(whole, tmp_path):
+    """torchrun, two CPU processes, gloo: the losses of one process, to rounding; and a resume with another number."""
+    recipe, reference, _, _ = whole
+    script = tmp_path / "run.py"
+    script.write_text(
+        f"import sys\nsys.path[:0] = [{str(ROOT)!r}]\n"
+        "import pickle\nfrom palimpsest.train import train\n"
+        f"recipe = pickle.load(open({str(tmp_path / 'recipe.pkl')!r}, 'rb'))\n"
+        f"train(recipe, {str(tmp_path / 'run')!r})\n"
+    )
+    (tmp_path / "recipe.pkl").write_bytes(pickle.dumps(recipe))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ours, theirs = lines(tmp_path / "run"), lines(reference)
+    assert [e["loss"] for e in ours] == pytest.approx([e["loss"] for e in theirs], rel=1e-4)
+    assert [e["tokens"] for e in ours] == [e["tokens"] for e in theirs]
+    bits = [[e["heldout_bits_per_byte"] for e in lines(f, "evaluate")] for f in (tmp_path / "run", reference)]
+    assert bits[0] == pytest.approx(bits[1], rel=1e-3)

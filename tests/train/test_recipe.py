@@ -1,0 +1,102 @@
+"""Recipes: what a dotted path may change, what it may not, and in which words."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from palimpsest.train import Recipe, load_recipe, override
+from palimpsest.train.recipe import as_dict, difference
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_dotted_paths_change_what_they_name_and_nothing_else(recipe):
+    changed = override(
+        recipe,
+        {
+            "optim.lr": "3e-4", "steps": "1_000", "minutes": "2.5", "keep.tensorboard": "yes", "optim.betas": "0.8,0.9",
+            "data.source.exclude": "a/*, b.py", "model.hidden_size": "48", "model.layer_types": "KKM",
+            "schedule.kind": "cosine",
+        },
+    )  # fmt: skip
+    assert (changed.optim.lr, changed.steps, changed.minutes, changed.keep.tensorboard) == (3e-4, 1000, 2.5, True)
+    assert changed.optim.betas == (0.8, 0.9)
+    assert changed.data.source.exclude == ("a/*", "b.py")
+    assert changed.model.hidden_size == 48
+    assert changed.model.layer_types == ("kda", "kda", "mla")
+    assert changed.schedule.kind == "cosine"
+    assert override(changed, {"minutes": "none"}).minutes is None
+    assert changed.evaluate == recipe.evaluate
+    assert recipe.optim.lr == Recipe.__dataclass_fields__["optim"].default_factory().lr, "the recipe given is untouched"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "sentence"),
+    [
+        ("optim.lrr", "1", "no field 'optim.lrr'; did you mean 'optim.lr'"),
+        ("otpim.lr", "1", "no field 'otpim'; did you mean 'optim'"),
+        ("zzz", "1", "no field 'zzz'; it has model, data"),
+        ("optim.lr", "fast", "optim.lr is 'fast'; expected a number"),
+        ("steps", "2.5", "steps is '2.5'; expected a whole number"),
+        ("steps", "0", "steps is 0; expected at least 1"),
+        ("optim", "adamw", "'optim' is a group; set one of optim.kind"),
+        ("steps.more", "1", "'steps' is a single value"),
+        ("optim.kind", "sgd", "optim.kind is 'sgd'; expected one of muon, adamw"),
+        ("keep.tensorboard", "perhaps", "expected true or false"),
+        ("optim.betas", "0.9", "expected 2 values"),
+        ("model.layer_types", "KXM", "unknown letters X"),
+        ("model.num_experts_per_token", "9", "num_experts_per_token 9 is more than"),
+        ("schedule.warmup", "0.9", "at most 1 together"),
+        ("data.sequence_length", "1", "expected at least 2"),
+        ("optim.lr", "nan", "optim.lr is nan"),
+    ],
+)
+def test_a_wrong_setting_is_refused_in_one_sentence(recipe, path, value, sentence):
+    with pytest.raises(ValueError) as error:
+        override(recipe, {path: value})
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_fields_are_checked_together_and_not_one_after_the_other(recipe):
+    wide = override(recipe, {"model.num_experts": "2", "model.num_experts_per_token": "2"})
+    assert override(wide, {"model.num_experts": "8", "model.num_experts_per_token": "6"}).model.num_experts == 8
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in (ROOT / "recipes").glob("*.py")))
+def test_every_recipe_of_the_house_is_one(name):
+    if name.startswith("lab_"):
+        pytest.skip("the lab's recipes are sweeps, and its own tests read them")
+    assert isinstance(load_recipe(str(ROOT / "recipes" / name)), Recipe)
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "sentence"),
+    [
+        (None, "absent.py", "is not a file"),
+        ("x = 1", "r.py", "has no function 'recipe'; it has none"),
+        ("def small():\n    return 1", "r.py", "has no function 'recipe'; it has small"),
+        ("def recipe():\n    return 1", "r.py", "returns int; expected"),
+        ("def recipe():\n    return 1 / 0", "r.py", "ZeroDivisionError"),
+        ("def recipe(:\n", "r.py", "SyntaxError"),
+    ],
+)
+def test_a_wrong_recipe_file_is_refused_in_one_sentence(tmp_path, text, place, sentence):
+    if text is not None:
+        (tmp_path / place).write_text(text)
+    with pytest.raises(ValueError, match=sentence):
+        load_recipe(str(tmp_path / place))
+
+
+def test_the_first_difference_is_named_and_what_decides_no_number_may_differ(recipe):
+    saved = as_dict(recipe)
+    assert difference(recipe, saved) is None
+    assert difference(override(recipe, {"keep.checkpoints": "7"}), saved) is None
+    assert difference(override(recipe, {"optim.lr": "0.5"}), saved) == "optim.lr was 0.003 and is now 0.5"
+    assert "model.layer_types" in difference(override(recipe, {"model.layer_types": "KKM"}), saved)
+
+
+def test_a_recipe_is_frozen(recipe):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        recipe.steps = 3
