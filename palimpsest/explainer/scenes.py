@@ -433,21 +433,16 @@ class Watched:
         return shown(self.tokenizer.decode([token])) or "·"
 
     def _run_once(self, ids: tuple[int, ...]) -> tuple[dict[int, Edits], Tensor]:
+        """Layer by layer, so that what enters each can be seen; several readers may do so at once."""
         seen: dict[int, Edits] = {}
-
-        def keep(layer: int):
-            def hook(module, args, kwargs):
-                seen[layer] = module.edits(args[0])
-
-            return hook
-
-        hooks = [self.mixers()[i].register_forward_pre_hook(keep(i), with_kwargs=True) for i in self.watchable()]
-        try:
-            with torch.no_grad():
-                logits = self.model(torch.tensor([ids])).logits
-        finally:
-            for hook in hooks:
-                hook.remove()
+        whole, watchable = self.model.model, self.watchable()
+        with torch.no_grad():
+            x = whole.embed_tokens(torch.tensor([ids]))
+            for i, block in enumerate(whole.layers):
+                if i in watchable:
+                    seen[i] = block.self_attn.edits(block.input_layernorm(x))  # type: ignore[operator]
+                x, _ = block(x, None)
+            logits = self.model.lm_head(whole.norm(x))
         return seen, logits[0].softmax(-1)
 
 

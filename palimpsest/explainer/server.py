@@ -140,7 +140,7 @@ def build_app(library: Library, port: int):
     async def answer(compute: Callable[[], Response]) -> Response:
         try:
             return await run_in_threadpool(compute)
-        except ValueError as error:
+        except (ValueError, OSError, ImportError) as error:  # what the reader can change, said in a sentence
             return JSONResponse({"error": str(error)}, status_code=400)
 
     async def page(request: Request) -> Response:
@@ -197,28 +197,25 @@ class Guard:
         refusal = self._refusal(scope)
         if refusal is not None:
             return await _say(send, *refusal)
-        started, size = False, 0
-
-        async def limited():
-            nonlocal size
+        body, more = b"", True
+        while more:
             message = await receive()
-            size += len(message.get("body", b""))
-            if size > MAX_BODY:
-                raise _TooLargeError
-            return message
+            if message["type"] == "http.disconnect":
+                return
+            body, more = body + message.get("body", b""), message.get("more_body", False)
+            if len(body) > MAX_BODY:
+                return await _say(send, *TOO_LARGE)
+        given = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def read():
+            return given.pop() if given else await receive()
 
         async def with_headers(message):
-            nonlocal started
             if message["type"] == "http.response.start":
-                started = True
                 message["headers"] = [*message.get("headers", []), *HEADERS]
             await send(message)
 
-        try:
-            await self.app(scope, limited, with_headers)
-        except _TooLargeError:
-            if not started:
-                await _say(send, *TOO_LARGE)
+        await self.app(scope, read, with_headers)
 
     def _refusal(self, scope) -> tuple[int, str] | None:
         headers: dict[bytes, bytes] = dict(scope["headers"])
@@ -235,10 +232,6 @@ class Guard:
 
 
 TOO_LARGE = (413, f"The request is larger than {MAX_BODY} bytes; send less.")
-
-
-class _TooLargeError(Exception):
-    pass
 
 
 async def _say(send, status: int, sentence: str) -> None:

@@ -1,0 +1,155 @@
+"""A running explainer, and a browser to read it with."""
+
+import contextlib
+import os
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from palimpsest.explainer.server import Library, listen, serve
+
+PICTURES = Path(__file__).parents[2] / "build" / "explainer"  # screenshots, to be looked at; never committed
+FLAGS = (
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def running(library: Library):
+    """The address of a server that answers in a thread of this process."""
+    listener, ready = listen(), threading.Event()
+    address = []
+
+    def up(url: str) -> None:
+        address.append(url)
+        ready.set()
+
+    thread = threading.Thread(target=serve, args=(listener, library, up), daemon=True)
+    thread.start()
+    assert ready.wait(30)
+    yield address[0]
+
+
+@pytest.fixture(scope="session")
+def run_server():
+    return running
+
+
+@pytest.fixture(scope="session")
+def library() -> Library:
+    return Library()
+
+
+@pytest.fixture(scope="session")
+def address(library):
+    with running(library) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="the page is tested with playwright: pip install playwright"
+    )
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if program is None:
+        pytest.skip("the page is tested in Chromium, and none is installed: apt-get install chromium")
+    with playwright.sync_playwright() as run:
+        browser = run.chromium.launch(executable_path=program, args=list(FLAGS), env=dict(os.environ))
+        yield browser
+        browser.close()
+
+
+class Reader:
+    """A page, what it complained about, and the few moves that tests make."""
+
+    def __init__(self, browser, url: str, *, width: int = 1280, scheme: str = "light"):
+        self.context = browser.new_context(
+            viewport={"width": width, "height": 900}, color_scheme=scheme, reduced_motion="reduce"
+        )
+        self.page = self.context.new_page()
+        self.complaints: list[str] = []
+        self.page.on(
+            "console",
+            lambda m: self.complaints.append(f"{m.type}: {m.text}") if m.type in ("error", "warning") else None,
+        )
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on(
+            "request",
+            lambda r: (
+                self.complaints.append(f"left the site: {r.url}") if not r.url.startswith((url, "data:")) else None
+            ),
+        )
+        self.page.goto(url)
+        self.page.wait_for_selector("html[data-ready], html[data-failed]", timeout=60_000)
+
+    def watch_model(self) -> None:
+        self.page.get_by_role("radio", name="A trained model").click()
+        self.page.wait_for_selector("#whiteboard[data-tokens='63']")
+
+    def press(self, *keys: str) -> None:
+        self.page.locator("#whiteboard").focus()
+        for key in keys:
+            self.page.keyboard.press(key)
+
+    def cells(self, rows: int, columns: int) -> list[list[str]]:
+        """Every entry of the board as it is read out."""
+        board = self.page.locator(".board canvas")
+        board.focus()
+        for key in ["ArrowUp"] * rows + ["ArrowLeft"] * columns:
+            self.page.keyboard.press(key)
+        read = []
+        for row in range(rows):
+            read.append([])
+            for column in range(columns):
+                said = self.page.locator(".board .readout").inner_text()
+                assert said.startswith(f"S, row {row + 1}, column {column + 1}: "), said
+                read[-1].append(said.split(": ")[1].split(",")[0])
+                self.page.keyboard.press("ArrowRight")
+            for key in ["ArrowDown"] + ["ArrowLeft"] * columns:
+                self.page.keyboard.press(key)
+        return read
+
+    def slide(self, figure: str, name: str, value: float) -> None:
+        slider = self.page.locator(f"{figure} .slider", has_text=name).locator("input")
+        slider.evaluate("(input, value) => { input.value = value; input.dispatchEvent(new Event('input')) }", value)
+
+    def picture(self, name: str) -> None:
+        PICTURES.mkdir(parents=True, exist_ok=True)
+        self.page.screenshot(path=PICTURES / f"{name}.png", full_page=True)
+
+    def until(self, check, seconds: float = 10.0) -> None:
+        """Waits until check() is true; the page computes as it is touched."""
+        end = time.monotonic() + seconds
+        while not check():
+            assert time.monotonic() < end, "the page never showed it"
+            self.page.wait_for_timeout(20)
+
+    def close(self) -> None:
+        self.context.close()
+        assert self.complaints == []
+
+
+@pytest.fixture
+def open_page(chromium):
+    """Opens pages, and holds each to its good manners when the test is over."""
+    pages = []
+
+    def open_it(url: str, **options) -> Reader:
+        pages.append(Reader(chromium, url, **options))
+        return pages[-1]
+
+    yield open_it
+    for page in pages:
+        page.close()
+
+
+@pytest.fixture
+def reader(chromium, address):
+    page = Reader(chromium, address)
+    yield page
+    page.close()
