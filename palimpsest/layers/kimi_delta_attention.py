@@ -93,11 +93,17 @@ class KimiDeltaAttention(Float32Tensors):
         self.reset_decay()
 
     def reset_decay(self) -> None:
-        """Start the decays at random as the released code does: rates from 1 to 16, steps from 1e-3 to 1e-1."""
+        """Start the decays at random as the released code does: rates from 1 to 16, steps from 1e-3 to 1e-1.
+
+        The bounded gate starts at rate 1: within its sigmoid a larger one leaves no gradient.
+        """
         if self.parts.decay == "none":
             return
         with torch.no_grad():
-            self.A_log.uniform_(1, 16).log_()
+            if self.parts.gate == "softplus":
+                self.A_log.uniform_(1, 16).log_()
+            else:
+                self.A_log.zero_()
             step = self.dt_bias.uniform_(math.log(1e-3), math.log(1e-1)).exp().clamp(min=1e-4)
             self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
 

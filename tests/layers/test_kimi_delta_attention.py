@@ -276,6 +276,7 @@ def test_decays_start_where_the_released_code_starts_them():
     assert step.min() >= 1e-3 * 0.999
     assert step.max() <= 1e-1 * 1.001
     assert abs(step.log10().mean() + 2) < 0.1  # uniform in the logarithm
+    assert not KimiDeltaAttention(2, 4, 2, parts=MemoryParts(gate="sigmoid")).A_log.any()
 
 
 def test_in_bfloat16_decay_and_strength_stay_exact():

@@ -164,6 +164,17 @@ def test_balance_moves_by_the_rate_towards_the_mean():
     torch.testing.assert_close(m.gate.e_score_correction_bias - before, moved)
 
 
+def test_balance_counts_the_tokens_of_all_processes(monkeypatch):
+    m = moe()
+    m.gate.e_score_correction_bias.zero_()
+    m.total_load.copy_(torch.tensor([9, 0, 0, 0, 0, 0]))
+    elsewhere = torch.tensor([0, 9, 30, 9, 9, 9])
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda load: load.add_(elsewhere))
+    update_router_bias(m, rate=1.0)
+    assert m.gate.e_score_correction_bias.tolist() == [1, 1, -1, 1, 1, 1]
+
+
 def test_names_and_shapes_are_the_released_ones():
     with torch.device("meta"):
         m = MoE(2304, 1024, 256, 8)

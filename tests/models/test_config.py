@@ -3,9 +3,12 @@
 import json
 
 import pytest
+import torch
 
+from palimpsest.layers.moe import MoE
 from palimpsest.layers.parts import MemoryParts
 from palimpsest.models.kimi_linear.config import LETTERS, KimiLinearConfig
+from palimpsest.models.kimi_linear.model import KimiLinearForCausalLM
 
 RELEASED = {  # the config.json of Kimi-Linear-48B-A3B, but for what concerns remote code
     "architectures": ["KimiLinearForCausalLM"],
@@ -86,6 +89,19 @@ def test_the_48b_preset_is_the_released_config():
 )
 def test_every_config_survives_json(config):
     assert KimiLinearConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("preset", "total", "active"), [("tiny", 0.196, 0.159), ("small", 24.4, 12.0), ("medium", 172, 94.6)]
+)
+def test_presets_have_the_size_they_say(preset, total, active):
+    config = getattr(KimiLinearConfig, preset)()
+    with torch.device("meta"):
+        model = KimiLinearForCausalLM(config)
+    count = lambda modules: sum(p.numel() for module in modules for p in module.parameters())
+    idle = [e for m in model.modules() if isinstance(m, MoE) for e in m.experts[config.num_experts_per_token :]]
+    assert count([model]) == pytest.approx(total * 1e6, rel=0.01)
+    assert count([model]) - count(idle) == pytest.approx(active * 1e6, rel=0.01)
 
 
 def test_patterns_may_be_letters_or_names():

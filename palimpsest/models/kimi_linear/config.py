@@ -35,6 +35,13 @@ MEMORY_RULES = {  # layer type -> the parts that make it what it is
     "linear_attention": {"rule": "add", "decay": "none"},
     "scalar_decay": {"rule": "write", "decay": "head"},  # the memory of Mamba-2: decays a head, never erases
 }
+BYTES = {  # 256 tokens and an end mark
+    "vocab_size": 257,
+    "model_max_length": 4096,
+    "bos_token_id": None,
+    "eos_token_id": 256,
+    "pad_token_id": None,
+}
 ROUTERS = ("unbiased", "official_alias")
 OFFICIAL_PATTERN = "KKKM" * 6 + "KKM"
 
@@ -138,12 +145,8 @@ class KimiLinearConfig:
 
     @classmethod
     def tiny(cls, layer_types: str | Iterable[str] = "KKKM", **changes: Any) -> KimiLinearConfig:
-        """A model of about 10^5 parameters with every part of the large one, for tests and first steps.
-
-        Bytes as tokens: 256 of them and an end mark.
-        """
-        small = {
-            "vocab_size": 257,
+        """200 thousand parameters and every part of the large model, for tests and first steps. Bytes as tokens."""
+        sizes = {
             "hidden_size": 64,
             "intermediate_size": 128,
             "linear_num_heads": 2,
@@ -156,12 +159,44 @@ class KimiLinearConfig:
             "num_experts": 4,
             "num_experts_per_token": 2,
             "moe_intermediate_size": 32,
-            "model_max_length": 4096,
-            "bos_token_id": None,
-            "eos_token_id": 256,
-            "pad_token_id": None,
         }
-        return _build(cls, {"layer_types": layer_types, **small, **changes})
+        return _build(cls, {"layer_types": layer_types, **BYTES, **sizes, **changes})
+
+    @classmethod
+    def small(cls, layer_types: str | Iterable[str] = "KKKM" * 2, **changes: Any) -> KimiLinearConfig:
+        """24 million parameters, 12 of them at work on each token. Bytes as tokens."""
+        sizes = {
+            "hidden_size": 384,
+            "intermediate_size": 1024,
+            "linear_num_heads": 6,
+            "linear_head_dim": 64,
+            "num_attention_heads": 6,
+            "kv_lora_rank": 192,
+            "qk_nope_head_dim": 64,
+            "qk_rope_head_dim": 32,
+            "v_head_dim": 64,
+            "num_experts": 16,
+            "num_experts_per_token": 4,
+            "moe_intermediate_size": 128,
+        }
+        return _build(cls, {"layer_types": layer_types, **BYTES, **sizes, **changes})
+
+    @classmethod
+    def medium(cls, layer_types: str | Iterable[str] = "KKKM" * 3, **changes: Any) -> KimiLinearConfig:
+        """172 million parameters, 95 of them at work on each token, in heads of the released sizes."""
+        sizes = {
+            "vocab_size": 32768,
+            "hidden_size": 768,
+            "intermediate_size": 2048,
+            "linear_num_heads": 6,
+            "num_attention_heads": 6,
+            "kv_lora_rank": 384,
+            "num_experts": 16,
+            "num_experts_per_token": 4,
+            "moe_intermediate_size": 256,
+            "tie_word_embeddings": True,
+        }
+        return _build(cls, {"layer_types": layer_types, **BYTES, "eos_token_id": None, **sizes, **changes})
 
     @classmethod
     def from_dict(cls, official: Mapping[str, Any]) -> KimiLinearConfig:
