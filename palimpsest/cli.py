@@ -62,9 +62,10 @@ def run(arguments: list[str] | None = None) -> int:
         notes.print(f"[bold red]error:[/] {escape(str(error) or type(error).__name__)}", soft_wrap=True)
         return 1
     except Exception as error:
-        if not hasattr(error, "show"):  # wrong usage shows itself; its class lives in whichever click typer brings
+        show = getattr(error, "show", None)  # wrong usage shows itself; its class lives in whichever click typer brings
+        if show is None:
             raise
-        error.show()
+        show()
         return getattr(error, "exit_code", 2)
 
 
@@ -96,7 +97,7 @@ def train(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder of the run; `runs/NAME` by default.", show_default=False)
     ] = None,
-    set: Annotated[  # noqa: A002 - the option's own name
+    set: Annotated[
         list[str] | None,
         typer.Option(
             "--set", "-s", metavar="FIELD=VALUE", help="Change a field of the recipe, such as `optim.lr=3e-3`."
@@ -320,8 +321,8 @@ def generate(
         raise ValueError(f"{len(prompts)} prompts were given with --load, which continues one text; give one or none")
     if load is None and not prompts:
         raise ValueError("no prompt was given; use --prompt TEXT, --prompt-file FILE or --load FILE")
-    words = _tokenizer_of(folder, tokenizer)
     network = KimiLinearForCausalLM.from_pretrained(folder, device=_device(device))
+    words = _tokenizer_of(folder, tokenizer)
     ready = None if load is None else Ready.load(load, network)
     options = {"max_new_tokens": max_new_tokens, "sampling": sampling, "stop": tuple(stop or ()), "tokenizer": words}
     began, count, last = time.monotonic(), 0, None
@@ -340,9 +341,10 @@ def _continue(network, text: str, ready, number: int, seed: int, options: dict[s
     """Streams one continuation to standard output and returns the generation."""
     from palimpsest.generate import stream
 
-    state = None if ready is None else ready.state
-    start = text if text else ready
-    pieces = stream(network, start, state=state if text else None, seed=seed, **options)
+    if ready is None or text:
+        pieces = stream(network, text, state=None if ready is None else ready.state, seed=seed, **options)
+    else:
+        pieces = stream(network, ready, seed=seed, **options)
     if not as_json and not quiet:
         if number:
             typer.echo("\n")

@@ -73,7 +73,7 @@ class RunFolder:
         """Removes the lines of metrics.jsonl after this step: the run goes on from there and writes them again."""
         if self.metrics.exists():
             lines = self.metrics.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _step(line) is not None and _step(line) <= step]
+            kept = [line for line in lines if (at := _step(line)) is not None and at <= step]
             write_text(self.metrics, "".join(line + "\n" for line in kept))
 
     def record(self, line: dict[str, Any]) -> None:

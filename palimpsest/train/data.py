@@ -39,7 +39,8 @@ class Batch(NamedTuple):
     weight: float  # this part's predictions over those of an average part of the step
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(x.to(device) if isinstance(x, Tensor) else x for x in self))
+        borders = None if self.cu_seqlens is None else self.cu_seqlens.to(device)
+        return Batch(self.tokens.to(device), self.labels.to(device), borders, self.weight)
 
 
 class Corpus:
@@ -305,7 +306,7 @@ def _read_dataset(source: NamedDataset, split: str) -> list[Document]:
     starts = re.compile(source.document_start) if source.document_start else None
     texts: list[list[str]] = []
     for row in rows.select_columns([source.column]):
-        text = row[source.column] or ""
+        text = dict(row)[source.column] or ""
         if starts is None or not texts or starts.match(text):
             texts.append([])
         texts[-1].append(text)

@@ -98,7 +98,7 @@ def train(recipe: Recipe, folder: str | Path, *, resume: bool = False, report: R
                     accelerator.backward(part_loss)
                 loss += part_loss.detach() / len(parts)
             mean_loss = float(total(accelerator, loss)) / accelerator.num_processes
-            norm = float(accelerator.clip_grad_norm_(model.parameters(), recipe.optim.clip))
+            norm = float(accelerator.clip_grad_norm_(model.parameters(), recipe.optim.clip) or 0.0)
             finite = math.isfinite(mean_loss) and math.isfinite(norm)
             loads = _unevenness(plain)
             if finite or accelerator.scaler is not None:  # the scaler of fp16 skips by itself, and must learn of it

@@ -1,6 +1,7 @@
 """Muon for the hidden matrices, AdamW for the rest, and the learning rate as a function of the share of the run done."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ class MuonAdamW(Optimizer):
         super().__init__([g for rule in self._rules.values() for g in rule.param_groups], {})
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # as torch's own
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -34,7 +34,8 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
         raise ValueError("precision='fp16' needs a GPU; use bf16, or no for fp32")
     return Accelerator(
         cpu=cpu,
-        mixed_precision=recipe.precision, gradient_accumulation_steps=recipe.data.accumulate,
+        mixed_precision=recipe.precision,
+        gradient_accumulation_steps=recipe.data.accumulate,
         fsdp_plugin=plugin,
     )
 

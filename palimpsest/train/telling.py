@@ -80,7 +80,9 @@ class Teller:
     def _line(self, event: dict[str, Any]) -> None:
         self.run.record({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in event.items()})
         self.report(event)
-        for name, value in event.items() if self.board is not None else ():
+        if self.board is None:
+            return
+        for name, value in event.items():
             if isinstance(value, float):
                 self.board.add_scalar(f"{event['event']}/{name}", value, event["step"])
             elif isinstance(value, list):

@@ -10,7 +10,9 @@ def texts(tmp_path):
     folder = tmp_path / "texts"
     folder.mkdir()
     for i in range(8):
-        (folder / f"file{i}.py").write_text("".join(f"def f{i}_{j}(x):\n    return x + {i * j}\n" for j in range(12 + i)))
+        (folder / f"file{i}.py").write_text(
+            "".join(f"def f{i}_{j}(x):\n    return x + {i * j}\n" for j in range(12 + i))
+        )
     return folder
 
 
@@ -18,7 +20,9 @@ def small_recipe(folder, **changes) -> Recipe:
     """A run of a second: two layers, an MoE in the second, 4 steps of 4 rows of 32 bytes."""
     data = {"sequence_length": 32, "batch_size": 4} | changes.pop("data", {})
     fields = {
-        "model": KimiLinearConfig.tiny("KM", hidden_size=16, intermediate_size=32, linear_head_dim=8, moe_intermediate_size=8),
+        "model": KimiLinearConfig.tiny(
+            "KM", hidden_size=16, intermediate_size=32, linear_head_dim=8, moe_intermediate_size=8
+        ),
         "data": Data(source=TextFiles(paths=(str(folder),)), **data),
         "steps": 4,
         "evaluate": Evaluate(every=2, piece_bytes=64, max_bytes=256, final_max_bytes=512),

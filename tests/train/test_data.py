@@ -57,7 +57,9 @@ def test_packed_documents_do_not_leak_into_each_other_through_the_model(tmp_path
     corpus = corpus_of(marked(tmp_path / "d"), layout="packed")
     (batch,), _ = corpus.step(0)
     torch.manual_seed(0)
-    model = KimiLinearForCausalLM(KimiLinearConfig.tiny("KM", num_experts=0)).eval()  # experts batch as they come, and round so
+    model = KimiLinearForCausalLM(
+        KimiLinearConfig.tiny("KM", num_experts=0)
+    ).eval()  # experts batch as they come, and round so
     border = int(batch.cu_seqlens[1])
     changed = batch.tokens.clone()
     changed[:, :border] = (changed[:, :border] + 1) % 256
@@ -140,7 +142,10 @@ REFUSALS = {
     "nothing included": (lambda d: (d.mkdir(), (d / "a.bin").write_text("x")), "holds no file"),
     "empty files": (lambda d: (d.mkdir(), (d / "a.py").write_text("")), "is empty"),
     "binary": (lambda d: (d.mkdir(), (d / "a.py").write_bytes(b"\x89PNG\0\1")), "is binary, not text"),
-    "too little": (lambda d: (d.mkdir(), (d / "a.py").write_text("x"), (d / "b.py").write_text("y")), "less than one row"),
+    "too little": (
+        lambda d: (d.mkdir(), (d / "a.py").write_text("x"), (d / "b.py").write_text("y")),
+        "less than one row",
+    ),
 }
 
 
@@ -207,7 +212,10 @@ def test_any_tokenizer_file_will_do_and_bytes_stay_the_measure(texts, tmp_path):
 
 def test_named_data_sets_from_local_files(tmp_path):
     pytest.importorskip("datasets")
-    for split, rows in {"train": [" = A = \n", "one\n", " = B = \n", "two\n"], "validation": [" = C = \n", "three\n"]}.items():
+    for split, rows in {
+        "train": [" = A = \n", "one\n", " = B = \n", "two\n"],
+        "validation": [" = C = \n", "three\n"],
+    }.items():
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     source = NamedDataset(name=str(tmp_path), document_start=r"^ = [^=]")
     train, held = read_documents(source)

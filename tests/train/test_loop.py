@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from palimpsest.models.kimi_linear import KimiLinearForCausalLM, ModelState
-from palimpsest.train import CheckpointError, NonFiniteError, Optim, checkpoints, latest, override, train
 from palimpsest.text import ByteTokenizer
+from palimpsest.train import CheckpointError, NonFiniteError, Optim, checkpoints, latest, override, train
 from palimpsest.train.data import Heldout, read_documents
 from palimpsest.train.evaluate import compressors
 from palimpsest.train.interrupts import interrupts
@@ -41,7 +41,9 @@ def lines(folder, event="train"):
 
 def stopper(step):
     """A report that asks for a stop, as Ctrl-C does, after this step."""
-    return lambda event: os.kill(os.getpid(), signal.SIGINT) if event["event"] == "step" and event["step"] == step else None
+    return lambda event: (
+        os.kill(os.getpid(), signal.SIGINT) if event["event"] == "step" and event["step"] == step else None
+    )
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,9 @@ def whole(tmp_path_factory):
     """One run from start to end, for the tests that compare with it: recipe, folder, result, events."""
     texts = tmp_path_factory.mktemp("texts")
     for i in range(8):
-        (texts / f"file{i}.py").write_text("".join(f"def f{i}_{j}(x):\n    return x + {i * j}\n" for j in range(12 + i)))
+        (texts / f"file{i}.py").write_text(
+            "".join(f"def f{i}_{j}(x):\n    return x + {i * j}\n" for j in range(12 + i))
+        )
     recipe, folder, events = small_recipe(texts), tmp_path_factory.mktemp("whole") / "run", []
     return recipe, folder, train(recipe, folder, report=events.append), events
 
@@ -123,7 +127,9 @@ def test_accumulated_parts_learn_the_same(whole, tmp_path):
     recipe, reference, _, _ = whole
     train(override(recipe, {"data.accumulate": "2"}), tmp_path / "run")
     ours, theirs = weights(tmp_path / "run"), weights(reference)
-    assert [e["loss"] for e in lines(tmp_path / "run")] == pytest.approx([e["loss"] for e in lines(reference)], rel=1e-4)
+    assert [e["loss"] for e in lines(tmp_path / "run")] == pytest.approx(
+        [e["loss"] for e in lines(reference)], rel=1e-4
+    )
     assert max(float((ours[n] - theirs[n]).abs().max()) for n in ours) < 2e-2  # Muon's bfloat16 steps amplify rounding
 
 
@@ -284,13 +290,17 @@ def test_tensorboard_on_request(tmp_path, texts):
 
 def test_a_vocabulary_too_small_for_the_tokenizer_is_refused(tmp_path, texts):
     with pytest.raises(ValueError, match="model.vocab_size is 200; tokenizer 'bytes' needs at least 257"):
-        train(override(small_recipe(texts), {"model.vocab_size": "200", "model.eos_token_id": "none"}), tmp_path / "run")
+        train(
+            override(small_recipe(texts), {"model.vocab_size": "200", "model.eos_token_id": "none"}), tmp_path / "run"
+        )
 
 
 def test_minutes_end_a_run_as_steps_do(tmp_path, texts):
     recipe = small_recipe(texts, steps=10**6, minutes=0.02)
     shares = []
-    result = train(recipe, tmp_path / "run", report=lambda e: shares.append(e["share"]) if e["event"] == "step" else None)
+    result = train(
+        recipe, tmp_path / "run", report=lambda e: shares.append(e["share"]) if e["event"] == "step" else None
+    )
     assert result.finished
     assert 1 <= result.progress.step < 10**6
     assert shares == sorted(shares)

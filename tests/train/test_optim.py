@@ -69,7 +69,9 @@ def test_a_step_is_torchs_own_and_survives_saving(kind):
     resumed = run(lambda m: [build_optimizer(m, optim)], reload_at=2)
     assert all(torch.equal(ours[n], theirs[n]) for n in ours)
     assert all(torch.equal(ours[n], resumed[n]) for n in ours)
-    assert not torch.equal(ours["model.layers.0.self_attn.q_proj.weight"], start["model.layers.0.self_attn.q_proj.weight"])
+    assert not torch.equal(
+        ours["model.layers.0.self_attn.q_proj.weight"], start["model.layers.0.self_attn.q_proj.weight"]
+    )
 
 
 def test_a_model_without_hidden_matrices_trains_all_the_same():
@@ -82,7 +84,10 @@ def test_a_model_without_hidden_matrices_trains_all_the_same():
 @pytest.mark.parametrize(
     ("schedule", "points"),
     [
-        (Schedule(warmup=0.1, decay=0.2, floor=0.1), {0: 0, 0.05: 0.5, 0.1: 1, 0.5: 1, 0.8: 1, 0.9: 0.55, 1: 0.1, 1.5: 0.1}),
+        (
+            Schedule(warmup=0.1, decay=0.2, floor=0.1),
+            {0: 0, 0.05: 0.5, 0.1: 1, 0.5: 1, 0.8: 1, 0.9: 0.55, 1: 0.1, 1.5: 0.1},
+        ),
         (Schedule(warmup=0, decay=0), {0: 1, 1: 1}),
         (Schedule(warmup=0, decay=1), {0: 1, 0.25: 0.75, 1: 0}),
         (Schedule(kind="cosine", warmup=0.2, floor=0.0), {0: 0, 0.1: 0.5, 0.2: 1, 0.6: 0.5, 1: 0}),

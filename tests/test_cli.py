@@ -1,0 +1,305 @@
+"""The command line as a user meets it: words, exit codes, streams, interrupts."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from palimpsest import __version__, cli
+from palimpsest.models.kimi_linear import KimiLinearForCausalLM
+from palimpsest.train import latest
+
+ROOT = Path(__file__).parents[1]
+
+RECIPE = """
+from palimpsest.models.kimi_linear import KimiLinearConfig
+from palimpsest.train import Data, Evaluate, Keep, Recipe, TextFiles
+
+def recipe():
+    return Recipe(
+        model=KimiLinearConfig.tiny("KM", hidden_size=16, intermediate_size=32, linear_head_dim=8, moe_intermediate_size=8),
+        data=Data(source=TextFiles(paths=({texts!r},)), sequence_length=32, batch_size=4),
+        steps=3,
+        evaluate=Evaluate(every=100, piece_bytes=64, max_bytes=256, final_max_bytes=256),
+        keep=Keep(checkpoint_every=1, log_every=1),
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with texts, a recipe for them, and a run of it."""
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "texts").mkdir()
+    for i in range(6):
+        (folder / "texts" / f"{i}.py").write_text(f"def f{i}(x):\n    return x\n" * 12)
+    (folder / "small.py").write_text(RECIPE.format(texts=str(folder / "texts")))
+    assert cli.run(["train", str(folder / "small.py"), "--out", str(folder / "run"), "--quiet"]) == 0
+    return folder
+
+
+def run(capsys, *arguments):
+    code = cli.run([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def refusal(capsys, *arguments):
+    """The one sentence of a call that must fail with exit code 1."""
+    code, out, err = run(capsys, *arguments)
+    assert code == 1, (out, err)
+    assert "Traceback" not in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1, err
+    return err
+
+
+def test_version(capsys):
+    assert run(capsys, "--version") == (0, f"palimpsest {__version__}\n", "")
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["generate"], ["info"]])
+def test_help_says_what_a_newcomer_needs(capsys, command):
+    code, out, _ = run(capsys, *command, "--help")
+    text = re.sub(r"\W+", " ", out)
+    assert code == 0
+    assert "Usage" in text
+    for words in {
+        "train": ["resume", "Ctrl C", "FIELD VALUE"],
+        "generate": ["prompt", "temperature"],
+        "info": ["48b"],
+    }.get("".join(command), ["train", "generate", "info"]):
+        assert words in text
+
+
+def test_wrong_usage_exits_2(capsys):
+    assert run(capsys, "frobnicate")[0] == 2
+    assert run(capsys, "train")[0] == 2
+    assert run(capsys, "generate", "x", "--top-k", "many")[0] == 2
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys; from palimpsest import cli; cli.run(['--help']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.stdout.strip().endswith("False"), done.stderr
+
+
+def test_a_run_leaves_what_the_help_promises(place):
+    names = {p.name for p in (place / "run").iterdir()}
+    assert {"metrics.jsonl", "loss.png", "loss.svg", "result.json", "checkpoints", "run.json"} <= names
+
+
+def test_the_result_stands_beside_the_compressors(capsys, place):
+    code, out, err = run(capsys, "train", place / "small.py", "--out", place / "run", "--resume")
+    assert code == 0
+    for word in ("this model", "entropy of single bytes", "gzip", "xz", "3 steps", "loss.png"):
+        assert word in out
+    assert "resumed at step 3" in err
+
+
+def test_json_is_a_line_an_event(capsys, place, tmp_path):
+    code, out, err = run(capsys, "train", place / "small.py", "--out", tmp_path / "r", "--json", "--set", "steps=2")
+    events = [json.loads(line) for line in out.splitlines()]
+    assert (code, err) == (0, "")
+    assert [e["event"] for e in events][:2] == ["start", "train"]
+    assert events[-1]["event"] == "end"
+    assert events[-1]["step"] == 2
+
+
+def test_quiet_says_the_result_alone(capsys, place, tmp_path):
+    code, out, err = run(capsys, "train", place / "small.py", "--out", tmp_path / "r", "-q", "-s", "steps=1")
+    assert (code, err) == (0, "")
+    assert "this model" in out
+
+
+def test_progress_names_rate_loss_bits_and_time_left():
+    standing = cli._Standing()
+    for i in range(3):
+        event = {
+            "event": "step",
+            "step": i,
+            "tokens": 100 * i,
+            "share": i / 10,
+            "loss": 2.0,
+            "bits_per_byte": 2.9,
+            "skipped": 1,
+        }
+        standing.take(event)
+        time.sleep(0.01)
+    standing.take({"event": "evaluate", "heldout_bits_per_byte": 3.1})
+    words = standing.words(event)
+    for pattern in (r"[\d,]+ tok/s", "loss 2.000", "2.90 bits/byte", "held out 3.100", "1 skipped", r"ETA \d+:\d\d"):
+        assert re.search(pattern, words), (pattern, words)
+    assert 0 < standing.remaining < 1
+    assert cli._clock(3700) == "1:01:40"
+
+
+def test_a_live_bar_shows_the_same(place, tmp_path, monkeypatch):
+    from rich.console import Console
+
+    with open(tmp_path / "screen", "w+", encoding="utf-8") as screen:
+        monkeypatch.setattr(cli, "notes", Console(file=screen, force_terminal=True, width=160))
+        assert cli.run(["train", str(place / "small.py"), "--out", str(tmp_path / "r"), "-s", "steps=2"]) == 0
+        screen.seek(0)
+        shown = screen.read()
+    assert "tok/s" in shown
+    assert "100%" in shown
+
+
+def test_overwrite_removes_runs_and_nothing_else(capsys, place, tmp_path):
+    again = ("train", place / "small.py", "--out", tmp_path / "r", "-q", "-s", "steps=1")
+    assert run(capsys, *again)[0] == 0
+    assert "holds a run already" in refusal(capsys, *again)
+    assert run(capsys, *again, "--overwrite")[0] == 0
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("precious")
+    sentence = refusal(capsys, "train", place / "small.py", "--out", tmp_path / "mine", "--overwrite")
+    assert "holds files but no run" in sentence
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["train", "nothing.py"], "recipe 'nothing.py' is not a file"),
+        (["train", "{small}", "--set", "optim.lrr=1"], "did you mean 'optim.lr'?"),
+        (["train", "{small}", "--set", "optim.lr"], "is not FIELD=VALUE"),
+        (["train", "{small}", "--resume", "--overwrite"], "choose one"),
+        (
+            ["train", "{small}", "--out", "{run}", "--resume", "--set", "seed=3"],
+            "another recipe: seed was 0 and is now 3",
+        ),
+        (["train", "{small}:large"], "has no function 'large'; it has recipe"),
+        (["train", "{small}", "-s", "data.source.paths=/nowhere", "--out", "{run}2"], "'/nowhere' does not exist"),
+        (["train", "{small}", "--out", "{small}"], "is a file; a run needs a folder"),
+        (["generate", "/nowhere", "-p", "x"], "'/nowhere' is no folder"),
+        (["generate", "{run}"], "no prompt was given"),
+        (["generate", "{run}", "-p", ""], "prompt 0 is empty"),
+        (["generate", "{run}", "-p", "x", "-n", "0"], "max_new_tokens"),
+        (["generate", "{run}", "-p", "x", "-t", "-1"], "temperature"),
+        (["generate", "{run}", "-p", "x", "--tokenizer", "nope.json"], "does not exist"),
+        (["generate", "{run}", "-p", "x", "--device", "tpu9"], "--device 'tpu9' is unknown"),
+        (["generate", "{run}", "--prompt-file", "/nowhere.txt"], "/nowhere.txt"),
+        (["generate", "{run}", "--load", "/nowhere.state"], "/nowhere.state"),
+        (["generate", "{texts}", "-p", "x"], "config.json"),
+        (["info", "nothing"], "'nothing' is no model; give one of 48b, tiny"),
+    ],
+)
+def test_mistakes_get_one_sentence(capsys, place, arguments, sentence):
+    names = {"small": place / "small.py", "run": place / "run", "texts": place / "texts"}
+    assert sentence in refusal(capsys, *(a.format(**names) for a in arguments))
+
+
+def test_generate_streams_text_to_standard_output_alone(capsys, place):
+    code, out, err = run(capsys, "generate", place / "run", "-p", "def f", "-p", "retur", "-n", "5")
+    assert code == 0
+    assert out.startswith("def f")
+    assert "retur" in out
+    assert "10 tokens" in err
+    code, out, err = run(capsys, "generate", place / "run", "-p", "def f", "-n", "5", "--quiet")
+    assert err == ""
+    assert "def f" not in out
+
+
+def test_generate_is_the_librarys_own(capsys, place):
+    from palimpsest.generate import Sampling, generate
+    from palimpsest.text import ByteTokenizer
+
+    options = ["-t", "0.9", "--top-k", "40", "--top-p", "0.95", "--seed", "7"]
+    code, out, _ = run(capsys, "generate", place / "run", "-p", "def f", "-n", "12", "--json", *options)
+    model = KimiLinearForCausalLM.from_pretrained(latest(place / "run"))
+    ours = generate(
+        model, "def f", max_new_tokens=12, tokenizer=ByteTokenizer(), sampling=Sampling(0.9, 40, 0.95), seed=7
+    )
+    told = json.loads(out)
+    assert code == 0
+    assert (told["tokens"], told["text"], told["reason"]) == (ours.tokens[0], ours.texts[0], ours.reasons[0])
+
+
+def test_saved_and_loaded_is_one_text(capsys, place, tmp_path):
+    whole = json.loads(run(capsys, "generate", place / "run", "-p", "def f", "-n", "10", "--json")[1])["tokens"]
+    first = run(capsys, "generate", place / "run", "-p", "def f", "-n", "4", "--json", "--save", tmp_path / "s")[1]
+    second = run(capsys, "generate", place / "run", "--load", tmp_path / "s", "-n", "6", "--json")[1]
+    assert json.loads(first)["tokens"] + json.loads(second)["tokens"] == whole
+
+
+def test_prompt_from_a_file(capsys, place, tmp_path):
+    (tmp_path / "p.txt").write_text("def f")
+    direct = run(capsys, "generate", place / "run", "-p", "def f", "-n", "4", "--json")[1]
+    assert run(capsys, "generate", place / "run", "--prompt-file", tmp_path / "p.txt", "-n", "4", "--json")[1] == direct
+    (tmp_path / "p.bin").write_bytes(b"\xff\xfe\x00")
+    assert "is not UTF-8 text" in refusal(capsys, "generate", place / "run", "--prompt-file", tmp_path / "p.bin")
+
+
+def test_info_counts_the_48b_model(capsys):
+    code, out, _ = run(capsys, "info", "48b", "--json")
+    card = json.loads(out)["model"]
+    assert code == 0
+    assert card["pattern"] == "KKKM" * 6 + "KKM"
+    assert card["parameters"]["total"] == 49_122_681_728
+    assert card["parameters"]["active"] == pytest.approx(3.5e9, rel=0.01)
+    row = {r["tokens"]: r for r in card["memory"]}[1048576]
+    assert row["latent"] == 27 * 1048576 * 2 * 576
+    assert row["state"] == 7 * 1048576 * 2 * 576 + 20 * (4 * 32 * 128 * 128 + 2 * 3 * 3 * 4096)
+
+
+def test_info_reads_presets_runs_recipes_and_the_machine(capsys, place):
+    for name in ("tiny", place / "run", place / "small.py"):
+        code, out, _ = run(capsys, "info", name)
+        assert code == 0
+        assert "parameters" in out
+    code, out, _ = run(capsys, "info")
+    assert code == 0
+    assert "reference" in out
+    assert "ok" in out
+
+
+def test_info_parameters_are_the_models(place, capsys):
+    card = json.loads(run(capsys, "info", place / "run", "--json")[1])["model"]
+    model = KimiLinearForCausalLM.from_pretrained(latest(place / "run"))
+    assert card["parameters"]["total"] == sum(t.numel() for t in model.state_dict().values())
+
+
+def test_killed_resumed_and_interrupted(place, tmp_path):
+    """A real process: SIGKILL leaves a whole checkpoint, SIGTERM saves and exits with 130, and the run goes on."""
+    command = [sys.executable, "-m", "palimpsest", "train", str(place / "small.py"), "--out", str(tmp_path / "r")]
+    command += ["--set", "steps=100000", "--json", "--resume"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def until(process, event):
+        return next(e for e in map(json.loads, process.stdout) if e["event"] == event)
+
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment) as process:
+        saved = until(process, "checkpoint")["step"]
+        until(process, "train")
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    whole = latest(tmp_path / "r")
+    assert int(whole.name.removeprefix("step-")) >= saved
+    KimiLinearForCausalLM.from_pretrained(whole)
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment
+    ) as p:
+        start = until(p, "start")
+        assert start["resumed"]
+        assert start["step"] == int(whole.name.removeprefix("step-"))
+        until(p, "train")
+        p.send_signal(signal.SIGTERM)
+        out, err = p.communicate(timeout=60)
+    assert p.returncode == 130, err
+    assert "saved; go on with --resume" in err
+    assert "Traceback" not in err
+
+
+def test_without_typer_the_command_says_what_to_install():
+    code = "import sys; sys.modules['typer'] = None; sys.argv = ['palimpsest']; from palimpsest.__main__ import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.returncode == 1
+    assert "pip install palimpsest-kda[cli]" in done.stderr
+    assert "Traceback" not in done.stderr
