@@ -99,9 +99,9 @@ class Reader:
     def cells(self, rows: int, columns: int) -> list[list[str]]:
         """Every entry of the board as it is read out."""
         board = self.page.locator(".board canvas")
+        board.blur()
         board.focus()
-        for key in ["ArrowUp"] * rows + ["ArrowLeft"] * columns:
-            self.page.keyboard.press(key)
+        self.page.keyboard.press("ArrowUp")  # from nowhere to the first entry
         read = []
         for row in range(rows):
             read.append([])
