@@ -4,5 +4,5 @@ from palimpsest.ops import backends, plain
 from palimpsest.ops.cpu import register as cpu
 from palimpsest.ops.triton import register as gpu
 
-for _backend in (gpu.TRITON, cpu.CPU, plain.CHUNKED, plain.REFERENCE):  # fastest first
+for _backend in (gpu.HOPPER, gpu.TRITON, cpu.CPU, plain.CHUNKED, plain.REFERENCE):  # fastest first
     backends.register(_backend)

@@ -48,18 +48,25 @@ static inline void block_barrier() {
     cpu_block_arrived++;
     while (cpu_block_arrived < (epoch + 1) * cpu_threads) cpu_yield();
 }
-typedef unsigned int u32_;
+static long cpu_group_epoch[MAX_THREADS], cpu_group_arrived[8];
+static inline void group_barrier(int group) {
+    long epoch = cpu_group_epoch[cpu_current]++;
+    cpu_group_arrived[group]++;
+    while (cpu_group_arrived[group] < (epoch + 1) * 128) cpu_yield();
+}
 static inline float cpu_bf16(unsigned short x) { return __uint_as_float((unsigned)x << 16); }
 static inline unsigned short cpu_to_bf16(float x) {
     unsigned u = __float_as_uint(x);
     return (u + 0x7fff + ((u >> 16) & 1)) >> 16;
 }
 static inline float exp2_(float x) { return exp2f(x); }
+static inline float divide_(float x, float y) { return x / y; }
 static inline float rsqrt_(float x) { return 1.0f / sqrtf(x); }
 static inline float log_(float x) { return logf(x); }
 static inline unsigned pack(float low, float high) { return cpu_to_bf16(low) | ((unsigned)cpu_to_bf16(high) << 16); }
 static inline float low(unsigned x) { return cpu_bf16(x & 0xffff); }
 static inline float high(unsigned x) { return cpu_bf16(x >> 16); }
+static inline unsigned times(unsigned x, unsigned y) { return pack(low(x) * low(y), high(x) * high(y)); }
 static inline void mma(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
     Slot* s = cpu_exchange(Slot{{a0, a1, a2, a3, b0, b1}});
     int lane = cpu_current % 32, r = lane / 4, c = lane % 4;
@@ -136,6 +143,11 @@ static inline void bulk_copy(void* to, const void* from, int bytes, unsigned lon
     memcpy(to, from, bytes);
     CpuBarrier& x = cpu_barriers[b]; x.bytes -= bytes; cpu_turn(x);
 }
+static inline void lane_copy(void* to, const void* from) {
+    if ((size_t)to % 16 || (size_t)from % 16) { fprintf(stderr, "lane copy is not aligned\n"); abort(); }
+    memcpy(to, from, 16);
+}
+static inline void arrive_when_copied(unsigned long long* b) { arrive(b); }
 template <int N> static inline void settle(float (&)[N]) {}
 static inline void wgmma_fence() {}
 static inline void wgmma_commit() {}
@@ -169,6 +181,7 @@ static void cpu_run(unsigned blocks_x, unsigned blocks_y, int threads, void (*bo
         memset(cpu_shared, 0xff, sizeof cpu_shared);  // NaN
         memset(cpu_epoch, 0, sizeof cpu_epoch); memset(cpu_warp_count, 0, sizeof cpu_warp_count);
         memset(cpu_block_epoch, 0, sizeof cpu_block_epoch); cpu_block_arrived = 0;
+        memset(cpu_group_epoch, 0, sizeof cpu_group_epoch); memset(cpu_group_arrived, 0, sizeof cpu_group_arrived);
         for (int t = 0; t < threads; t++) {
             getcontext(&cpu_fiber[t]);
             cpu_fiber[t].uc_stack.ss_sp = stacks + ((size_t)t << 16);

@@ -88,42 +88,52 @@ template <int MODE> DEVICE void walk(const Arguments& a) {
     }
     const int chunks = (tokens + C - 1) / C;
     if (threadIdx.x == 0) {
-        for (int x = 0; x < STAGES; x++) barrier_init(&s.full[x], 32), barrier_init(&s.empty[x], 4);
+        for (int x = 0; x < STAGES; x++) barrier_init(&s.full[x], 65), barrier_init(&s.empty[x], 4);
         barrier_fence();
     }
     block_barrier();
 
     if (w == 4) {
-        for (int i = 0; i < chunks; i++) {
-            const int chunk = MODE == REVERSE ? chunks - 1 - i : i, x = i % STAGES, count = min(C, tokens - chunk * C);
-            const long long tile = (first + chunk) * HV + head;
-            Stage& g = s.stage[x];
-            wait(&s.empty[x], (i / STAGES + 1) & 1);
+        // A small load takes longer than the copies of a whole chunk: the strengths are fetched one chunk ahead.
+        float beta[2] = {}, next[2];
+        for (int i = -1; i < chunks; i++) {
+            const int ahead = i + 1;
 #pragma unroll
             for (int y = 0; y < 2; y++) {
                 const int row = lane + 32 * y;
-                const long long token = start + chunk * C + row;
-                float beta = row < count ? 1.0f : 0.0f;
-                if (MODE != REVERSE && a.strength && row < count) {
-                    beta = a.wide_strength ? ((const float*)a.strength)[token * HV + head]
-                                           : one((const u16*)a.strength + token * HV + head);
-                    if (a.gate) beta = sigmoid(beta);
+                const bool inside = ahead < chunks && ahead * C + row < tokens;
+                next[y] = inside ? 1.0f : 0.0f;
+                if (MODE != REVERSE && a.strength && inside) {
+                    const long long at = (start + ahead * C + row) * HV + head;
+                    next[y] = a.wide_strength ? ((const float*)a.strength)[at] : one((const u16*)a.strength + at);
                 }
-                g.beta[row] = beta;
-                if (row < count)
-                    bulk_copy(g.rows + row * V_PITCH, a.rows + (token * HV + head) * V + 64 * blockIdx.y, 128, &s.full[x]);
             }
-            if (lane == 0) {
-                const int big = MODE == SAVE ? 2 : 3;
-                arrive_expecting(&s.full[x], big * 2 * C * K + (MODE == SAVE ? 0 : 2 * C * C) + 4 * K + 128 * count);
-                bulk_copy(g.E, a.E + tile * C * K, 2 * C * K, &s.full[x]);
-                bulk_copy(g.W, a.W + tile * C * K, 2 * C * K, &s.full[x]);
-                if (MODE != SAVE) bulk_copy(g.Q, a.Q + tile * C * K, 2 * C * K, &s.full[x]);
-                if (MODE != SAVE) bulk_copy(g.P, a.P + tile * C * C, 2 * C * C, &s.full[x]);
-                bulk_copy(g.D, a.D + tile * K, 4 * K, &s.full[x]);
-            } else {
+            if (i >= 0) {
+                const int chunk = MODE == REVERSE ? chunks - 1 - i : i, x = i % STAGES, count = min(C, tokens - chunk * C);
+                const long long tile = (first + chunk) * HV + head;
+                Stage& g = s.stage[x];
+                wait(&s.empty[x], (i / STAGES + 1) & 1);
+                if (lane == 0) {
+                    const int big = MODE == SAVE ? 2 : 3;
+                    arrive_expecting(&s.full[x], big * 2 * C * K + (MODE == SAVE ? 0 : 2 * C * C) + 4 * K);
+                    bulk_copy(g.E, a.E + tile * C * K, 2 * C * K, &s.full[x]);
+                    bulk_copy(g.W, a.W + tile * C * K, 2 * C * K, &s.full[x]);
+                    if (MODE != SAVE) bulk_copy(g.Q, a.Q + tile * C * K, 2 * C * K, &s.full[x]);
+                    if (MODE != SAVE) bulk_copy(g.P, a.P + tile * C * C, 2 * C * C, &s.full[x]);
+                    bulk_copy(g.D, a.D + tile * K, 4 * K, &s.full[x]);
+                }
+                const u16* rows = a.rows + ((start + chunk * C) * HV + head) * V + 64 * blockIdx.y + 8 * (lane % 8);
+#pragma unroll
+                for (int y = 0; y < 16; y++) {
+                    const int row = lane / 8 + 4 * y;
+                    if (row < count) lane_copy(g.rows + row * V_PITCH + 8 * (lane % 8), rows + (long long)row * HV * V);
+                }
+#pragma unroll
+                for (int y = 0; y < 2; y++) g.beta[lane + 32 * y] = a.gate && MODE != REVERSE ? sigmoid(beta[y]) : beta[y];
                 arrive(&s.full[x]);
+                arrive_when_copied(&s.full[x]);
             }
+            beta[0] = next[0], beta[1] = next[1];
         }
         return;
     }

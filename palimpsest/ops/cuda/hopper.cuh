@@ -23,6 +23,9 @@ DEVICE void bulk_copy(void* to, const void* from, int bytes, u64* b) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
         ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(b)) : "memory");
 }
+// 16 bytes of each lane, on their way while the lane goes on; `arrive_when_copied` counts when they have landed.
+DEVICE void lane_copy(void* to, const void* from) { asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory"); }
+DEVICE void arrive_when_copied(u64* b) { asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(b)) : "memory"); }
 // The compiler must have these numbers in their registers here, before products run that it does not see.
 template <int N> DEVICE void settle(float (&d)[N]) {
 #pragma unroll

@@ -16,11 +16,19 @@
 constexpr int C = 64, K = KEY_DIM, GROUPS = K / 32;
 constexpr int L_STRIDE = 72, P_STRIDE = 74;
 
+struct Block {  // what one warp keeps: first its decayed rows, each lane its own; then its rows of A (and M) and of P
+    union {
+        Quad since[GROUPS][2][2][32];
+        struct {
+            float L[16 * L_STRIDE];
+            u16 P[16 * P_STRIDE];
+        };
+    };
+};
 struct Smem {
-    float L[C * L_STRIDE];    // A, then on its diagonal blocks M
-    u16 P[C * P_STRIDE];
-    u16 rows[C * K];          // k until its block's end, then k until the chunk's end
-    float total[4 * K];       // decay of each block of 16
+    Block block[4];
+    u16 rows[C * K];     // k until its block's end, then k until the chunk's end
+    float total[4 * K];  // decay of each block of 16
     float k_norm[C];
 };
 
@@ -38,7 +46,7 @@ struct Arguments {
     int gate, wide_g, wide_erase;
 };
 
-extern "C" __global__ void __launch_bounds__(128, 3) intra(const __grid_constant__ Arguments a) {
+extern "C" __global__ void __launch_bounds__(128, 4) intra(const __grid_constant__ Arguments a) {
     const int T = a.T, N = a.N, H = a.H, HV = a.HV, gate = a.gate;
     const void *g = a.g, *erase = a.erase;
 #ifdef WARP_ON_CPU
@@ -76,10 +84,10 @@ extern "C" __global__ void __launch_bounds__(128, 3) intra(const __grid_constant
 
     float near[3][2][4] = {}, mid[4] = {};  // scores at levels 1, 2, 4 for each 8 rows, and at level 8: k rows, then q rows
     float own[2] = {}, q_norm[2] = {}, k_norm[2] = {};
-    u32 e_since[GROUPS][2][4], q_since[GROUPS][2][4];
-#pragma unroll
+    const bool late[3] = {(r & 1) != 0, (r & 2) != 0, (r & 4) != 0};
+#pragma unroll 1
     for (int group = 0; group < GROUPS; group++) {
-        Quad q4[2], k4[2], e4[2];
+        Quad q4[2], k4[2], e4[2], e_since[2], q_since[2], k_until[2];
         float decay[2][8];
 #pragma unroll
         for (int h = 0; h < 2; h++) {
@@ -112,60 +120,59 @@ extern "C" __global__ void __launch_bounds__(128, 3) intra(const __grid_constant
 #pragma unroll
             for (int x = 0; x < 8; x++) decay[h][x] = exp_(decay[h][x]);
         }
-        Quad k_until[2];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            float since[2][4], until[2][4], total[2][4], before[2][4], qv[2][4], kv[2][4], ev[2][4];
+            float since[2][4], until[2][4], total[2][4], before[2][4];
+            u32 q2[2][2], k2[2][2], e2[2][2];
 #pragma unroll
-            for (int h = 0; h < 2; h++)
+            for (int h = 0; h < 2; h++) {
 #pragma unroll
-                for (int x = 0; x < 4; x++) {
-                    u32 q2 = q4[h].x[2 * half + x / 2], k2 = k4[h].x[2 * half + x / 2], e2 = e4[h].x[2 * half + x / 2];
-                    qv[h][x] = x % 2 ? high(q2) : low(q2);
-                    kv[h][x] = x % 2 ? high(k2) : low(k2);
-                    ev[h][x] = ERASE ? (x % 2 ? high(e2) : low(e2)) : kv[h][x];
-                    own[h] += qv[h][x] * kv[h][x];
-                    if (gate) q_norm[h] += qv[h][x] * qv[h][x], k_norm[h] += kv[h][x] * kv[h][x];
-                    since[h][x] = total[h][x] = decay[h][4 * half + x];
-                    until[h][x] = 1.0f;
-                    before[h][x] = 1.0f;  // ERASE 2: as since, without the row's own decay
+                for (int p = 0; p < 2; p++) {
+                    q2[h][p] = q4[h].x[2 * half + p], k2[h][p] = k4[h].x[2 * half + p];
+                    e2[h][p] = ERASE ? e4[h].x[2 * half + p] : k2[h][p];
+                    own[h] += low(q2[h][p]) * low(k2[h][p]) + high(q2[h][p]) * high(k2[h][p]);
+                    if (gate) {
+                        q_norm[h] += low(q2[h][p]) * low(q2[h][p]) + high(q2[h][p]) * high(q2[h][p]);
+                        k_norm[h] += low(k2[h][p]) * low(k2[h][p]) + high(k2[h][p]) * high(k2[h][p]);
+                    }
                 }
 #pragma unroll
-            for (int level = 0; level < 3; level++) {
-                const bool late = (r >> level) & 1;
+                for (int x = 0; x < 4; x++) {
+                    since[h][x] = total[h][x] = decay[h][4 * half + x];
+                    until[h][x] = before[h][x] = 1.0f;  // before: as since, without the row's own decay
+                }
+            }
+#pragma unroll
+            for (int level = 0; level < 3; level++)
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
-                    float f[4], fe[4];
-#pragma unroll
-                    for (int x = 0; x < 4; x++) {
-                        f[x] = late ? since[h][x] : until[h][x];
-                        fe[x] = ERASE == 2 ? (late ? before[h][x] : until[h][x]) : f[x];
-                    }
                     u32 key[2], query[2];  // key: of late rows erase, of early rows k
 #pragma unroll
                     for (int p = 0; p < 2; p++) {
-                        float x0 = ERASE && late ? ev[h][2 * p] : kv[h][2 * p], x1 = ERASE && late ? ev[h][2 * p + 1] : kv[h][2 * p + 1];
-                        key[p] = pack(x0 * fe[2 * p], x1 * fe[2 * p + 1]);
-                        query[p] = pack(qv[h][2 * p] * f[2 * p], qv[h][2 * p + 1] * f[2 * p + 1]);
+                        u32 f = pack(late[level] ? since[h][2 * p] : until[h][2 * p], late[level] ? since[h][2 * p + 1] : until[h][2 * p + 1]);
+                        u32 fe = f;
+                        if (ERASE == 2)
+                            fe = pack(late[level] ? before[h][2 * p] : until[h][2 * p], late[level] ? before[h][2 * p + 1] : until[h][2 * p + 1]);
+                        key[p] = times(ERASE && late[level] ? e2[h][p] : k2[h][p], fe);
+                        query[p] = times(q2[h][p], f);
                     }
                     mma(near[level][h], key[0], query[0], key[1], query[1], key[0], key[1]);
 #pragma unroll
                     for (int x = 0; x < 4; x++) {
                         float other = swap_lanes(total[h][x], 4 << level);
-                        since[h][x] *= late ? other : 1.0f;
-                        if (ERASE == 2) before[h][x] *= late ? other : 1.0f;
-                        until[h][x] *= late ? 1.0f : other;
+                        if (late[level]) since[h][x] *= other;
+                        if (ERASE == 2 && late[level]) before[h][x] *= other;
+                        if (!late[level]) until[h][x] *= other;
                         total[h][x] *= other;
                     }
                 }
-            }
             u32 key[2], query[2], early[2];
 #pragma unroll
             for (int p = 0; p < 2; p++) {
-                early[p] = pack(kv[0][2 * p] * until[0][2 * p], kv[0][2 * p + 1] * until[0][2 * p + 1]);
-                const float* f = ERASE == 2 ? before[1] : since[1];
-                key[p] = pack(ev[1][2 * p] * f[2 * p], ev[1][2 * p + 1] * f[2 * p + 1]);
-                query[p] = pack(qv[1][2 * p] * since[1][2 * p], qv[1][2 * p + 1] * since[1][2 * p + 1]);
+                u32 f = pack(since[1][2 * p], since[1][2 * p + 1]);
+                early[p] = times(k2[0][p], pack(until[0][2 * p], until[0][2 * p + 1]));
+                key[p] = times(e2[1][p], ERASE == 2 ? pack(before[1][2 * p], before[1][2 * p + 1]) : f);
+                query[p] = times(q2[1][p], f);
             }
             mma(mid, key[0], query[0], key[1], query[1], early[0], early[1]);
 #pragma unroll
@@ -180,15 +187,17 @@ extern "C" __global__ void __launch_bounds__(128, 3) intra(const __grid_constant
 #pragma unroll
                 for (int p = 0; p < 2; p++) {
                     const float* f = ERASE == 2 ? before[h] : since[h];
-                    e_since[group][h][2 * half + p] = pack(ev[h][2 * p] * f[2 * p], ev[h][2 * p + 1] * f[2 * p + 1]);
-                    q_since[group][h][2 * half + p] = pack(qv[h][2 * p] * since[h][2 * p], qv[h][2 * p + 1] * since[h][2 * p + 1]);
-                    k_until[h].x[2 * half + p] = pack(kv[h][2 * p] * until[h][2 * p], kv[h][2 * p + 1] * until[h][2 * p + 1]);
+                    e_since[h].x[2 * half + p] = pack(low(e2[h][p]) * f[2 * p], high(e2[h][p]) * f[2 * p + 1]);
+                    q_since[h].x[2 * half + p] = pack(low(q2[h][p]) * since[h][2 * p], high(q2[h][p]) * since[h][2 * p + 1]);
+                    k_until[h].x[2 * half + p] = pack(low(k2[h][p]) * until[h][2 * p], high(k2[h][p]) * until[h][2 * p + 1]);
                 }
         }
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             int row = 16 * w + 8 * h + r;
             *(Quad*)(s.rows + row * K + 8 * swizzled(row, 4 * group + c)) = k_until[h];
+            s.block[w].since[group][0][h][lane] = e_since[h];
+            s.block[w].since[group][1][h][lane] = q_since[h];
         }
     }
     float e_scale[2], q_scale[2];  // what a row's scores are multiplied by, beside the column's k_norm
@@ -209,67 +218,63 @@ extern "C" __global__ void __launch_bounds__(128, 3) intra(const __grid_constant
 
     // Blocks of 16 against earlier ones: since this block's start, times whole blocks between, times until that one's end.
     float far[3][2][2][4] = {};
-#pragma unroll
+#pragma unroll 1
     for (int group = 0; group < GROUPS; group++) {
-        float ev[2][8], qv[2][8];
+        Quad e4[2], q4[2];
+        float f[8];
+        u32 f2[4];
 #pragma unroll
-        for (int h = 0; h < 2; h++)
+        for (int h = 0; h < 2; h++) e4[h] = s.block[w].since[group][0][h][lane], q4[h] = s.block[w].since[group][1][h][lane];
 #pragma unroll
-            for (int p = 0; p < 4; p++) {
-                ev[h][2 * p] = low(e_since[group][h][p]), ev[h][2 * p + 1] = high(e_since[group][h][p]);
-                qv[h][2 * p] = low(q_since[group][h][p]), qv[h][2 * p + 1] = high(q_since[group][h][p]);
-            }
+        for (int x = 0; x < 8; x++) f[x] = 1.0f;
+#pragma unroll
+        for (int p = 0; p < 4; p++) f2[p] = pack(1.0f, 1.0f);
 #pragma unroll
         for (int J = 2; J >= 0; J--)
             if (J < w) {
-                u32 e2[2][4], q2[2][4];
 #pragma unroll
-                for (int h = 0; h < 2; h++)
+                for (int half = 0; half < 2; half++) {
+                    const int p = 2 * half;
+                    u32 e2[4] = {times(e4[0].x[p], f2[p]), times(e4[1].x[p], f2[p]), times(e4[0].x[p + 1], f2[p + 1]), times(e4[1].x[p + 1], f2[p + 1])};
+                    u32 q2[4] = {times(q4[0].x[p], f2[p]), times(q4[1].x[p], f2[p]), times(q4[0].x[p + 1], f2[p + 1]), times(q4[1].x[p + 1], f2[p + 1])};
 #pragma unroll
-                    for (int p = 0; p < 4; p++) {
-                        e2[h][p] = pack(ev[h][2 * p], ev[h][2 * p + 1]);
-                        q2[h][p] = pack(qv[h][2 * p], qv[h][2 * p + 1]);
-                    }
-#pragma unroll
-                for (int n = 0; n < 2; n++) {
-                    int row = 16 * J + 8 * n + r;
-                    Quad b = *(const Quad*)(s.rows + row * K + 8 * swizzled(row, 4 * group + c));
-#pragma unroll
-                    for (int half = 0; half < 2; half++) {
-                        int p = 2 * half;
-                        mma(far[J][0][n], e2[0][p], e2[1][p], e2[0][p + 1], e2[1][p + 1], b.x[p], b.x[p + 1]);
-                        mma(far[J][1][n], q2[0][p], q2[1][p], q2[0][p + 1], q2[1][p + 1], b.x[p], b.x[p + 1]);
+                    for (int n = 0; n < 2; n++) {
+                        int row = 16 * J + 8 * n + r;
+                        const u32* b = (const u32*)(s.rows + row * K + 8 * swizzled(row, 4 * group + c)) + p;
+                        mma(far[J][0][n], e2[0], e2[1], e2[2], e2[3], b[0], b[1]);
+                        mma(far[J][1][n], q2[0], q2[1], q2[2], q2[3], b[0], b[1]);
                     }
                 }
 #pragma unroll
-                for (int x = 0; x < 8; x++) {
-                    float f = s.total[J * K + 32 * group + 8 * c + x];
-                    ev[0][x] *= f, ev[1][x] *= f, qv[0][x] *= f, qv[1][x] *= f;
-                }
+                for (int x = 0; x < 8; x++) f[x] *= s.total[J * K + 32 * group + 8 * c + x];
+#pragma unroll
+                for (int p = 0; p < 4; p++) f2[p] = pack(f[2 * p], f[2 * p + 1]);
             }
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            Quad e4, q4;
+            Quad e_out, q_out;
 #pragma unroll
             for (int p = 0; p < 4; p++) {
-                e4.x[p] = pack(ev[h][2 * p] * e_scale[h], ev[h][2 * p + 1] * e_scale[h]);
-                q4.x[p] = pack(qv[h][2 * p] * q_scale[h], qv[h][2 * p + 1] * q_scale[h]);
+                e_out.x[p] = pack(low(e4[h].x[p]) * (f[2 * p] * e_scale[h]), high(e4[h].x[p]) * (f[2 * p + 1] * e_scale[h]));
+                q_out.x[p] = pack(low(q4[h].x[p]) * (f[2 * p] * q_scale[h]), high(q4[h].x[p]) * (f[2 * p + 1] * q_scale[h]));
             }
             long long out = tile * C * K + image(16 * w + 8 * h + r, 4 * group + c);
-            *(Quad*)(a.E + out) = e4;
-            *(Quad*)(a.Q + out) = q4;
+            *(Quad*)(a.E + out) = e_out;
+            *(Quad*)(a.Q + out) = q_out;
         }
     }
 
     // A and P go to shared memory, each warp its 16 rows.
-    u32* P2 = (u32*)s.P;
+    warp_barrier();  // all lanes have read their decayed rows; A and P lie over them
+    u32* P2 = (u32*)s.block[w].P;
+    float* L = s.block[w].L;
 #pragma unroll
     for (int J = 0; J < 4; J++)
 #pragma unroll
         for (int n = 0; n < 2; n++)
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                int i = 16 * w + 8 * h + r, j = 16 * J + 8 * n + 2 * c;
+                int j = 16 * J + 8 * n + 2 * c;
                 float A[2] = {0.0f, 0.0f}, p[2] = {0.0f, 0.0f};
                 if (J < w) {
 #pragma unroll
@@ -289,15 +294,15 @@ extern "C" __global__ void __launch_bounds__(128, 3) intra(const __grid_constant
                     }
                 }
                 float n0 = s.k_norm[j], n1 = s.k_norm[j + 1];
-                s.L[i * L_STRIDE + j] = A[0] * e_scale[h] * n0;
-                s.L[i * L_STRIDE + j + 1] = A[1] * e_scale[h] * n1;
-                P2[(i * P_STRIDE + j) / 2] = pack(p[0] * q_scale[h] * n0, p[1] * q_scale[h] * n1);
+                L[(8 * h + r) * L_STRIDE + j] = A[0] * e_scale[h] * n0;
+                L[(8 * h + r) * L_STRIDE + j + 1] = A[1] * e_scale[h] * n1;
+                P2[((8 * h + r) * P_STRIDE + j) / 2] = pack(p[0] * q_scale[h] * n0, p[1] * q_scale[h] * n1);
             }
     warp_barrier();
 
     // M of the warp's own 16 x 16 block, by substitution: a column per lane.
     {
-        float* block = s.L + 16 * w * L_STRIDE + 16 * w;
+        float* block = L + 16 * w;
         int column = lane % 16;
         float m[16];
 #pragma unroll
@@ -315,7 +320,7 @@ extern "C" __global__ void __launch_bounds__(128, 3) intra(const __grid_constant
     block_barrier();  // all have read `rows` as k_until, too
 
     // k until the chunk's end, its pairs laid out as columns of tiles: column 2c + x of tile 4 group + p.
-#pragma unroll
+#pragma unroll 1
     for (int group = 0; group < GROUPS; group++) {
         float f[8];
 #pragma unroll
@@ -357,7 +362,7 @@ extern "C" __global__ void __launch_bounds__(128, 3) intra(const __grid_constant
                 for (int n = 0; n < 2; n++)
 #pragma unroll
                     for (int x = 0; x < 4; x++)
-                        m[I][n][x] = s.L[(16 * I + 8 * n + 2 * c + x % 2) * L_STRIDE + 16 * I + r + 8 * (x / 2)];
+                        m[I][n][x] = s.block[I].L[(8 * n + 2 * c + x % 2) * L_STRIDE + 16 * I + r + 8 * (x / 2)];
             if (I > w) {
                 float sum[2][4] = {};
 #pragma unroll
@@ -367,14 +372,14 @@ extern "C" __global__ void __launch_bounds__(128, 3) intra(const __grid_constant
                         for (int n = 0; n < 2; n++)
 #pragma unroll
                             for (int step = 0; step < 2; step++) {
-                                const float* b = s.L + (16 * I + 8 * n + r) * L_STRIDE + 16 * t + 8 * step + 2 * c;
+                                const float* b = s.block[I].L + (8 * n + r) * L_STRIDE + 16 * t + 8 * step + 2 * c;
                                 mma_tf32(sum[n], m[t][step][0], m[t][step][2], m[t][step][1], m[t][step][3], b[0], b[1]);
                             }
 #pragma unroll
                 for (int n = 0; n < 2; n++)
 #pragma unroll
                     for (int step = 0; step < 2; step++) {
-                        const float* b = s.L + (16 * I + 8 * n + r) * L_STRIDE + 16 * I + 8 * step + 2 * c;
+                        const float* b = s.block[I].L + (8 * n + r) * L_STRIDE + 16 * I + 8 * step + 2 * c;
                         mma_tf32(m[I][n], sum[step][0], sum[step][2], sum[step][1], sum[step][3], -b[0], -b[1]);
                     }
             }
@@ -390,7 +395,7 @@ extern "C" __global__ void __launch_bounds__(128, 3) intra(const __grid_constant
     }
 
     // W = M^T k_until, rows of block w.
-#pragma unroll
+#pragma unroll 1
     for (int group = 0; group < GROUPS; group++) {
         float out[4][4] = {};
 #pragma unroll
@@ -412,7 +417,7 @@ extern "C" __global__ void __launch_bounds__(128, 3) intra(const __grid_constant
         }
     }
     // (P M)^T = M^T P^T, rows of block w.
-#pragma unroll
+#pragma unroll 1
     for (int group = 0; group < 2; group++) {
         float out[4][4] = {};
 #pragma unroll
@@ -420,7 +425,8 @@ extern "C" __global__ void __launch_bounds__(128, 3) intra(const __grid_constant
             if (I >= w && I < 2 * group + 2)
 #pragma unroll
                 for (int p = 0; p < 4; p++) {
-                    const u32* b = P2 + ((32 * group + 8 * (r / 2) + 2 * p + r % 2) * P_STRIDE + 16 * I + 2 * c) / 2;
+                    const int row = 8 * (r / 2) + 2 * p + r % 2;  // of 32
+                    const u32* b = (const u32*)s.block[2 * group + row / 16].P + (row % 16 * P_STRIDE + 16 * I + 2 * c) / 2;
                     mma(out[p], m2[I][0], m2[I][1], m2[I][2], m2[I][3], b[0], b[4]);
                 }
 #pragma unroll

@@ -1,16 +1,17 @@
 """Compiled Hopper kernels: found, loaded and launched through the driver's own interface.
 
-The machine code is shipped in `machine_code/`, so a first call compiles nothing; `python -m palimpsest.ops.cuda.build` makes
+The machine code is shipped in `sm_90a.zip`, so a first call compiles nothing; `python -m palimpsest.ops.cuda.build` makes
 it. A kernel takes one structure by value; `Kernel.launch` fills it in and hands it over, a few microseconds in all.
 """
 
 import ctypes
+import zipfile
 from functools import cache
 from pathlib import Path
 
 import torch
 
-FOLDER = Path(__file__).parent / "machine_code"
+ARCHIVE = Path(__file__).parent / "sm_90a.zip"
 _MAX_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 
@@ -30,7 +31,8 @@ def _check(status: int, what: str) -> None:
 @cache
 def _module(file: str, device: int) -> ctypes.c_void_p:
     module = ctypes.c_void_p()
-    code = (FOLDER / f"{file}.cubin").read_bytes()
+    with zipfile.ZipFile(ARCHIVE) as archive:
+        code = archive.read(file)
     _check(_driver().cuModuleLoadData(ctypes.byref(module), code), f"loading {file}")
     return module
 
@@ -54,8 +56,8 @@ class Kernel:
         _check(_driver().cuFuncSetAttribute(self._function, _MAX_SHARED, shared), f"reserving shared memory for {name}")
 
     def launch(self, grid: tuple[int, int], *arguments) -> None:
-        """Launch on the current stream. A tensor is passed as its address, None as null."""
-        values = self._type(*(x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments))
+        """Launch on the current stream. Pointers are addresses, 0 for null."""
+        values = self._type(*arguments)
         parameters = ctypes.c_void_p(ctypes.addressof(values))
         stream = torch._C._cuda_getCurrentRawStream(self._device)
         status = _driver().cuLaunchKernel(

@@ -16,17 +16,20 @@ struct alignas(16) Quad { u32 x[4]; };
 #ifndef WARP_ON_CPU
 
 DEVICE float exp2_(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+DEVICE float divide_(float x, float y) { return __fdividef(x, y); }
 DEVICE float rsqrt_(float x) { return rsqrtf(x); }
 DEVICE float log_(float x) { return __logf(x); }
 #ifdef FP16
 DEVICE u32 pack(float low, float high) { u32 d; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low)); return d; }
 DEVICE float low(u32 x) { float y; asm("{.reg .b16 a, b; mov.b32 {a, b}, %1; cvt.f32.f16 %0, a;}" : "=f"(y) : "r"(x)); return y; }
 DEVICE float high(u32 x) { float y; asm("{.reg .b16 a, b; mov.b32 {a, b}, %1; cvt.f32.f16 %0, b;}" : "=f"(y) : "r"(x)); return y; }
+DEVICE u32 times(u32 x, u32 y) { u32 d; asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(x), "r"(y)); return d; }
 #define MMA_TYPE "f16"
 #else
 DEVICE u32 pack(float low, float high) { u32 d; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low)); return d; }
 DEVICE float low(u32 x) { return __uint_as_float(x << 16); }
 DEVICE float high(u32 x) { return __uint_as_float(x & 0xffff0000u); }
+DEVICE u32 times(u32 x, u32 y) { u32 d; asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(x), "r"(y)); return d; }
 #define MMA_TYPE "bf16"
 #endif
 
@@ -61,11 +64,12 @@ DEVICE Quad load_tiles_transposed(const u16* row) {
 }
 DEVICE void warp_barrier() { __syncwarp(); }
 DEVICE void block_barrier() { __syncthreads(); }
+DEVICE void group_barrier(int group) { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); }  // of four warps
 
 #endif
 
 DEVICE float exp_(float x) { return exp2_(x * LOG2E); }
-DEVICE float sigmoid(float x) { return 1.0f / (1.0f + exp_(-x)); }
+DEVICE float sigmoid(float x) { return divide_(1.0f, 1.0f + exp_(-x)); }
 DEVICE float softplus(float x) {
     float u = exp_(-fabsf(x));
     return fmaxf(x, 0.0f) + (u < 1e-4f ? u - 0.5f * u * u : log_(1.0f + u));

@@ -10,7 +10,7 @@ CONFIGS = {
     "reverse": dict(block_v=64, num_warps=4, stages=2),
     "scores": dict(block_v=64, num_warps=8, num_stages=1),
     "gradient": dict(block_k=64, block_v=64, num_warps=8, num_stages=1),
-    "step": dict(block_v=32, num_warps=4),
+    "step": dict(block_v=64, num_warps=4),
 }
 WIDE = {
     "intra": dict(num_warps=8, num_stages=1),

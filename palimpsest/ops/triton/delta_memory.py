@@ -98,7 +98,7 @@ def chain(plan: Plan, E, Q, W, P, D, v, erase, state, gate, save):
     return memories if save else (out, state_out)
 
 
-def forward(q, k, v, log_decay, erase, state, scale, cu_seqlens, A_log, dt_bias, gate, floor, exclusive, hopper):
+def forward(q, k, v, log_decay, erase, state, scale, cu_seqlens, A_log, dt_bias, gate, floor, exclusive):
     """See register.py for the arguments."""
     q, k, v, g, erase, state = (x.contiguous() for x in (q, k, v, log_decay, erase, state))
     plan = plan_of(q, v, cu_seqlens)
@@ -106,7 +106,7 @@ def forward(q, k, v, log_decay, erase, state, scale, cu_seqlens, A_log, dt_bias,
     return chain(plan, E, Q, W, P, D, v, erase, state, gate, save=False)
 
 
-def backward(d_out, d_state, q, k, v, log_decay, erase, state, scale, cu_seqlens, A_log, dt_bias, gate, floor, exclusive, hopper):
+def backward(d_out, d_state, q, k, v, log_decay, erase, state, scale, cu_seqlens, A_log, dt_bias, gate, floor, exclusive):
     """Gradients of q, k, v, log_decay, erase, state, A_log, dt_bias; the last two empty without a gate."""
     d_out = d_out.to(v.dtype)
     d_out, d_state, q, k, v, g, erase, state = (

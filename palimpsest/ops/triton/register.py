@@ -29,14 +29,20 @@ _LIB.define(
 
 
 def _forward(*arguments):
-    from palimpsest.ops.triton import delta_memory
-
+    *arguments, hopper = arguments
+    if hopper:
+        from palimpsest.ops.cuda import delta_memory
+    else:
+        from palimpsest.ops.triton import delta_memory
     return delta_memory.forward(*arguments)
 
 
 def _backward(*arguments):
-    from palimpsest.ops.triton import delta_memory
-
+    *arguments, hopper = arguments
+    if hopper:
+        from palimpsest.ops.cuda import delta_memory
+    else:
+        from palimpsest.ops.triton import delta_memory
     return delta_memory.backward(*arguments)
 
 
@@ -137,4 +143,19 @@ def _refuses(problem: Problem) -> str | None:
     return None
 
 
+def _refuses_hopper(problem: Problem) -> str | None:
+    if problem.device != "cuda" or problem.capability != (9, 0):
+        return "needs a Hopper GPU (compute capability 9.0)"
+    if problem.dtype not in (torch.bfloat16, torch.float16):
+        return f"multiplies in bfloat16 or float16; the tensors are {problem.dtype}"
+    if problem.key_dim not in (64, 128) or problem.value_dim not in (64, 128):
+        return f"is built for 64 or 128 channels a head; these have {problem.key_dim} and {problem.value_dim}"
+    if problem.op == "dplr" and problem.needs_grad:
+        return "has no backward for dplr"
+    if (problem.packed or problem.op == "step") and find_spec("triton") is None:
+        return "needs Triton for packed sequences and for steps: pip install palimpsest-kda[triton]"
+    return None
+
+
 TRITON = _family("triton", _refuses, hopper=False)
+HOPPER = _family("hopper", _refuses_hopper, hopper=True)

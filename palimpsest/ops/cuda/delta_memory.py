@@ -1,0 +1,161 @@
+"""The delta memory on Hopper: which kernels run in which order, on which workspaces.
+
+forward    intra -> chain_forward
+backward   intra (again, nothing of it is kept) -> chain_save -> chain_reverse -> gradient
+
+Letters  B sequences, T tokens, H key heads, HV value heads, K key channels, V value channels, N packed sequences.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from palimpsest.ops.cuda.launch import Kernel, kernel
+
+C = 64  # tokens in a chunk
+_INTRA = "p" * 15 + "iiii" + "ff" + "iii"
+_CHAIN = "p" * 13 + "iiiii"
+_GRADIENT = "p" * 23 + "iiiii" + "ff" + "iii"
+_SHARED = {"intra": {64: 37888, 128: 53248}, "chain": {64: 141408, 128: 215104}, "gradient": {64: 98816, 128: 98816}}
+
+
+class Plan(NamedTuple):
+    """What all launches of one call share."""
+
+    q: Tensor
+    T: int
+    H: int
+    HV: int
+    K: int
+    V: int
+    sequences: int
+    chunks: int  # an upper bound when packed: the true number is on the device
+    cu_seqlens: int
+    chunk_offsets: int
+    erase: int  # 0 strength, 1 vector, 2 vector that reads before its own decay
+    keep: tuple  # tensors whose addresses are above
+
+    def kernel(self, file: str, name: str, fields: str, threads: int) -> Kernel:
+        dtype = "bf16" if self.q.dtype == torch.bfloat16 else "fp16"
+        variant = f"{file}_{dtype}_{self.K}" + ("" if file == "chain" else f"_{self.erase}")
+        return kernel(variant, name, fields, threads, _SHARED[file][self.K], self.q.get_device())
+
+
+def plan_of(q: Tensor, v: Tensor, erase: Tensor, cu_seqlens: Tensor | None, exclusive: bool) -> Plan:
+    B, T, H, K = q.shape
+    HV, V = v.shape[2:]
+    kind = 0 if erase.ndim == 3 else 2 if exclusive else 1
+    if cu_seqlens is None:
+        return Plan(q, T, H, HV, K, V, B, B * (-(-T // C)), 0, 0, kind, ())
+    from palimpsest.ops.triton.packing import chunk_offsets_of
+
+    cu_seqlens = cu_seqlens.to(torch.int32)
+    offsets = chunk_offsets_of(cu_seqlens, C)
+    N = cu_seqlens.shape[0] - 1
+    borders = (cu_seqlens.data_ptr(), offsets.data_ptr())
+    return Plan(q, T, H, HV, K, V, N, T // C + N, *borders, kind, (cu_seqlens, offsets))
+
+
+class Tiles(NamedTuple):
+    """The workspaces of intra.cu, in one allocation; addresses."""
+
+    memory: Tensor
+    E: int
+    Q: int
+    W: int
+    P: int
+    M: int
+    D: int
+    norms: int
+
+
+def intra(plan: Plan, k, g, erase, A_log, dt_bias, scale, floor, gate, save) -> Tiles:
+    tiles = plan.chunks * plan.HV
+    sizes = [2 * C * plan.K] * 3 + [2 * C * C, 2 * C * C * save, 4 * plan.K, 8 * C * (save and gate > 0)]
+    memory = torch.empty(tiles * sum(sizes), dtype=torch.uint8, device=k.device)
+    at, addresses = memory.data_ptr(), []
+    for size in sizes:
+        addresses.append(at if size else 0)
+        at += tiles * size
+    result = Tiles(memory, *addresses)
+    if tiles:
+        plan.kernel("intra", "intra", _INTRA, 128).launch(
+            (tiles, 1),
+            plan.q.data_ptr(), k.data_ptr(), erase.data_ptr(), g.data_ptr(), _at(A_log), _at(dt_bias),
+            result.E, result.Q, result.W, result.P, result.D, result.M, result.norms,
+            plan.cu_seqlens, plan.chunk_offsets, plan.T, plan.sequences, plan.H, plan.HV, scale, floor,
+            gate, g.dtype == torch.float32, erase.dtype == torch.float32,
+        )  # fmt: skip
+    return result
+
+
+def chain(plan: Plan, mode: str, tiles: Tiles, rows, strength, state, out, state_out, memories, gate) -> None:
+    if plan.sequences:
+        plan.kernel("chain", f"chain_{mode}", _CHAIN, 160).launch(
+            (plan.sequences * plan.HV, plan.V // 64),
+            tiles.E, tiles.Q, tiles.W, tiles.P, tiles.D, rows.data_ptr(), _at(strength), state.data_ptr(),
+            _at(out), _at(state_out), _at(memories), plan.cu_seqlens, plan.chunk_offsets,
+            plan.T, plan.HV, plan.V, gate > 0, strength is not None and strength.dtype == torch.float32,
+        )  # fmt: skip
+
+
+def forward(q, k, v, log_decay, erase, state, scale, cu_seqlens, A_log, dt_bias, gate, floor, exclusive):
+    """See ops/triton/register.py for the arguments."""
+    q, k, v, g, erase, state, A_log, dt_bias = _readable(q, k, v, log_decay, erase, state, A_log, dt_bias)
+    plan = plan_of(q, v, erase, cu_seqlens, exclusive)
+    tiles = intra(plan, k, g, erase, A_log, dt_bias, scale, floor, gate, save=False)
+    out, state_out = torch.empty_like(v), torch.empty_like(state)
+    chain(plan, "forward", tiles, v, None if plan.erase else erase, state, out, state_out, None, gate)
+    return out, state_out
+
+
+def backward(d_out, d_state, q, k, v, log_decay, erase, state, scale, cu_seqlens, A_log, dt_bias, gate, floor, exclusive):
+    """Gradients of q, k, v, log_decay, erase, state, A_log, dt_bias; the last two empty without a gate."""
+    like = (log_decay, erase, A_log, dt_bias)
+    q, k, v, g, erase, state, A_log, dt_bias = _readable(q, k, v, log_decay, erase, state, A_log, dt_bias)
+    d_out, d_state = d_out.to(v.dtype).contiguous(), d_state.contiguous()
+    plan = plan_of(q, v, erase, cu_seqlens, exclusive)
+    strength = None if plan.erase else erase
+    tiles = intra(plan, k, g, erase, A_log, dt_bias, scale, floor, gate, save=True)
+    memories = torch.empty(plan.chunks, plan.HV, plan.V, plan.K, dtype=q.dtype, device=q.device)
+    chain(plan, "save", tiles, v, strength, state, None, None, memories, gate)
+    d_write, d_memories, d_state_in = torch.empty_like(v), torch.empty_like(memories), torch.empty_like(state)
+    chain(plan, "reverse", tiles, d_out, None, d_state, d_write, d_state_in, d_memories, 0)
+
+    dq, dk = (x.new_empty(*v.shape[:3], plan.K) for x in (q, k))
+    dg, d_erase, dv = torch.empty_like(g), torch.empty_like(erase), d_write if plan.erase else torch.empty_like(v)
+    dA_log = d_bias = q.new_empty(0)
+    if gate:  # chunks that a packed batch does not have add nothing
+        dA_log = torch.zeros(plan.chunks, plan.HV, dtype=torch.float32, device=q.device)
+        d_bias = torch.zeros(plan.chunks, plan.HV, 4, plan.K, dtype=torch.float32, device=q.device)
+    if plan.chunks:
+        plan.kernel("gradient", "gradient", _GRADIENT, 256).launch(
+            (plan.chunks * plan.HV, 1),
+            q.data_ptr(), k.data_ptr(), erase.data_ptr(), g.data_ptr(), _at(A_log), _at(dt_bias), v.data_ptr(), tiles.norms,
+            tiles.E, tiles.M, d_out.data_ptr(), d_write.data_ptr(), memories.data_ptr(), d_memories.data_ptr(),
+            dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), dg.data_ptr(), d_erase.data_ptr(), _at(dA_log), _at(d_bias),
+            plan.cu_seqlens, plan.chunk_offsets, plan.T, plan.sequences, plan.H, plan.HV, plan.V, scale, floor,
+            gate, g.dtype == torch.float32, erase.dtype == torch.float32,
+        )  # fmt: skip
+    if plan.HV > plan.H:
+        dq, dk = (x.unflatten(2, (plan.H, -1)).sum(3) for x in (dq, dk))
+    if gate:
+        dA_log, d_bias = dA_log.sum(0).to(like[2].dtype), d_bias.sum((0, 2)).to(like[3].dtype)
+    return dq, dk, dv, dg.to(like[0].dtype), d_erase.to(like[1].dtype), d_state_in, dA_log, d_bias
+
+
+def _readable(q, k, v, log_decay, erase, state, A_log, dt_bias):
+    """Contiguous, and in a dtype that the kernels read: gates in fp32 or q's dtype, parameters in fp32."""
+
+    def either(x: Tensor) -> Tensor:
+        return x.contiguous() if x.dtype in (q.dtype, torch.float32) else x.float().contiguous()
+
+    parameters = (None if x is None else x.float().contiguous() for x in (A_log, dt_bias))
+    q, k, v, state = (x.contiguous() for x in (q, k, v, state))
+    erase = either(erase) if erase.ndim == 3 else erase.to(q.dtype).contiguous()
+    return q, k, v, either(log_decay), erase, state, *parameters
+
+
+def _at(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
