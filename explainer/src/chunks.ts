@@ -5,12 +5,12 @@ import { Heat } from "./heat.ts";
 import type { Chunked, Source } from "./source.ts";
 import type { Watching, Whiteboard } from "./whiteboard.ts";
 
-type Name = "A" | "M" | "W" | "U" | "fresh" | "inter" | "intra" | "output" | "by_token";
+type Name = "A" | "P" | "M" | "W" | "U" | "memory" | "fresh" | "inter" | "intra" | "output" | "by_token";
 const STEPS: { title: string; says: string; parts: [Name, string][] }[] = [
   {
-    title: "Who disturbs whom",
-    says: "Row i, column j: how much of what token j writes, token i will erase again. Only earlier tokens count, so everything on and above the diagonal is empty.",
-    parts: [["A", "A"]],
+    title: "Who meets whom",
+    says: "Row i, column j: how much of what token j writes the key of token i will erase again (A), and its query will read (P). A token meets only what came before it, and P also what it wrote itself; nothing stands above the diagonal.",
+    parts: [["A", "A, erased"], ["P", "P, read"]],
   },
   {
     title: "Undo the waiting",
@@ -25,7 +25,7 @@ const STEPS: { title: string; says: string; parts: [Name, string][] }[] = [
   {
     title: "What is truly new",
     says: "Once the memory arrives: what each token really adds to it.",
-    parts: [["fresh", "U − W S"]],
+    parts: [["memory", "S, at the start"], ["fresh", "U − W S"]],
   },
   {
     title: "Answers",
@@ -63,7 +63,7 @@ export class ChunksFigure {
     const list = byId("chunks-steps");
     STEPS.forEach(({ title, says, parts }, i) => {
       const matrices = parts.map(([name, caption]) => {
-        const heat = new Heat({ name: caption, hover: (row) => this.mark(row) });
+        const heat = new Heat({ name: caption, hover: name === "memory" ? undefined : (row) => this.mark(row) });
         this.heats.set(name, heat);
         return h("figure", { "data-matrix": name }, heat.element, h("figcaption", {}, caption));
       });
@@ -76,7 +76,7 @@ export class ChunksFigure {
   }
 
   private mark(row: number | null): void {
-    this.heats.forEach((heat) => heat.mark(row));
+    this.heats.forEach((heat, name) => name !== "memory" && heat.mark(row));
     [...this.tokens.children].forEach((chip, i) => chip.classList.toggle("now", i === row));
   }
 
@@ -107,9 +107,9 @@ export class ChunksFigure {
     const narrow = Math.max(2, Math.min(10, Math.floor(176 / wide)));
     const outputs = Math.max(...scene.output.data.map(Math.abs));
     for (const [name, heat] of this.heats) {
-      const isSquare = name === "A" || name === "M";
+      const isSquare = name === "A" || name === "M" || name === "P";
       const most = name === "A" ? undefined : name === "M" ? 1 : name === "inter" || name === "intra" || name === "output" || name === "by_token" ? outputs : undefined;
-      heat.show(scene[name], { height: square, width: isSquare ? square : narrow, most });
+      heat.show(scene[name], { height: name === "memory" ? Math.min(square, narrow) : square, width: isSquare ? square : narrow, most });
     }
     const line = (value: number, about: string) => h("p", {}, h("strong", {}, text(value, 2)), h("span", {}, about));
     this.result.replaceChildren(

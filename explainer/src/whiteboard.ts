@@ -340,8 +340,8 @@ export class Whiteboard {
     const width = this.chart.clientWidth;
     if (!scene || !width) return;
     const height = 120;
-    const margin = { left: 44, right: 10, top: 10, bottom: 24 };
     const T = scene.tokens.length;
+    const margin = { left: 44, right: T <= 3 ? 24 : 10, top: 10, bottom: 24 };
     const points: [number, number][] = [[0, scene.norms.data[0]]];
     for (let t = 0; t < T; t++) {
       for (let b = 1; b < 4; b++) points.push([4 * t + b, scene.norms.data[4 * t + b]]);

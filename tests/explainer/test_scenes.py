@@ -1,6 +1,10 @@
 """What the page shows is what the library computes."""
 
+import importlib.util
 import math
+import random
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -184,3 +188,32 @@ def test_a_model_of_another_vocabulary_needs_its_tokenizer(tmp_path):
     palimpsest.KimiLinearForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="tokenizer"):
         scenes.Watched(tmp_path)
+
+
+def test_the_stories_that_the_shipped_model_reads_ask_for_the_last_word():
+    """Every answer, in every story, is the last thing that was said of that subject."""
+    place = Path(__file__).parents[2] / "recipes" / "explainer.py"
+    if not place.is_file():
+        pytest.skip("the recipes are not part of an installed package")
+    spec = importlib.util.spec_from_file_location("explainer_recipe", place)
+    assert spec is not None
+    assert spec.loader is not None
+    recipe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recipe)
+    chance = random.Random(3)
+    overwritten = 0
+    for _ in range(200):
+        said: dict[str, str] = {}
+        asked = None
+        for sentence in re.findall(r"[^.?]+[.?]", recipe.story(chance)):
+            words = re.sub(r"^(now|then|later) ", "", sentence.strip().lower()).rstrip(".?").split()
+            if sentence.endswith("?"):
+                asked = " ".join(words[words.index("is") + 1 :])
+                continue
+            subject, value = (" ".join(part) for part in (words[: words.index("is")], words[words.index("is") + 1 :]))
+            if asked is not None:
+                assert (subject, value) == (asked, said[subject])
+                asked = None
+            overwritten += subject in said and said[subject] != value
+            said[subject] = value
+    assert overwritten >= 200
