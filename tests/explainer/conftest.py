@@ -50,7 +50,7 @@ def address(library):
         yield url
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # no longer: an event loop runs as long as it does
 def chromium():
     playwright = pytest.importorskip(
         "playwright.sync_api", reason="the page is tested with playwright: pip install playwright"
