@@ -1,6 +1,7 @@
 # make demo   train a small Kimi Linear on Python's own sources, then let it complete code
 # make test   everything the tests need, and the tests
 # make check  format, lint, types
+# make docs   the documentation site, with the course, in site/
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -20,6 +21,9 @@ check: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+
+docs: $(VENV)/dev.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)

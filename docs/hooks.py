@@ -1,0 +1,144 @@
+"""What the site adds: each lesson of course/ as a page, run on the spot; mathematics as MathML; doctests as code.
+
+A lesson is a marimo notebook. Its page shows the notebook's text, code, values and figures, with every control where it
+starts; the notebook itself is for playing. Nothing is written into the repository.
+"""
+
+import html
+import importlib.util
+import io
+import re
+import textwrap
+from pathlib import Path
+
+import griffe
+from latex2mathml.converter import convert
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File
+
+COURSE = Path(__file__).parents[1] / "course"
+FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+_pages: dict[tuple[str, str], tuple[str, dict[str, bytes]]] = {}  # (name, source) -> page, figures: for `mkdocs serve`
+
+
+class Doctests(griffe.Extension):
+    """The examples in docstrings, as code: without a fence, Markdown takes their brackets for links."""
+
+    def on_object(self, *, obj, **_):
+        if obj.docstring:
+            obj.docstring.value = re.sub(
+                r"^>>> .*(?:\n.+)*", r"```pycon\n\g<0>\n```", obj.docstring.value, flags=re.MULTILINE
+            )
+
+
+def lessons() -> list[Path]:
+    return sorted(COURSE.glob("[0-9][0-9]_*.py"))
+
+
+def on_files(files, config):
+    for path in lessons():
+        page, figures = _page(path)
+        files.append(File.generated(config, f"course/{path.stem}.md", content=page))
+        for name, content in figures.items():
+            files.append(File.generated(config, f"course/{name}", content=content))
+    return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    if page.file.src_uri == "course/index.md":
+        markdown = markdown.replace("<!-- lessons -->", "\n".join(map(_line_of_index, lessons())))
+    return markdown
+
+
+def on_page_content(content, page, config, files):
+    return FORMULA.sub(lambda found: mathml(html.unescape(found[3]), block=found[2] == "["), content)
+
+
+def mathml(tex: str, block: bool) -> str:
+    """The formula as MathML, which browsers draw by themselves.
+
+    Raises:
+        PluginError: something in it was not understood; the converter would have printed it as text.
+    """
+    tex = re.sub(r"\{(aligned|align|gathered)\}", "{align*}", tex.strip())
+    result = convert(tex, display="block" if block else "inline")
+    if leftover := re.findall(r"<m[io]>(\\\w+|&amp;|&)</m[io]>", result):
+        raise PluginError(f"formula not understood at {leftover[0]!r}: {tex}")
+    return result
+
+
+def _page(path: Path) -> tuple[str, dict[str, bytes]]:
+    key = path.stem, path.read_text()
+    if key not in _pages:
+        try:
+            _pages[key] = _run(path)
+        except Exception as error:
+            raise PluginError(f"course/{path.name} does not run: {type(error).__name__}: {error}") from error
+    return _pages[key]
+
+
+def _run(path: Path) -> tuple[str, dict[str, bytes]]:
+    import matplotlib
+
+    matplotlib.use("agg")
+    spec = importlib.util.spec_from_file_location(f"lesson_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    lesson = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(lesson)
+    with matplotlib.rc_context({"svg.hashsalt": path.stem, "svg.fonttype": "path"}):
+        values, _ = lesson.app.run()
+        return _written(path.stem, [c for c in lesson.app._cell_manager.cell_data() if c.cell_id != "setup"], values)
+
+
+def _written(stem: str, cells, values) -> tuple[str, dict[str, bytes]]:
+    blocks, early, figures, titled = [], [], {}, False
+    for cell, value in zip(cells, values, strict=True):
+        text = getattr(value, "_markdown_text", None)
+        if text is not None and not titled:
+            titled = True
+            play = f"*This page is `course/{stem}.py`. To play with it: `marimo edit course/{stem}.py`.*"
+            blocks += [textwrap.dedent(text).strip(), play, *early]
+            continue
+        here = blocks if titled else early
+        if text is None or "mo.md" not in cell.code:
+            here.append(_code(cell))
+        if value is not None:
+            here.append(_value(value, f"{stem}-{len(figures) + 1}.svg", figures))
+    return "\n\n".join(blocks) + "\n", figures
+
+
+def _code(cell) -> str:
+    fence = f"```python\n{cell.code.strip()}\n```"
+    if not cell.config.hide_code:
+        return fence
+    title = "Solutions" if "solution_" in cell.code else "Code"
+    return f'??? note "{title}"\n\n{textwrap.indent(fence, "    ")}'
+
+
+def _value(value, name: str, figures: dict[str, bytes]) -> str:
+    if hasattr(value, "savefig"):
+        drawn = io.BytesIO()
+        value.savefig(drawn, format="svg", metadata={"Date": None}, bbox_inches="tight")
+        figures[name] = drawn.getvalue()
+        return f"![Figure]({name})"
+    if hasattr(value, "_markdown_text"):
+        return textwrap.dedent(value._markdown_text).strip()
+    if hasattr(value, "_labels") and hasattr(value, "_tabs"):  # an accordion
+        parts = [(a._markdown_text, textwrap.dedent(b._markdown_text)) for a, b in zip(value._labels, value._tabs)]
+        return "\n\n".join(f'??? note "{label}"\n\n{textwrap.indent(text, "    ")}' for label, text in parts)
+    if hasattr(value, "_initial_value"):  # a control
+        label = re.sub(r"<[^>]+>", "", value._args.label or "a control")
+        return f"*In the notebook, `{label}` can be changed here; on this page it is {value.value}.*"
+    if hasattr(value, "_mime_"):  # a layout of marimo's own, which needs its front end
+        return ""
+    return f"```text\n{value}\n```"
+
+
+def _line_of_index(path: Path) -> str:
+    page, _ = _page(path)
+    title = re.search(r"^# (.*)$", page, re.MULTILINE)
+    minutes = re.search(r"(\d+) minutes", page)
+    if title is None:
+        raise PluginError(f"course/{path.name} has no title; its first text starts with '# '")
+    return f"- [{title[1]}]({path.stem}.md)" + (f", {minutes[1]} minutes" if minutes else "")
