@@ -1,8 +1,8 @@
 """Palimpsest: Kimi Delta Attention, its family, and the model made of it.
 
 The public names are these and nothing else; each is loaded when first used, so that `palimpsest --help` and the
-explainer start before torch does. Beside them stand three rooms: `palimpsest.generate` (text from a model), `palimpsest.train` (training) and
-`palimpsest.testing` (judge a kernel of your own).
+explainer start before torch does. Beside them stand three rooms: `palimpsest.generate` (text from a model),
+`palimpsest.train` (training) and `palimpsest.testing` (judge a kernel of your own).
 """
 
 from importlib import import_module

@@ -12,39 +12,39 @@ from palimpsest.ops.backends import Backend
 from palimpsest.ops.packing import by_sequence
 
 
-def _backend(name: str, law) -> Backend:
+def _backend(name: str, law, fold) -> Backend:
+    """`law` has the equations; `fold(run, sequences, state)` takes `run` over a sequence, whole or piece by piece.
+
+    Preparation (dtype, heads, scale, beta) happens inside `run`, so that no copy is as long as the sequence.
+    """
+
     def core(q, k, erase, write, log_decay, state, scale, cu_seqlens):
-        def prepared(q, k, erase, write, log_decay, S):
+        def run(q, k, erase, write, log_decay, S):
             q, k, erase, write, log_decay = _wide((q, k, erase, write, log_decay), S)
             return law.delta_memory(q * scale, k, erase, write, log_decay, S)
 
-        return _run(prepared, (q, k, erase, write, log_decay), state, cu_seqlens, write.dtype)
+        return _run(run, (q, k, erase, write, log_decay), state, cu_seqlens, write.dtype)
 
     def kda(q, k, v, log_decay, beta, state, scale, cu_seqlens):
-        def prepared(q, k, v, log_decay, beta, S):
+        def run(q, k, v, log_decay, beta, S):
             q, k, v, log_decay, beta = _wide((q, k, v, log_decay, beta), S)
             return law.delta_memory(q * scale, k, beta * k, beta * v, log_decay, S)
 
-        return _run(prepared, (q, k, v, log_decay, beta[..., None]), state, cu_seqlens, v.dtype)
+        return _run(run, (q, k, v, log_decay, beta[..., None]), state, cu_seqlens, v.dtype)
 
     def dplr(q, k, v, a, b, log_decay, state, scale, cu_seqlens):
-        def prepared(q, k, v, a, b, log_decay, S):
+        def run(q, k, v, a, b, log_decay, S):
             q, *rest = _wide((q, k, v, a, b, log_decay), S)
             return law.dplr(q * scale, *rest, S)
 
-        return _run(prepared, (q, k, v, a, b, log_decay), state, cu_seqlens, v.dtype)
+        return _run(run, (q, k, v, a, b, log_decay), state, cu_seqlens, v.dtype)
 
-    def _run(prepared, sequences, state, cu_seqlens, dtype):
-        # Preparation happens inside a segment, so that no copy is ever as long as the sequence.
-        if law is chunked:
-            run = lambda *x: chunked.by_segments(prepared, x[:-1], x[-1])
-        else:
-            run = prepared
+    def _run(run, sequences, state, cu_seqlens, dtype):
         with torch.autocast(state.device.type, enabled=False):
             if cu_seqlens is None:
-                output, state = run(*sequences, state)
+                output, state = fold(run, sequences, state)
             else:
-                output, state = by_sequence(run, sequences, state, cu_seqlens)
+                output, state = by_sequence(lambda *x: fold(run, x[:-1], x[-1]), sequences, state, cu_seqlens)
         return output.to(dtype), state
 
     def lookup(q, k, v, keys, values, scale, cu_seqlens):
@@ -78,5 +78,5 @@ def step_(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, stat
         return (q @ S).mul_(scale).view(B, HV, V).to(v.dtype)
 
 
-CHUNKED = _backend("chunked", chunked)
-REFERENCE = _backend("reference", reference)
+CHUNKED = _backend("chunked", chunked, chunked.by_segments)
+REFERENCE = _backend("reference", reference, lambda run, sequences, state: run(*sequences, state))

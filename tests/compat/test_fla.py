@@ -19,8 +19,9 @@ def test_activated_inputs_are_kda():
 @pytest.mark.parametrize("bound", [None, -5.0])
 def test_everything_in_the_kernel(bound):
     output, final = chunk_kda(
-        q, k, v, g, b, initial_state=state.mT, output_final_state=True, use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True,
-        use_beta_sigmoid_in_kernel=True, allow_neg_eigval=True, lower_bound=bound, A_log=A_log, dt_bias=dt_bias, state_v_first=True,
+        q, k, v, g, b, initial_state=state.mT, output_final_state=True, use_qk_l2norm_in_kernel=True,
+        use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True, allow_neg_eigval=True, lower_bound=bound,
+        A_log=A_log, dt_bias=dt_bias, state_v_first=True,
     )  # fmt: skip
     decay = gates.softplus_decay(g, A_log, dt_bias) if bound is None else gates.sigmoid_decay(g, A_log, dt_bias, bound)
     truth = kda(l2norm(q), l2norm(k), v, decay, 2 * b.sigmoid(), state=state)
