@@ -70,9 +70,9 @@ class Drift:
         stored = how.pack(torch.zeros(1, self.heads, self.channels, self.channels, device=device), chance)
         error, size = [], []
         singles = [x.float().unbind(1) for x in inputs]
-        for t, token in enumerate(zip(*singles)):
-            memory = how.unpack(stored)
-            output = kda_step_(*token, memory.contiguous())
+        for t, (q, k, v, log_decay, beta) in enumerate(zip(*singles)):
+            memory = how.unpack(stored).contiguous()
+            output = kda_step_(q, k, v, log_decay, beta, memory)
             stored = how.pack(memory, chance)
             error.append((output.double() - truth[:, t]).square().sum())
             size.append(truth[:, t].square().sum())
@@ -145,7 +145,7 @@ class StoredState:
         model.eval()
         rows = []
         for i, (name, how) in enumerate(FORMATS.items()):
-            reader = StepReader(how, device, tell=lambda: tell(0.5 + i / 2 / len(FORMATS), ""))
+            reader = StepReader(how, device, tell=lambda i=i: tell(0.5 + i / 2 / len(FORMATS), ""))
             for task in self.tests:
                 point = replace(self.training, tokens_per_step=self.batch_size * task.length)
                 found = evaluate(model, point, task, device, reader)

@@ -35,8 +35,9 @@ def best(records: Sequence[Record]) -> dict[tuple[str, str], Spread]:
     found: dict[tuple[str, str], Spread] = {}
     for (who, task, _), rates in by.items():
         first = Measure(task)
-        score = lambda rs: sum(r.rows[0][first.column] for r in rs) / len(rs) * (1 if first.larger else -1)
-        chosen = max(rates.values(), key=score)
+        chosen = max(
+            rates.values(), key=lambda rs, m=first: _mean([r.rows[0][m.column] for r in rs]) * (1 if m.larger else -1)
+        )
         for i, row in enumerate(chosen[0].rows):
             column = Measure(row["test_task"]).column
             found[test_name(row), who] = Spread(tuple(r.rows[i][column] for r in chosen))

@@ -70,9 +70,10 @@ def run(
     sweep = Sweep(folder, experiment, scale, plan)
     done = {r["id"] for r in sweep.lines() if "result" in r}
     left = {i: p for i, p in plan.items() if i not in done and only in title(p.label())}
+    titles = [title(p.label()) for p in plan.values()]
     check(
-        bool(left) or not only or any(only in title(p.label()) for p in plan.values()),
-        f"no point of {experiment.name!r} matches {only!r}; a point is described like {title(next(iter(plan.values())).label())!r}",
+        any(only in words for words in titles),
+        f"no point of {experiment.name!r} matches {only!r}; a point is described like {titles[0]!r}",
     )
     sweep.start(command, note, device)
     tally = Tally(plan, left, report)

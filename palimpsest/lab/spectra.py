@@ -10,9 +10,8 @@ Letters  B sequences, T tokens, H heads, K key channels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from palimpsest.lab.tasks.task import Key, check
 from palimpsest.lab.training import TEST_SEED, Training, learn
 from palimpsest.layers.kimi_delta_attention import Edits, KimiDeltaAttention
 from palimpsest.models.kimi_linear import KimiLinearForCausalLM
+from palimpsest.models.kimi_linear.model import DecoderLayer
 from palimpsest.ops.trace import trace
 
 CLOSE = 1e-4  # to 1, in float32
@@ -81,18 +81,22 @@ def spectrum(edits: Edits) -> Spectrum:
 def layer_edits(model: KimiLinearForCausalLM, tokens: Tensor) -> dict[int, Edits]:
     """What every delta-rule layer of the model tells its memory about tokens [B, T]: layer -> edits."""
     inputs: dict[int, Tensor] = {}
-    layers = [layer.self_attn for layer in model.model.layers]
-    hooks = [
-        layer.register_forward_pre_hook(lambda module, args, i=i: inputs.__setitem__(i, args[0]))
-        for i, layer in enumerate(layers)
-        if isinstance(layer, KimiDeltaAttention) and layer.parts.rule == "delta"
-    ]
+    mixers = [cast(DecoderLayer, layer).self_attn for layer in model.model.layers]
+    watched = {i: m for i, m in enumerate(mixers) if isinstance(m, KimiDeltaAttention) and m.parts.rule == "delta"}
+
+    def watch(i: int):
+        def note(module, args) -> None:
+            inputs[i] = args[0]
+
+        return note
+
+    hooks = [mixer.register_forward_pre_hook(watch(i)) for i, mixer in watched.items()]
     try:
         model(tokens)
     finally:
         for hook in hooks:
             hook.remove()
-    return {i: layers[i].edits(x) for i, x in inputs.items()}
+    return {i: watched[i].edits(x) for i, x in inputs.items()}
 
 
 def warnings(layer: int, found: Spectrum, length: int) -> list[str]:
@@ -177,7 +181,7 @@ class Spectra:
         }
 
 
-def _summary(found: Spectrum, head: int) -> Mapping[str, Any]:
+def _summary(found: Spectrum, head: int) -> Row:
     values = found.eigenvalues[:, :, head]
     return {
         "smallest_eigenvalue": values.min().item(),

@@ -85,9 +85,8 @@ def judge(records: Sequence[Record]) -> Verdict:
         general = ops.get(("op dplr", hidden), {})
         longest = max(set(by) & set(general), default=None)
         if longest:
-            because.append(
-                f"At {longest:,} tokens the general transition (DPLR) takes {general[longest] / by[longest]:.2f} times KDA's time."
-            )
+            factor = general[longest] / by[longest]
+            because.append(f"At {longest:,} tokens the general transition (DPLR) takes {factor:.2f} times KDA's time.")
     for what in ("decode", "prefill"):
         times = _times(records, what)
         cells = {

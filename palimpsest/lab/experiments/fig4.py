@@ -145,9 +145,10 @@ EXPERIMENT = Experiment(
     scales={
         "tiny": "every part in seconds, on a CPU; proves nothing",
         "small": "width 64, length 64, vocabulary 64, 8 pairs, 8 stacks, 700 steps of 1,024 tokens, 2 seeds: minutes on a CPU",
-        "quick": "2 layers, 2 heads of 128, vocabulary 512, lengths 256 and 512, length / 8 pairs, 64 stacks, at most 3,000 steps of "
-        "32,768 tokens, one learning rate, 2 seeds: about 20 minutes on an H200 with 4 workers",
-        "full": "the paper's lengths and learning rates, vocabulary 1,024, length / 8 pairs, 20,000 steps of 65,536 tokens, 2 seeds: days on one H200; resume at will",
+        "quick": "2 layers, 2 heads of 128, vocabulary 512, lengths 256 and 512, length / 8 pairs, 64 stacks, at most "
+        "3,000 steps of 32,768 tokens, one learning rate, 2 seeds: about 20 minutes on an H200 with 4 workers",
+        "full": "the paper's lengths and learning rates, vocabulary 1,024, length / 8 pairs, 20,000 steps of "
+        "65,536 tokens, 2 seeds: days on one H200; resume at will",
     },
     points=points,
     judge=judge,

@@ -59,7 +59,7 @@ EXPERIMENT = Experiment(
     scales={
         "tiny": "every part in seconds, on a CPU; proves nothing",
         "small": "width 64, length 64, MQAR and selective copying, 500 steps of 1,024 tokens, 2 seeds: minutes on a CPU",
-        "full": "2 layers of width 256, length 512, four tasks, 4,000 steps of 32,768 tokens, 3 seeds: about 1.5 hours on an H200",
+        "full": "2 layers of width 256, length 512, four tasks, 4,000 steps of 32,768 tokens, 3 seeds: 1.5 hours on an H200",
     },
     points=points,
     judge=versus("channel", WORDS),

@@ -55,7 +55,7 @@ EXPERIMENT = Experiment(
     ),
     scales={
         "tiny": "every part in seconds, on a CPU; proves nothing",
-        "small": "8 layers of width 48 on bytes of text with needles at length 256, 400 steps of 2,048 tokens, 2 seeds: an hour on a CPU",
+        "small": "8 layers of width 48 on text with needles at length 256, 400 steps of 2,048 tokens, 2 seeds: an hour on a CPU",
         "full": "16 layers of width 512 at length 2,048, 524M bytes, tested to 8,192, 2 seeds: about 6 hours on an H200",
     },
     points=points,

@@ -158,7 +158,7 @@ EXPERIMENT = Experiment(
     ),
     scales={
         "tiny": "every part in seconds, on a CPU; proves nothing",
-        "small": "4,096 tokens through 4 memories of 32 x 32, 3 seeds; models of width 64 on MQAR and text, 2 seeds: minutes on a CPU",
+        "small": "4,096 tokens through 4 memories of 32 x 32, 3 seeds; models of width 64, 2 seeds: minutes on a CPU",
         "full": "32,768 tokens through 16 memories of 128 x 128, 3 seeds; models of width 256, 2 seeds: about an hour on an H200",
     },
     points=points,

@@ -95,7 +95,7 @@ EXPERIMENT = Experiment(
     ),
     scales={
         "tiny": "every part in seconds, on a CPU; proves nothing",
-        "small": "1 layer of width 32, parity and swaps of 3 things, trained at length 32, tested to 256, 3 seeds: minutes on a CPU",
+        "small": "1 layer of width 32, parity and swaps of 3, trained at length 32, tested to 256, 3 seeds: minutes on a CPU",
         "full": "1 layer of width 128, five machines, trained at length 128, tested to 1,024, 3 seeds: about 2 hours on an H200",
     },
     points=points,

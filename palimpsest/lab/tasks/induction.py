@@ -50,7 +50,8 @@ class Induction:
         tokens = np.concatenate((first, np.take_along_axis(first, source, 1)), 1)
 
         # the n-gram that ends at each place of the first half, as one number; it decides if no other place has it
-        grams = sum(first[:, n - 1 - j : half - j] * self.vocab_size**j for j in range(n))
+        digits = [first[:, n - 1 - j : half - j] * self.vocab_size**j for j in range(n)]
+        grams = np.sum(digits, 0)
         order = np.argsort(grams, 1, kind="stable")
         ranked = np.take_along_axis(grams, order, 1)
         same = np.diff(ranked, axis=1) == 0

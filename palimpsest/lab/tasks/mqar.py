@@ -67,7 +67,7 @@ class MQAR:
         np.put_along_axis(labels, place, np.take_along_axis(values, which, 1), 1)
         gap = np.zeros((count, self.length), np.int64)
         np.put_along_axis(gap, place, place - 2 * which, 1)
-        return batch(tokens, labels, gap=gap, pairs=np.int64(n))
+        return batch(tokens, labels, gap=gap, pairs=np.array(n))
 
     def _gaps(self, chance: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Key j is asked in a slot of two tokens drawn without replacement, slot i with weight i^(power - 1)."""

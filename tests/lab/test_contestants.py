@@ -1,0 +1,109 @@
+"""Contestants are equal where they should be, see no future, and fail where they must."""
+
+import pytest
+import torch
+
+from palimpsest.lab.contestants import (
+    ABOUT,
+    CONTESTANTS,
+    PAPER_SIZE,
+    Contestant,
+    Size,
+    build,
+    config,
+    contestant,
+    count_parameters,
+    state_numbers,
+)
+from palimpsest.lab.tasks import Palindrome
+from palimpsest.lab.training import Training, learn
+from palimpsest.models.kimi_linear.state import ModelState
+
+EVERYONE = [*CONTESTANTS, "KKKM", "KM"]
+SIZE = Size(layers=4, hidden_size=32, heads=2, head_dim=16, mlp=64)
+
+
+@pytest.mark.parametrize("name", EVERYONE)
+def test_parameters_are_matched_to_half_a_percent(name):
+    for size in (SIZE, Size(layers=4), PAPER_SIZE):
+        if size.layers < len(contestant(name).pattern):
+            continue
+        have, want = (count_parameters(config(contestant(who), size, 512)) for who in (name, "kda"))
+        assert abs(have - want) <= max(0.005 * want, 3 * size.hidden_size * size.layers / 2 + 1)
+
+
+@pytest.mark.parametrize("name", EVERYONE)
+def test_the_state_is_counted_as_it_is(name):
+    model = build(contestant(name), SIZE, 20)
+    with torch.no_grad():
+        state = model(torch.randint(20, (1, 24))).state
+    held = sum(x.numel() for key, x in state.tensors().items() if key not in ("position",) and not key.endswith("valid"))
+    assert held == state_numbers(model.config, 24)
+    assert isinstance(state, ModelState)
+
+
+def test_every_matrix_memory_holds_as_many_numbers():
+    matrix = [name for name in CONTESTANTS if "softmax" not in name]
+    assert len({state_numbers(config(contestant(name), SIZE, 20), 999) for name in matrix}) == 1
+
+
+@pytest.mark.parametrize("name", EVERYONE)
+def test_nobody_sees_a_future_token(name):
+    torch.manual_seed(0)
+    model = build(contestant(name), SIZE, 20).eval()
+    tokens = torch.randint(20, (1, 40))
+    changed = tokens.clone()
+    changed[:, 25:] = (changed[:, 25:] + 7) % 20
+    with torch.no_grad():
+        one, other = model(tokens).logits, model(changed).logits
+    assert one[:, :25].equal(other[:, :25]) or (one[:, :25] - other[:, :25]).abs().max() < 1e-5
+    assert (one[:, 25:] - other[:, 25:]).abs().max() > 1e-3
+
+
+def test_every_contestant_says_what_it_is():
+    assert set(ABOUT) == set(CONTESTANTS)
+
+
+def test_a_bounded_gate_starts_where_it_can_learn():
+    model = build(Contestant("bounded", "K", {"gate": "sigmoid"}), SIZE, 20)
+    assert not any(p.any() for name, p in model.named_parameters() if name.endswith("A_log"))
+
+
+TASK = Palindrome(length=8, vocab_size=10)
+LEARN = {
+    "train": (TASK,),
+    "size": Size(layers=1, hidden_size=32, heads=1, head_dim=16, mlp=32),
+    "lr": 2e-2,
+    "steps": 120,
+    "tokens_per_step": 256,
+    "evaluate_every": 30,
+    "test_batches": 2,
+}
+
+
+def test_who_cannot_tell_the_order_fails_and_who_can_learns():
+    """Linear attention without decay and convolution gives the same answer to any order of what it read."""
+    blind = Contestant("blind", "L", {"conv": False})
+    found = {w.name: learn(Training(who=w, **LEARN), "cpu", lambda *_: None)[0]["rows"][0] for w in (blind, CONTESTANTS["kda"])}
+    assert found["kda"]["best_accuracy"] > 0.8
+    assert found["blind"]["best_accuracy"] < 0.5
+    assert found["kda"]["parameters"] == pytest.approx(found["blind"]["parameters"], rel=0.01)
+
+
+BAD = {
+    "unknown": (lambda: contestant("kdaa"), "did you mean 'kda'"),
+    "unknown, far": (lambda: contestant("transformer-xl"), "choose one of kda, "),
+    "letter": (lambda: contestant("KX"), "unknown letters X"),
+    "part": (lambda: Contestant("mine", "K", {"convolution": False}), "did you mean conv?"),
+    "value": (lambda: Contestant("mine", "K", {"decay": "token"}), "choose one of 'channel'"),
+    "layers": (lambda: config(contestant("KKKM"), Size(layers=2), 20), "pattern of 4 layers"),
+    "size": (lambda: Size(heads=0), "heads is 0"),
+    "no room": (lambda: config(contestant("gdn2"), Size(hidden_size=64, mlp=8), 20), "give mlp at least"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_contestants_are_refused_in_a_sentence(case):
+    make, sentence = BAD[case]
+    with pytest.raises(ValueError, match=sentence):
+        make()

@@ -1,0 +1,74 @@
+"""A tiny version of every experiment, end to end: points, verdict, plots, report, the command."""
+
+import time
+
+import pytest
+
+from palimpsest.cli import run as command
+from palimpsest.lab.experiment import NAMES, load_experiment
+from palimpsest.lab.run import read_records
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_tiny_version_runs_end_to_end(name, tmp_path, capsys):
+    began = time.process_time()
+    assert command(["lab", "run", name, "--scale", "tiny", "--out", str(tmp_path / name), "--device", "cpu"]) == 0
+    folder = tmp_path / name
+    report = (folder / "report.md").read_text()
+    assert "failed" not in report
+    assert "**Verdict" in report
+    assert len(read_records(folder)) == len(load_experiment(name).plan("tiny"))
+    plots = sorted(folder.glob("*.png"))
+    assert plots
+    assert all(plot.stat().st_size > 5000 for plot in plots)
+    assert all(plot.with_suffix(".svg").is_file() for plot in plots)
+    assert all(f"]({plot.name})" in report for plot in plots)
+    assert "Verdict: " in capsys.readouterr().out
+    assert command(["lab", "show", str(folder)]) == 0
+    assert "# " + name in capsys.readouterr().out
+    assert time.process_time() - began < 30  # of processor time: the machine may be busy with other things
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_scale_is_possible_before_it_is_run(name):
+    experiment = load_experiment(name)
+    for scale in experiment.scales:
+        plan = experiment.plan(scale)
+        assert plan
+        assert all(point.work() > 0 and point.bytes_needed() >= 0 for point in plan.values())
+        labels = [tuple(point.label().items()) for point in plan.values()]
+        assert len(set(labels)) == len(labels), f"{name} {scale}: two points have one description"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_is_judged_from_nothing(name):
+    assert load_experiment(name).judge([]).outcome in ("undecided", "measured", "shown", "not shown")
+
+
+def test_the_sheets_of_the_command(capsys):
+    assert command(["lab", "list"]) == 0
+    listed = capsys.readouterr().out
+    assert all(word in listed for word in (*NAMES, "mamba2", "palindrome"))
+    assert command(["lab", "show", "fig4", "--scale", "tiny"]) == 0
+    assert "contestant kda, task palindrome, length 16" in capsys.readouterr().out
+
+
+BAD = {
+    "experiment": (["run", "fig5"], "unknown"),
+    "scale": (["run", "fig4", "--scale", "huge"], "has no scale 'huge'"),
+    "folder": (["show", "."], "holds no results"),
+    "name": (["show", "no-such-thing"], "unknown"),
+    "compare one": (["compare", "."], "at least two"),
+    "device": (["run", "fig4", "--scale", "tiny", "--device", "tpu"], "'cpu' or 'cuda'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_use_ends_in_a_sentence(case, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments, sentence = BAD[case]
+    assert command(["lab", *arguments]) == 1
+    said = capsys.readouterr().err
+    assert sentence in said
+    assert "Traceback" not in said
+    assert not list(tmp_path.iterdir())

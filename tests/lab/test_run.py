@@ -1,0 +1,272 @@
+"""Sweeps: resumed, interrupted, refused; verdicts and comparisons that say how sure they are."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from palimpsest.lab.experiment import Experiment, Record, Verdict, load_experiment
+from palimpsest.lab.report import compare
+from palimpsest.lab.run import InterruptedSweep, check_room, failures, read_lines, read_records, run, title
+from palimpsest.lab.spread import Spread, against, tuned
+
+RECIPE = '''
+"""An experiment whose points take no time."""
+import os, time
+from dataclasses import dataclass
+from palimpsest.lab.experiment import Experiment, Verdict
+from palimpsest.lab.plots import figure
+
+@dataclass(frozen=True)
+class Count:
+    number: int
+    seed: int = 0
+    def label(self): return {"number": self.number, "seed": self.seed}
+    def to_dict(self): return {"kind": "count", **vars(self)}
+    def prepare(self):
+        if self.number < 0: raise ValueError(f"number is {self.number}; give 0 or more")
+    def work(self): return 1.0
+    def bytes_needed(self): return 1
+    def run(self, device, tell):
+        for i in range(4):
+            tell(i / 4, f"{i}")
+            time.sleep(PAUSE)
+        if self.number == BROKEN: raise RuntimeError("a bad number")
+        return {"rows": [{"square": float(self.number**2 + self.seed), "process": os.getpid()}]}
+
+PAUSE, BROKEN, POINTS = 0.0, None, 4
+
+def draw(records):
+    found, (ax,) = figure()
+    ax.plot([r.label["number"] for r in records], [r.rows[0]["square"] for r in records])
+    return {"squares": found}
+
+EXPERIMENT = Experiment(
+    name="count", question="what are the squares?", claim="They grow.", scales={"tiny": "four numbers", "bad": "a bad one"},
+    points=lambda scale: [Count(n, s) for s in (0, 1) for n in range(POINTS)] if scale == "tiny" else [Count(-1)],
+    judge=lambda records: Verdict("measured", [f"{len(records)} points."]), draw=draw,
+)
+'''
+
+
+def recipe(folder: Path, name: str = "count.py", **changes) -> Experiment:
+    text = RECIPE
+    for key, value in changes.items():
+        text = text.replace(f"{key} = ", f"{key}_BEFORE = ", 0)
+        text += f"\n{key} = {value!r}\n"
+    (folder / name).write_text(text)
+    return load_experiment(str(folder / name))
+
+
+def test_a_sweep_leaves_results_csv_plots_and_a_report(tmp_path):
+    events = []
+    assert run(recipe(tmp_path), "tiny", tmp_path / "out", device="cpu", report=events.append, command="the command", note="a note")
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert names == {"sweep.json", "results.jsonl", "results.csv", "squares.png", "squares.svg", "report.md"}
+    report = (tmp_path / "out" / "report.md").read_text()
+    for words in ("what are the squares?", "Verdict: measured.", "8 points", "Seeds: 0, 1", "`the command`", "a note", "torch", "UTC"):
+        assert words in report
+    rows = (tmp_path / "out" / "results.csv").read_text().splitlines()
+    assert rows[0] == "number,seed,square,process,seconds"
+    assert len(rows) == 9
+    kinds = [event["event"] for event in events]
+    assert kinds[0] == "start"
+    assert kinds[-1] == "end"
+    assert kinds.count("point") == 8
+    shares = [event["done"] for event in events if "done" in event]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
+    assert all(event["eta"] is None or event["eta"] >= 0 for event in events if "eta" in event)
+
+
+def test_a_finished_sweep_runs_nothing_again(tmp_path):
+    experiment = recipe(tmp_path)
+    run(experiment, "tiny", tmp_path / "out", device="cpu")
+    before = (tmp_path / "out" / "results.jsonl").read_text()
+    events = []
+    assert run(experiment, "tiny", tmp_path / "out", device="cpu", report=events.append)
+    assert events[0]["left"] == 0
+    assert (tmp_path / "out" / "results.jsonl").read_text() == before
+
+
+def test_only_some_points_and_then_the_rest(tmp_path):
+    experiment = recipe(tmp_path)
+    assert not run(experiment, "tiny", tmp_path / "out", device="cpu", only="number 2")
+    assert [r.label["number"] for r in read_records(tmp_path / "out")] == [2, 2]
+    assert "6 of 8 points are not run yet" in (tmp_path / "out" / "report.md").read_text()
+    assert run(experiment, "tiny", tmp_path / "out", device="cpu")
+    assert len(read_records(tmp_path / "out")) == 8
+
+
+def test_an_interrupt_keeps_what_is_done_and_loses_the_running_point_alone(tmp_path):
+    experiment = recipe(tmp_path)
+
+    def stop(event):
+        if event["event"] == "progress" and event["point"].startswith("number 3") and event["share"] > 0.4:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(InterruptedSweep):
+        run(experiment, "tiny", tmp_path / "out", device="cpu", report=stop)
+    assert [r.label["number"] for r in read_records(tmp_path / "out")] == [0, 1, 2]
+    assert (tmp_path / "out" / "report.md").is_file()
+    assert run(experiment, "tiny", tmp_path / "out", device="cpu")
+    numbers = [line["label"]["number"] for line in read_lines(tmp_path / "out" / "results.jsonl")]
+    assert numbers == [0, 1, 2, 3, 0, 1, 2, 3]
+
+
+def test_a_line_cut_by_a_kill_is_run_again(tmp_path):
+    experiment = recipe(tmp_path)
+    run(experiment, "tiny", tmp_path / "out", device="cpu")
+    file = tmp_path / "out" / "results.jsonl"
+    file.write_text(file.read_text()[:-40])
+    assert len(read_records(tmp_path / "out")) == 7
+    assert run(experiment, "tiny", tmp_path / "out", device="cpu")
+    assert len(read_records(tmp_path / "out")) == 8
+    assert all(json.loads(line) for line in file.read_text().splitlines())
+
+
+def test_a_point_that_fails_is_told_and_tried_again(tmp_path):
+    broken = recipe(tmp_path, BROKEN=1)
+    assert not run(broken, "tiny", tmp_path / "out", device="cpu")
+    assert failures(tmp_path / "out") == [
+        ("number 1, seed 0", "RuntimeError: a bad number"),
+        ("number 1, seed 1", "RuntimeError: a bad number"),
+    ]
+    assert "RuntimeError: a bad number" in (tmp_path / "out" / "report.md").read_text()
+    assert run(recipe(tmp_path, "mended.py"), "tiny", tmp_path / "out", device="cpu")
+    assert failures(tmp_path / "out") == []
+
+
+@pytest.mark.timeout(240)
+def test_points_run_in_processes_side_by_side(tmp_path):
+    experiment = recipe(tmp_path, "slow.py", PAUSE=0.3)
+    assert run(experiment, "tiny", tmp_path / "out", device="cpu", workers=2)
+    records = read_records(tmp_path / "out")
+    assert len(records) == 8
+    processes = {r.rows[0]["process"] for r in records}
+    assert os.getpid() not in processes
+    assert len(processes) == 2
+
+
+@pytest.mark.timeout(240)
+def test_ctrl_c_ends_the_workers_too(tmp_path):
+    recipe(tmp_path, "slow.py", PAUSE=0.4)
+    code = (
+        "from palimpsest.lab.experiment import load_experiment\nfrom palimpsest.lab.run import *\n"
+        "if __name__ == '__main__':\n"
+        f"    try:\n        run(load_experiment('slow.py'), 'tiny', 'out', device='cpu', workers=2)\n"
+        "    except InterruptedSweep:\n        raise SystemExit(130)\n"
+    )
+    (tmp_path / "main.py").write_text(code)
+    root = str(Path(__file__).parents[2])
+    child = subprocess.Popen([sys.executable, "main.py"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": root})
+    results = tmp_path / "out" / "results.jsonl"
+    began = time.monotonic()
+    while not (results.is_file() and len(read_lines(results)) >= 2) and time.monotonic() - began < 120:
+        time.sleep(0.1)
+    child.send_signal(signal.SIGINT)
+    assert child.wait(60) == 130
+    done = read_records(tmp_path / "out")
+    assert 2 <= len(done) < 8
+    assert run(recipe(tmp_path, "fast.py"), "tiny", tmp_path / "out", device="cpu")
+    assert len(read_records(tmp_path / "out")) == 8
+
+
+def test_runs_outside_the_main_thread(tmp_path):
+    experiment, found = recipe(tmp_path), []
+    thread = threading.Thread(target=lambda: found.append(run(experiment, "tiny", tmp_path / "out", device="cpu")))
+    thread.start()
+    thread.join()
+    assert found == [True]
+
+
+def test_bad_input_is_refused_before_anything_runs(tmp_path):
+    experiment = recipe(tmp_path)
+    run(experiment, "tiny", tmp_path / "out", device="cpu")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").write_text("mine")
+    (tmp_path / "file").write_text("")
+    other = recipe(tmp_path, "other.py", POINTS=5)
+    cases = {
+        "holds 'count' with other settings": lambda: run(other, "tiny", tmp_path / "out", device="cpu"),
+        "holds 'count' at scale 'tiny', not 'fig4'": lambda: run(load_experiment("fig4"), "tiny", tmp_path / "out", device="cpu"),
+        "holds no results of the lab": lambda: run(experiment, "tiny", tmp_path / "full", device="cpu"),
+        "is a file; give a folder": lambda: run(experiment, "tiny", tmp_path / "file", device="cpu"),
+        "has no scale 'huge'; choose one of tiny, bad": lambda: run(experiment, "huge", tmp_path / "new"),
+        "number is -1; give 0 or more": lambda: run(experiment, "bad", tmp_path / "new"),
+        "workers is 0": lambda: run(experiment, "tiny", tmp_path / "new", device="cpu", workers=0),
+        "give 'cpu' or 'cuda'": lambda: run(experiment, "tiny", tmp_path / "new", device="tpu"),
+        "no point of 'count' matches 'number 9'": lambda: run(experiment, "tiny", tmp_path / "new", device="cpu", only="number 9"),
+        "experiment 'fig5' is unknown": lambda: load_experiment("fig5"),
+        "is not a file": lambda: load_experiment(str(tmp_path / "none.py")),
+    }
+    for sentence, call in cases.items():
+        with pytest.raises(ValueError, match=sentence) as error:
+            call()
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "new").exists()
+    assert (tmp_path / "full" / "letter.txt").read_text() == "mine"
+
+
+def test_recipes_that_do_not_run_say_why(tmp_path):
+    (tmp_path / "broken.py").write_text("1 / 0")
+    (tmp_path / "empty.py").write_text("")
+    with pytest.raises(ValueError, match="does not run: ZeroDivisionError"):
+        load_experiment(str(tmp_path / "broken.py"))
+    with pytest.raises(ValueError, match="defines no EXPERIMENT"):
+        load_experiment(str(tmp_path / "empty.py"))
+
+
+def test_a_gpu_too_small_for_the_sweep_is_told_how_many_workers_fit():
+    check_room(1 << 30, 8 << 30, 4, "x")
+    with pytest.raises(ValueError, match="give at most 1 workers"):
+        check_room(5 << 30, 8 << 30, 4, "x")
+    with pytest.raises(ValueError, match="smaller scale or on a larger GPU"):
+        check_room(50 << 30, 8 << 30, 1, "x")
+
+
+def test_a_gpu_that_is_not_there_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match="no CUDA GPU"):
+        run(recipe(tmp_path), "tiny", tmp_path / "out", device="cuda")
+
+
+def record(who: str, seed: int, accuracy: float, lr: float = 1e-3) -> Record:
+    label = {"contestant": who, "task": "t", "length": 8, "lr": lr, "seed": seed}
+    return Record(label, {"rows": [{"best_accuracy": accuracy}]}, 1.0)
+
+
+def test_the_best_rate_is_chosen_by_its_mean_over_seeds():
+    found = tuned([record("kda", 0, 0.9), record("kda", 1, 0.1), record("kda", 0, 0.6, 1e-2), record("kda", 1, 0.6, 1e-2)], ("contestant",))
+    assert found["kda",] == (Spread((0.6, 0.6)), 1e-2)
+
+
+def test_a_difference_within_the_seeds_is_called_so():
+    assert "less than their seeds do" in against("A", Spread((0.5, 0.9)), "B", Spread((0.6, 0.7)))
+    assert "in every seed" in against("A", Spread((0.8, 0.9)), "B", Spread((0.6, 0.7)))
+    assert "in one seed" in against("A", Spread((0.9,)), "B", Spread((0.1,)))
+    assert "both solve it" in against("A", Spread((0.99, 1.0)), "B", Spread((1.0, 1.0)))
+
+
+def test_compare_puts_common_points_side_by_side(tmp_path):
+    experiment = recipe(tmp_path)
+    for name in ("a", "b"):
+        run(experiment, "tiny", tmp_path / name, device="cpu")
+    tables = compare([tmp_path / "a", tmp_path / "b"])
+    square = next(t for t in tables if t.title == "square")
+    assert square.rows[3] == ["number 3", "9.5 (9 to 10)", "9.5 (9 to 10)", "+0 (within the spread)"]
+    with pytest.raises(ValueError, match="at least two"):
+        compare([tmp_path / "a"])
+    with pytest.raises(ValueError, match="holds no results"):
+        compare([tmp_path / "a", tmp_path])
+
+
+def test_a_title_reads_as_a_line():
+    assert title({"a": 1, "b": "x"}) == "a 1, b x"
+    assert Verdict("shown", ()).tables == ()
