@@ -29,7 +29,7 @@ $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/run.stamp: $(VENV)/bin/pip pyproject.toml constraints.txt
-	$(INSTALL) -e ".[train,cli]"
+	$(INSTALL) -e ".[train,cli,explain,lab]"
 	touch $@
 
 $(VENV)/dev.stamp: $(VENV)/bin/pip pyproject.toml constraints.txt
