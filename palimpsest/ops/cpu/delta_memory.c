@@ -3,6 +3,7 @@
    Law      palimpsest/ops/reference.py.  With a = exp(log_decay), for every token
                 S <- Diag(a) S,    u = w - S^T e,    S <- S + k u^T,    o = S^T q
             KDA is e = beta k, w = beta v: then `erase` is null, `beta` is not, and `value` is v. Otherwise `value` is w.
+            With a gate, q and k are first normalised, and log_decay and beta are logits: palimpsest/ops/gates.py.
 
    Form     Chunks of C = 16 tokens with decayed keys. When a chunk begins, let S be the memory and since_i the product
             of the decays of its tokens 0..i. Each key is kept as it stands in the memory, kd_j, and every later token
@@ -224,10 +225,10 @@ INLINE void product(int64_t rows, int64_t width, int64_t depth, const float *A, 
         }
 }
 
-/* to[n, m] = sign from[m, n], for m < 16 and n < width: log2(VL) rounds of interleaving the two halves of the rows. */
-INLINE void transpose_tile(const float *from, int64_t from_stride, float *to, int64_t to_stride, float sign) {
+/* to[n, m] = from[m, n] for a square of VL: log2(VL) rounds of interleaving the two halves of the rows. */
+INLINE void transpose_tile(const float *from, int64_t from_stride, float *to, int64_t to_stride) {
     vec x[VL], y[VL];
-    UNROLL for (int m = 0; m < VL; m++) x[m] = sign * AT(from + m * from_stride);
+    UNROLL for (int m = 0; m < VL; m++) x[m] = AT(from + m * from_stride);
 #if defined(__GNUC__) && !defined(__clang__)
     ivec low, high;
     UNROLL for (int i = 0; i < VL; i++) low[i] = i / 2 + i % 2 * VL, high[i] = low[i] + VL / 2;
@@ -246,11 +247,11 @@ INLINE void transpose_tile(const float *from, int64_t from_stride, float *to, in
     UNROLL for (int m = 0; m < VL; m++) AT(to + m * to_stride) = x[m];
 }
 
-static void transpose(int64_t rows, int64_t width, const float *from, int64_t from_stride, float *to, int64_t to_stride,
-                      float sign) {
+static void transpose(int64_t rows, int64_t width, const float *from, int64_t from_stride, float *to,
+                      int64_t to_stride) {
     for (int64_t m = 0; m < rows; m += VL)
         for (int64_t n = 0; n < width; n += VL)
-            transpose_tile(from + m * from_stride + n, from_stride, to + n * to_stride + m, to_stride, sign);
+            transpose_tile(from + m * from_stride + n, from_stride, to + n * to_stride + m, to_stride);
 }
 
 /* ---- a chunk ---------------------------------------------------------------------------------------------------- */
@@ -274,13 +275,18 @@ static Shape shape_of(const Call *c) {
     return (Shape){K, V, K / 16 % 2 ? K : K + 16, V / 16 % 2 ? V : V + 16};
 }
 
-static float *take(float **arena, int64_t floats) {
-    float *p = *arena;
-    *arena += (floats + 15) / 16 * 16;
+typedef struct { /* scratch of one thread; without a base, `take` only counts */
+    float *base;
+    int64_t used;
+} Arena;
+
+static float *take(Arena *arena, int64_t floats) {
+    float *p = arena->base ? arena->base + arena->used : 0;
+    arena->used += (floats + 15) / 16 * 16;
     return p;
 }
 
-static Chunk take_chunk(float **arena, Shape s) {
+static Chunk take_chunk(Arena *arena, Shape s) {
     Chunk x;
     x.q = take(arena, C * s.ks), x.k = take(arena, C * s.ks), x.erase = take(arena, C * s.ks);
     x.decay = take(arena, C * s.ks), x.since = take(arena, C * s.ks), x.reads = take(arena, 2 * C * s.ks);
@@ -298,7 +304,8 @@ INLINE void normalise(float *x, int64_t n, float scale) {
 }
 
 /* Log-decay from t = logit + dt_bias, and its slope in t. */
-INLINE vec gated(const Call *c, float rate, vec t, vec *slope) {
+INLINE vec gated(const Call *c, int64_t head, vec t, vec *slope) {
+    const float rate = expf(c->A_log[head]);
     if (c->gate == SOFTPLUS) {
         *slope = -rate * sigmoid(t);
         return -rate * softplus(t);
@@ -308,43 +315,40 @@ INLINE vec gated(const Call *c, float rate, vec t, vec *slope) {
     return (float)c->floor * pick(t > 0, high, low);
 }
 
-static void load_logits(const Call *c, Shape s, int64_t row, int64_t head, float *t) {
-    load(t, c->log_decay, (row * c->value_heads + head) * c->K, c->K, s.K, 1);
-    for (int64_t n = 0; n < c->K; n++) t[n] += c->dt_bias[head * c->K + n];
+static void add_bias(const Call *c, int64_t head, float *logits) {
+    for (int64_t n = 0; n < c->K; n++) logits[n] += c->dt_bias[head * c->K + n];
 }
 
+/* Rows row .. row + C of one head, of which `ahead` are left in its sequence; the rest of the chunk is padding. */
 static void load_chunk(const Call *c, Shape s, int64_t row, int64_t ahead, int64_t head, Chunk x) {
-    const int64_t tokens = ahead < C ? ahead : C;
-    const int64_t K = c->K, V = c->V, HV = c->value_heads, H = c->key_heads, key_head = head / (HV / H);
-    for (int64_t i = 0; i < C; i++, row++) {
+    const int64_t HV = c->value_heads, H = c->key_heads, next_key = C * H * c->K, next = C * HV;
+    for (int64_t i = 0; i < C; i++) {
+        const int64_t real = i < ahead, K = real ? c->K : 0, V = real ? c->V : 0;
+        const int64_t at = real ? (row + i) * HV + head : 0, key = real ? ((row + i) * H + head / (HV / H)) * K : 0;
         float *q = x.q + i * s.ks, *k = x.k + i * s.ks, *e = x.erase + i * s.ks, *a = x.decay + i * s.ks;
         float *since = x.since + i * s.ks, *reads = x.reads + i * s.ks, *w = x.fresh + i * s.vs;
-        int real = i < tokens;
         if (i + C < ahead) {
-            fetch(c->q, ((row + C) * H + key_head) * K, K);
-            fetch(c->k, ((row + C) * H + key_head) * K, K);
-            fetch(c->value, ((row + C) * HV + head) * V, V);
-            fetch(c->log_decay, ((row + C) * HV + head) * K, K);
+            fetch(c->q, key + next_key, K), fetch(c->k, key + next_key, K);
+            fetch(c->value, (at + next) * V, V), fetch(c->log_decay, (at + next) * K, K);
         }
-        load(q, c->q, real ? (row * H + key_head) * K : 0, real ? K : 0, s.K, c->gate ? 1 : (float)c->scale);
-        load(k, c->k, real ? (row * H + key_head) * K : 0, real ? K : 0, s.K, 1);
-        load(a, c->log_decay, real ? (row * HV + head) * K : 0, real ? K : 0, s.K, 1);
+        load(q, c->q, key, K, s.K, c->gate ? 1 : (float)c->scale);
+        load(k, c->k, key, K, s.K, 1);
+        load(a, c->log_decay, at * K, K, s.K, 1);
         x.beta[i] = 1;
-        if (c->beta.data) load(x.beta + i, c->beta, real ? row * HV + head : 0, real, 1, 1);
+        if (c->beta.data) load(x.beta + i, c->beta, at, real, 1, 1);
         if (c->gate && real) {
-            const float rate = expf(c->A_log[head]);
             vec slope;
             normalise(q, s.K, (float)c->scale);
             normalise(k, s.K, 1);
-            load_logits(c, s, row, head, a);
-            for (int64_t n = 0; n < s.K; n += VL) AT(a + n) = gated(c, rate, AT(a + n), &slope);
+            add_bias(c, head, a);
+            for (int64_t n = 0; n < s.K; n += VL) AT(a + n) = gated(c, head, AT(a + n), &slope);
             x.beta[i] = 1 / (1 + expf(-x.beta[i]));
         }
         if (c->beta.data)
             for (int64_t n = 0; n < s.K; n += VL) AT(e + n) = x.beta[i] * AT(k + n);
         else
-            load(e, c->erase, real ? (row * HV + head) * K : 0, real ? K : 0, s.K, 1);
-        load(w, c->value, real ? (row * HV + head) * V : 0, real ? V : 0, s.V, x.beta[i]);
+            load(e, c->erase, at * K, K, s.K, 1);
+        load(w, c->value, at * V, V, s.V, x.beta[i]);
         for (int64_t n = 0; n < s.K; n += VL) {
             vec decay = exp_vec(AT(a + n)), product = decay;
             if (i) product *= AT(since - s.ks + n);
@@ -352,7 +356,7 @@ static void load_chunk(const Call *c, Shape s, int64_t row, int64_t ahead, int64
             AT(reads + n) = AT(e + n) * product, AT(reads + C * s.ks + n) = AT(q + n) * product;
         }
     }
-    transpose(C, s.K, x.k, s.ks, x.kd, C, 1);
+    transpose(C, s.K, x.k, s.ks, x.kd, C);
 }
 
 /* A and P, one channel after another, all keys j at once: token i decays the keys before it, then reads them all. */
@@ -442,7 +446,8 @@ static void step_token(int64_t K, int64_t V, float *S, int64_t stride, const flo
         step_columns(1, K, S + n, stride, decay, erase_decayed, q_decayed, k, qk, w + n, out + n);
     for (; n < V; n++) {
         float held = 0, read = 0;
-        for (int64_t c = 0; c < K; c++) held += erase_decayed[c] * S[c * stride + n], read += q_decayed[c] * S[c * stride + n];
+        for (int64_t c = 0; c < K; c++)
+            held += erase_decayed[c] * S[c * stride + n], read += q_decayed[c] * S[c * stride + n];
         const float fresh = w[n] - held;
         for (int64_t c = 0; c < K; c++) S[c * stride + n] = decay[c] * S[c * stride + n] + k[c] * fresh;
         out[n] = read + qk * fresh;
@@ -451,18 +456,14 @@ static void step_token(int64_t K, int64_t V, float *S, int64_t stride, const flo
 
 /* ---- forward ---------------------------------------------------------------------------------------------------- */
 
+/* Where the checkpoint of a sequence's token lies: no two share a slot, and there are cu[N] / SEGMENT + N at most. */
 static int64_t slot(const Call *c, int64_t n, int64_t token) { return c->cu[n] / SEGMENT + n + token / SEGMENT; }
 
-static int64_t forward_floats(Shape s) {
-    float *end = 0;
-    take_chunk(&end, s);
-    return (end - (float *)0) + TOGETHER * s.K * s.vs + 3 * C * s.vs;
-}
-
-static void forward_task(const Call *c, Shape s, int64_t n, int64_t first_head, int64_t heads, float *arena) {
+static void forward_task(const Call *c, Shape s, int64_t n, int64_t first_head, int64_t heads, Arena *arena) {
+    float *S = take(arena, TOGETHER * s.K * s.vs), *held = take(arena, 2 * C * s.vs), *out = take(arena, C * s.vs);
+    Chunk x = take_chunk(arena, s);
+    if (!arena->base) return;
     const int64_t K = c->K, V = c->V, HV = c->value_heads, tokens = c->cu[n + 1] - c->cu[n];
-    float *S = take(&arena, TOGETHER * s.K * s.vs), *held = take(&arena, 2 * C * s.vs), *out = take(&arena, C * s.vs);
-    Chunk x = take_chunk(&arena, s);
     memset(S, 0, sizeof(float) * TOGETHER * s.K * s.vs);
     for (int64_t h = 0; h < heads; h++)
         copy_state(S + h * s.K * s.vs, s.vs, c->state + (n * HV + first_head + h) * K * V, V, K, V);
@@ -475,8 +476,8 @@ static void forward_task(const Call *c, Shape s, int64_t n, int64_t first_head, 
             load_chunk(c, s, row, tokens - t, head, x);
             if (tokens <= SHORT && !c->checkpoints)
                 for (int64_t i = 0; i < real; i++)
-                    step_token(s.K, s.V, S_h, s.vs, x.decay + i * s.ks, x.erase + i * s.ks, x.q + i * s.ks, x.k + i * s.ks,
-                               x.fresh + i * s.vs, out + i * s.vs);
+                    step_token(s.K, s.V, S_h, s.vs, x.decay + i * s.ks, x.erase + i * s.ks, x.q + i * s.ks,
+                               x.k + i * s.ks, x.fresh + i * s.vs, out + i * s.vs);
             else {
                 pair_tokens(s, x);
                 solve(s, x, S_h, held, out);
@@ -503,7 +504,7 @@ typedef struct {
     float *row;                 /* [K or V] */
 } Adjoint;
 
-static Adjoint take_adjoint(float **arena, Shape s) {
+static Adjoint take_adjoint(Arena *arena, Shape s) {
     Adjoint y;
     y.d = take(arena, 2 * C * s.vs), y.d_t = take(arena, s.V * 2 * C), y.fresh_t = take(arena, s.V * C);
     y.d_pairs = take(arena, 2 * C * C), y.d_reads_t = take(arena, s.K * 2 * C), y.d_reads = take(arena, 2 * C * s.ks);
@@ -572,11 +573,11 @@ static void unpair_tokens(Shape s, Chunk x, Adjoint y, int erase_is_beta_k, floa
 
 /* Turn the gradient of a log-decay row into that of its logits; d_parameters is d_dt_bias [K], then d_A_log. */
 static void ungate(const Call *c, Shape s, int64_t row, int64_t head, float *scratch, float *d, float *d_parameters) {
-    const float rate = expf(c->A_log[head]);
     vec d_A_log = splat(0);
-    load_logits(c, s, row, head, scratch);
+    load(scratch, c->log_decay, (row * c->value_heads + head) * c->K, c->K, s.K, 1);
+    add_bias(c, head, scratch);
     for (int64_t n = 0; n < s.K; n += VL) {
-        vec slope, t = AT(scratch + n), g = gated(c, rate, t, &slope), d_g = AT(d + n);
+        vec slope, t = AT(scratch + n), g = gated(c, head, t, &slope), d_g = AT(d + n);
         AT(d + n) = slope * d_g;
         AT(d_parameters + n) += slope * d_g;
         if (c->gate == SIGMOID) g = slope * t;
@@ -600,8 +601,8 @@ static void backward_chunk(const Call *c, Shape s, int64_t row, int64_t tokens, 
     for (int64_t i = 0; i < C; i++)
         load(y.d + (C + i) * s.vs, c->d_out, i < tokens ? ((row + i) * HV + head) * V : 0, i < tokens ? V : 0, s.V, 1);
     solve_adjoint(s, x, d_S, y);
-    transpose(2 * C, s.V, y.d, s.vs, y.d_t, 2 * C, 1);
-    transpose(C, s.V, x.fresh, s.vs, y.fresh_t, C, 1);
+    transpose(2 * C, s.V, y.d, s.vs, y.d_t, 2 * C);
+    transpose(C, s.V, x.fresh, s.vs, y.fresh_t, C);
     product(2 * C, C, s.V, y.d, s.vs, 1, y.fresh_t, C, 0, y.d_pairs, y.d_pairs, C);
     product(s.K, 2 * C, s.V, S, s.vs, 1, y.d_t, 2 * C, 0, y.d_reads_t, y.d_reads_t, 2 * C);
     product(s.K, C, s.V, d_S, s.vs, 1, y.fresh_t, C, 0, y.d_kd_t, y.d_kd_t, C);
@@ -611,8 +612,8 @@ static void backward_chunk(const Call *c, Shape s, int64_t row, int64_t tokens, 
         y.d_since[m] = sum(dot);
     }
     product(s.K, s.V, 2 * C, x.reads, 1, s.ks, y.d, s.vs, x.since + (C - 1) * s.ks, d_S, d_S, s.vs);
-    transpose(s.K, 2 * C, y.d_reads_t, 2 * C, y.d_reads, s.ks, 1);
-    transpose(s.K, C, y.d_kd_t, C, y.d_kd, s.ks, 1);
+    transpose(s.K, 2 * C, y.d_reads_t, 2 * C, y.d_reads, s.ks);
+    transpose(s.K, C, y.d_kd_t, C, y.d_kd, s.ks);
     unpair_tokens(s, x, y, c->beta.data != 0, d_q, d_k);
     for (int64_t i = 0; i < tokens; i++) {
         const int64_t at = (row + i) * HV + head;
@@ -632,24 +633,17 @@ static void backward_chunk(const Call *c, Shape s, int64_t row, int64_t tokens, 
     }
 }
 
-static int64_t backward_floats(Shape s, int64_t group) {
-    float *end = 0;
-    for (int n = 0; n < SEGMENT / C; n++) take_chunk(&end, s);
-    take_adjoint(&end, s);
-    return (end - (float *)0) + (SEGMENT / C + TOGETHER * group) * s.K * s.vs + 3 * C * s.vs + 2 * SEGMENT * s.ks +
-           TOGETHER * group * (s.K + 16);
-}
-
 /* Key heads first_head .. first_head + heads of sequence n, with all their value heads. */
-static void backward_task(const Call *c, Shape s, int64_t n, int64_t first_head, int64_t heads, float *arena) {
-    const int64_t K = c->K, V = c->V, H = c->key_heads, HV = c->value_heads, group = HV / H;
-    const int64_t tokens = c->cu[n + 1] - c->cu[n], square = s.K * s.vs;
-    float *d_S = take(&arena, TOGETHER * group * square), *S = take(&arena, SEGMENT / C * square);
-    float *held = take(&arena, 3 * C * s.vs), *d_q = take(&arena, SEGMENT * s.ks), *d_k = take(&arena, SEGMENT * s.ks);
-    float *d_parameters = take(&arena, TOGETHER * group * (s.K + 16));
-    Adjoint y = take_adjoint(&arena, s);
+static void backward_task(const Call *c, Shape s, int64_t n, int64_t first_head, int64_t heads, Arena *arena) {
+    const int64_t K = c->K, V = c->V, H = c->key_heads, HV = c->value_heads, group = HV / H, square = s.K * s.vs;
+    float *d_S = take(arena, TOGETHER * group * square), *S = take(arena, SEGMENT / C * square);
+    float *held = take(arena, 2 * C * s.vs), *d_q = take(arena, SEGMENT * s.ks), *d_k = take(arena, SEGMENT * s.ks);
+    float *d_parameters = take(arena, TOGETHER * group * (s.K + 16)); /* of each head d_dt_bias [K], then d_A_log */
+    Adjoint y = take_adjoint(arena, s);
     Chunk x[SEGMENT / C];
-    for (int i = 0; i < SEGMENT / C; i++) x[i] = take_chunk(&arena, s);
+    for (int i = 0; i < SEGMENT / C; i++) x[i] = take_chunk(arena, s);
+    if (!arena->base) return;
+    const int64_t tokens = c->cu[n + 1] - c->cu[n];
     memset(d_S, 0, sizeof(float) * TOGETHER * group * square);
     memset(S, 0, sizeof(float) * SEGMENT / C * square);
     memset(d_parameters, 0, sizeof(float) * TOGETHER * group * (s.K + 16));
@@ -702,25 +696,28 @@ static int64_t threads_for(const Call *c, int64_t tokens) {
     return c->threads < useful ? c->threads : useful;
 }
 
-typedef void Task(const Call *, Shape, int64_t, int64_t, int64_t, float *);
+typedef void Task(const Call *, Shape, int64_t, int64_t, int64_t, Arena *);
 
-static int run(const Call *c, Task *task, int64_t heads, int64_t floats) {
+static int run(const Call *c, Task *task, int64_t heads) {
     const Shape s = shape_of(c);
     const int64_t threads = threads_for(c, c->cu[c->sequences]);
     int64_t together = (c->sequences * heads + threads - 1) / threads; /* enough tasks for every thread */
     together = together < 1 ? 1 : together > TOGETHER ? TOGETHER : together;
     const int64_t groups = (heads + together - 1) / together;
+    Arena needed = {0, 0};
+    task(c, s, 0, 0, 0, &needed);
     int failed = 0;
 #pragma omp parallel num_threads((int)threads) if (threads > 1 && c->sequences * groups > 1)
     {
-        void *memory = malloc(sizeof(float) * floats + 64);
-        float *arena = (float *)(((uintptr_t)memory + 63) & ~(uintptr_t)63);
+        void *memory = malloc(sizeof(float) * needed.used + 64);
+        float *base = (float *)(((uintptr_t)memory + 63) & ~(uintptr_t)63);
         uint64_t mode = flush_denormals();
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < c->sequences * groups; i++) {
             const int64_t first = i % groups * together;
+            Arena arena = {base, 0};
             if (memory)
-                task(c, s, i / groups, first, heads - first < together ? heads - first : together, arena);
+                task(c, s, i / groups, first, heads - first < together ? heads - first : together, &arena);
             else
 #pragma omp atomic write
                 failed = 1;
@@ -731,15 +728,11 @@ static int run(const Call *c, Task *task, int64_t heads, int64_t floats) {
     return failed;
 }
 
-EXPORT int delta_memory_forward(const Call *c) {
-    return run(c, forward_task, c->value_heads, forward_floats(shape_of(c)));
-}
+EXPORT int delta_memory_forward(const Call *c) { return run(c, forward_task, c->value_heads); }
 
-EXPORT int delta_memory_backward(const Call *c) {
-    return run(c, backward_task, c->key_heads, backward_floats(shape_of(c), c->value_heads / c->key_heads));
-}
+EXPORT int delta_memory_backward(const Call *c) { return run(c, backward_task, c->key_heads); }
 
-/* One token for each of B sequences; `state` is edited in place. bf16 is a mask: bit i is argument i among the arrays. */
+/* One token for each of B sequences; `state` is edited in place. Bit i of bf16 is argument i among the arrays. */
 EXPORT void delta_memory_step(int64_t B, int64_t H, int64_t HV, int64_t K, int64_t V, int64_t threads, int64_t bf16,
                               double scale, void *q, void *k, void *v, void *log_decay, void *beta, float *state,
                               void *out) {
