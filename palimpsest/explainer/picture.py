@@ -35,7 +35,7 @@ def draw(folder: str | Path) -> list[Path]:
         from matplotlib.figure import Figure
         from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
     except ImportError as error:
-        raise ImportError("drawing needs matplotlib: pip install palimpsest-kda[train]") from error
+        raise ImportError("drawing needs matplotlib: pip install palimpsest-kda[explain]") from error
     from matplotlib import rc_context
 
     from palimpsest.explainer.scenes import worked
