@@ -273,18 +273,24 @@ def kda_step_(q, k, v, log_decay, beta, state, *, scale=None, backend="auto") ->
         raise RuntimeError("kda_step_ edits the state in place and has no gradient; call kda, or enter torch.no_grad()")
     if q.ndim != 3 or v.ndim != 3:
         raise ValueError(f"q has shape {tuple(q.shape)} and v {tuple(v.shape)}; a step takes [B, H, K] and [B, HV, V]")
-    B, _, H, HV, K, V = _sizes(q[:, None], k[:, None], v[:, None])
+    (B, H, K), (_, HV, V) = q.shape, v.shape
+    _expect("k", k, (B, H, K))
+    _expect("v", v, (B, HV, V))
+    _expect_heads_and_dtype(q, k, v, H, HV)
     _expect("log_decay", log_decay, (B, HV, K))
     _expect("beta", beta, (B, HV))
     _expect("state", state, (B, HV, K, V))
     _expect_state_dtype(state, v)
     if not state.is_contiguous():
         raise ValueError("state is not contiguous; it is edited in place, so pass state.contiguous() and keep that")
-    problem = _problem("step", "kda", q[:, None], v[:, None], None, ())
+    problem = Problem("step", "kda", q.device.type, v.dtype, K, V, 1, B, H, HV, capability=_capability(q))
     step = choose(problem, backend).step
     assert step is not None
+    scale = K**-0.5 if scale is None else scale
+    if not torch.is_grad_enabled():  # a step takes microseconds, and so does entering no_grad
+        return step(q, k, v, log_decay, beta, state, scale)
     with torch.no_grad():
-        return step(q, k, v, log_decay, beta, state, K**-0.5 if scale is None else scale)
+        return step(q, k, v, log_decay, beta, state, scale)
 
 
 VARIANTS = {
@@ -326,8 +332,12 @@ def _problem(op: Op, variant, q, v, cu_seqlens, tensors, gate="none") -> Problem
         packed=cu_seqlens is not None,
         needs_grad=torch.is_grad_enabled() and any(x.requires_grad for x in tensors),
         gate=gate,
-        capability=torch.cuda.get_device_capability(q.device) if q.device.type == "cuda" else None,
+        capability=_capability(q),
     )
+
+
+def _capability(q: Tensor) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(q.device) if q.device.type == "cuda" else None
 
 
 def _sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int, int, int]:
@@ -337,12 +347,16 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int, int, in
     HV, V = v.shape[2:]
     _expect("k", k, (B, T, H, K))
     _expect("v", v, (B, T, HV, V))
+    _expect_heads_and_dtype(q, k, v, H, HV)
+    return B, T, H, HV, K, V
+
+
+def _expect_heads_and_dtype(q: Tensor, k: Tensor, v: Tensor, H: int, HV: int) -> None:
     if H == 0 or HV % H:
         raise ValueError(f"v has {HV} heads and q has {H}; the heads of v must be a multiple of those of q")
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not tensor.is_floating_point() or tensor.dtype != q.dtype:
             raise ValueError(f"{name} is {tensor.dtype} and q is {q.dtype}; q, k and v must share one floating dtype")
-    return B, T, H, HV, K, V
 
 
 def _state(state: Tensor | None, v: Tensor, K: int, cu_seqlens: Tensor | None) -> Tensor:
