@@ -65,6 +65,11 @@ export interface Traced {
   drift?: number;
 }
 
+export interface Heads {
+  layers: number[];
+  memories: Tensor; // [layers, heads, K, V], after the last token
+}
+
 export interface Touch {
   start: Tensor;
   decayed: Tensor;
@@ -161,6 +166,7 @@ export interface Source {
   code(): Promise<Record<string, Code>>;
   worked(name: string): Promise<Traced>;
   sentence(text: string, layer: number, head: number): Promise<Traced>;
+  heads(text: string): Promise<Heads>;
   touch(a: TouchArguments): Promise<Touch>;
   family(a: FamilyArguments): Promise<Family>;
   chunk(a: ChunkArguments): Promise<Chunked>;
@@ -199,6 +205,7 @@ export class Live implements Source {
 
   worked = (name: string) => this.scene<Traced>("worked", { name });
   sentence = (text: string, layer: number, head: number) => this.scene<Traced>("sentence", { text, layer, head });
+  heads = (text: string) => this.scene<Heads>("heads", { text });
   touch = (a: TouchArguments) => this.scene<Touch>("touch", a);
   family = (a: FamilyArguments) => this.scene<Family>("family", a);
   chunk = (a: ChunkArguments) => this.scene<Chunked>("chunk", a);
@@ -326,6 +333,7 @@ export class Exported implements Source {
   }
 
   hybrid = () => this.file<Hybrid>("data/hybrid.bin");
+  heads = async (text: string) => this.file<Heads>(`data/heads-${await this.number(text)}.bin`);
   order = async (text: string) => this.file<Order>(`data/order-${await this.number(text)}.bin`);
 }
 

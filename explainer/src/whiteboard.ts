@@ -7,6 +7,7 @@ import { line } from "d3-shape";
 import { Board, litNames, type Beat, type Frame, type Scales } from "./board.ts";
 import { animate, byId, choice, h, icon, latest, percent, text, vector } from "./dom.ts";
 import { norm, type Numbers } from "./law.ts";
+import { Gallery } from "./gallery.ts";
 import type { About, Source, Token, Traced } from "./source.ts";
 import type { Tensor } from "./wire.ts";
 
@@ -50,6 +51,8 @@ export class Whiteboard {
   private told: ((watching: Watching) => void)[] = [];
   private ask = latest(() => this.load());
   private chartScale = scaleLinear();
+  private gallery: Gallery | null = null;
+  private galleryOf = ""; // the sentence that it shows
 
   constructor() {
     const button = (name: string, strokes: string, move: () => void) => {
@@ -119,14 +122,12 @@ export class Whiteboard {
       }),
     );
     const form = this.form(source, about);
-    const layers = choice("Layer", model.watchable.map((i) => [i, String(i + 1)] as [number, string]), model.watchable[0], (layer) => this.watch({ layer }));
-    const heads = choice("Head", Array.from({ length: model.heads }, (_, i) => [i, String(i + 1)] as [number, string]), 0, (head) => this.watch({ head }));
+    this.gallery = new Gallery(model.watchable, model.heads, (layer, head) => this.watch({ layer, head }));
     const trained = h(
       "div",
       { class: "row model", hidden: true },
       form,
-      h("div", { class: "pick" }, h("span", {}, "Layer"), layers),
-      h("div", { class: "pick" }, h("span", {}, "Head"), heads),
+      this.gallery.element,
     );
     const pick = choice("Source", [["worked", "Worked by hand"], ["model", "A trained model"]], "worked", (mode) => {
       this.mode = mode as "worked" | "model";
@@ -175,6 +176,10 @@ export class Whiteboard {
       this.show(scene);
       this.go(keep ?? (this.mode === "model" ? 4 * Math.min(scene.tokens.length, 24) - 1 : 0), false);
       this.root.dataset.milliseconds = String(Math.round(performance.now() - begun));
+      if (this.mode === "model" && this.galleryOf !== watching.text) {
+        this.galleryOf = watching.text;
+        this.gallery?.show(await source.heads(watching.text));
+      }
       if (this.mode === "model") this.told.forEach((tell) => tell(watching));
     } catch (error) {
       this.message.textContent = (error as Error).message;
@@ -253,6 +258,7 @@ export class Whiteboard {
   }
 
   redraw(): void {
+    this.gallery?.draw();
     this.draw();
     this.drawChart();
   }

@@ -65,6 +65,7 @@ def export(
         total = len(sentences) * len(heads)
         for i, sentence in enumerate(sentences):
             (data / f"order-{i}.bin").write_bytes(pack(scenes.order(model, sentence)))
+            (data / f"heads-{i}.bin").write_bytes(pack(scenes.heads(model, sentence)))
             for j, (layer, head) in enumerate(heads):
                 scene = scenes.sentence(model, sentence, layer, head)
                 if j == 0:

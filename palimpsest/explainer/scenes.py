@@ -110,6 +110,15 @@ def sentence(model: Watched, text: str, layer: int, head: int) -> Scene:
     return scene | {"layer": layer, "head": head, "next": model.guesses(ids)}
 
 
+def heads(model: Watched, text: str) -> Scene:
+    """What every head that can be watched holds after the last token: memories [layers, heads, K, V]."""
+    _, ids = model.tokens(text)
+    memories = []
+    for q, k, v, log_decay, beta in model.edits(ids):
+        memories.append(variants.kda(q, k, v, log_decay, beta, backend="chunked").state[0])
+    return {"layers": model.watchable(), "memories": torch.stack(memories).float()}
+
+
 def _traced(
     tokens: list[dict], q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, start: Tensor
 ) -> Scene:
@@ -408,6 +417,11 @@ class Watched:
         if not 0 <= head < edits[layer].k.shape[2]:
             raise ValueError(f"Head {head} does not exist; the heads are 0 to {edits[layer].k.shape[2] - 1}.")
         return Edits(*(x[0, :, head].double() for x in edits[layer]))
+
+    def edits(self, ids: tuple[int, ...]) -> list[Edits]:
+        """The edits of all layers that can be watched, [1, T, H, *], first layer first."""
+        seen, _ = self._run(ids)
+        return [seen[layer] for layer in self.watchable()]
 
     def guesses(self, ids: tuple[int, ...], count: int = 3) -> list[list[dict]]:
         """The model's likeliest next tokens after each token."""

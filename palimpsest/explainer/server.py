@@ -45,6 +45,7 @@ HEADERS = (
 ARGUMENTS: dict[str, dict[str, type | tuple]] = {  # scene -> its arguments and their types
     "worked": {"name": str},
     "sentence": {"text": str, "layer": int, "head": int},
+    "heads": {"text": str},
     "touch": {"alpha": (2,), "beta": float, "angle": float, "value": (2,), "times": int, "eraser": bool},
     "family": {"story": str, "beta": float, "keep": (2,)},
     "chunk": {"text": str, "layer": int, "head": int, "start": int, "size": int},
@@ -94,9 +95,14 @@ class Library:
         from palimpsest.explainer.wire import pack
 
         scenes, model = self.get()
-        needs_model = {"sentence": scenes.sentence, "chunk": scenes.chunk_of_sentence, "order": scenes.order}
-        if name in needs_model:
-            return pack(needs_model[name](model, **arguments))
+        of_model = {
+            "sentence": scenes.sentence,
+            "heads": scenes.heads,
+            "chunk": scenes.chunk_of_sentence,
+            "order": scenes.order,
+        }
+        if name in of_model:
+            return pack(of_model[name](model, **arguments))
         return pack(getattr(scenes, name)(**arguments))
 
 

@@ -47,6 +47,15 @@ def test_the_sentence_is_the_memory_of_that_head(model):
             assert scene["final"].float().equal(scene["written"][-1])
 
 
+def test_the_gallery_holds_every_heads_last_memory(model):
+    memories = scenes.heads(model, TEXT)["memories"]
+    assert memories.shape == (3, 4, 16, 16)
+    for i, layer in enumerate(model.watchable()):
+        for head in range(4):
+            final = scenes.sentence(model, TEXT, layer, head)["final"].float()
+            torch.testing.assert_close(memories[i, head], final, rtol=1e-4, atol=1e-5)
+
+
 def test_the_beats_follow_from_the_inputs(model):
     scene = scenes.sentence(model, TEXT, 1, 2)
     k, v, alpha, beta = (scene[name] for name in ("k", "v", "alpha", "beta"))
