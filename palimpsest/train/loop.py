@@ -20,7 +20,7 @@ from palimpsest.train.data import Corpus, Heldout
 from palimpsest.train.evaluate import bits_per_byte
 from palimpsest.train.interrupts import interrupts
 from palimpsest.train.optim import build_optimizer, rate_factor
-from palimpsest.train.parallel import agree, start_accelerator, total
+from palimpsest.train.parallel import agree, as_float, start_accelerator, total
 from palimpsest.train.progress import Progress, Result
 from palimpsest.train.recipe import Recipe
 from palimpsest.train.telling import Report, Teller
@@ -98,7 +98,7 @@ def train(recipe: Recipe, folder: str | Path, *, resume: bool = False, report: R
                     accelerator.backward(part_loss)
                 loss += part_loss.detach() / len(parts)
             mean_loss = float(total(accelerator, loss)) / accelerator.num_processes
-            norm = float(accelerator.clip_grad_norm_(model.parameters(), recipe.optim.clip) or 0.0)
+            norm = as_float(accelerator.clip_grad_norm_(model.parameters(), recipe.optim.clip))
             finite = math.isfinite(mean_loss) and math.isfinite(norm)
             loads = _unevenness(plain)
             if finite or accelerator.scaler is not None:  # the scaler of fp16 skips by itself, and must learn of it

@@ -1,9 +1,10 @@
 """What several processes share: the accelerator, and the few numbers on which they must agree."""
 
 import torch
-from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
 from accelerate.state import AcceleratorState, GradientState
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 
 from palimpsest.train.recipe import Recipe
 
@@ -19,10 +20,9 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
     GradientState._reset_state()
     cpu = not torch.accelerator.is_available()  # said aloud: without it, processes on CPUs do not find each other
     here, plugin = PartialState(cpu=cpu), None
-    device = torch.device(here.device or "cpu")
+    if recipe.precision == "fp16" and cpu:
+        raise ValueError("precision='fp16' needs a GPU; use bf16, or no for fp32")
     if recipe.parallel == "fsdp" and here.num_processes > 1:
-        if device.type == "cpu":
-            raise ValueError("parallel='fsdp' shards over GPUs and this machine computes on a CPU; use parallel=ddp")
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             auto_wrap_policy="transformer_based_wrap",
@@ -30,14 +30,25 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
             # Shards stay in their own dtype, and autocast lowers what may be lowered: gates and routers stay in fp32.
             mixed_precision_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32),
         )
-    if recipe.precision == "fp16" and device.type == "cpu":
-        raise ValueError("precision='fp16' needs a GPU; use bf16, or no for fp32")
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=recipe.precision,
         gradient_accumulation_steps=recipe.data.accumulate,
         fsdp_plugin=plugin,
     )
+    if (
+        plugin is not None and cpu
+    ):  # accelerate shards over GPUs alone; torch does over CPUs too, which shows it is right
+        here.distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = plugin
+    return accelerator
+
+
+def as_float(value: torch.Tensor | None) -> float:
+    """The number that a tensor holds, gathered if it is sharded. All processes call this."""
+    if value is None:
+        return 0.0
+    return float(value.full_tensor() if isinstance(value, DTensor) else value)
 
 
 def agree(accelerator: Accelerator, *numbers: float) -> tuple[float, ...]:

@@ -6,7 +6,7 @@ from torch import nn
 
 from palimpsest.models.kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
 from palimpsest.train import Optim, Schedule
-from palimpsest.train.optim import build_optimizer, rate_factor
+from palimpsest.train.optim import CPUMuon, build_optimizer, orthogonalize, rate_factor
 
 
 def named_groups(model, optim):
@@ -57,7 +57,7 @@ def test_a_step_is_torchs_own_and_survives_saving(kind):
 
     def torchs(model):
         (first, _), (second, _) = named_groups(model, optim)[1]
-        plain = torch.optim.Muon if kind == "muon" else torch.optim.AdamW
+        plain = CPUMuon if kind == "muon" else torch.optim.AdamW
         adamw = {"betas": optim.betas, "eps": 1e-10}
         options = {"momentum": optim.momentum} if kind == "muon" else adamw
         return [
@@ -72,6 +72,34 @@ def test_a_step_is_torchs_own_and_survives_saving(kind):
     assert not torch.equal(
         ours["model.layers.0.self_attn.q_proj.weight"], start["model.layers.0.self_attn.q_proj.weight"]
     )
+
+
+def test_muon_in_float32_is_torchs_muon_but_for_bfloat16():
+    """Matrices wide, square and tall, several of a shape; torch's own as the peer, float64 as the truth."""
+    shapes = [(8, 24), (16, 16), (16, 16), (24, 8)]
+    start = [torch.randn(s, generator=torch.Generator().manual_seed(i)) for i, s in enumerate(shapes)]
+
+    def run(kind, dtype=torch.float32):
+        parameters = [nn.Parameter(p.clone().to(dtype)) for p in start]
+        optimizer = kind(parameters, lr=0.1, weight_decay=0.1, momentum=0.9)
+        for step in range(3):
+            for i, p in enumerate(parameters):
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i)).to(dtype)
+            optimizer.step()
+        return torch.cat([p.detach().flatten().double() for p in parameters])
+
+    truth, ours, torchs = run(CPUMuon, torch.float64), run(CPUMuon), run(torch.optim.Muon)
+    moved = torch.cat([p.flatten() for p in start]).double() - truth
+    assert (ours - truth).norm() < 1e-5 * moved.norm()
+    assert (torchs - truth).norm() < 3e-2 * moved.norm(), "bfloat16 rounds to 8 bits"
+
+
+def test_orthogonalize_works_on_each_matrix_alone():
+    batch = torch.randn(5, 12, 7)
+    together = orthogonalize(batch, (3.4445, -4.7750, 2.0315), 5)
+    for i in range(5):
+        torch.testing.assert_close(together[i], orthogonalize(batch[i : i + 1], (3.4445, -4.7750, 2.0315), 5)[0])
+        torch.testing.assert_close(torch.linalg.svdvals(together[i]), torch.ones(7), atol=0.35, rtol=0)
 
 
 def test_a_model_without_hidden_matrices_trains_all_the_same():
