@@ -1,0 +1,231 @@
+"""The Hopper kernels, lane by lane on a CPU: every case of the law, every gradient, without a GPU.
+
+`warp_on_cpu.h` plays the lanes, the matrix fragments, the swizzled tiles, the barriers and the copies; shared memory and
+all outputs start as NaN. It does not play time: races are for compute-sanitizer on a GPU.
+"""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from palimpsest.ops import gates, reference
+from palimpsest.ops.cuda import build
+from palimpsest.testing import CASES, Case, assert_within_budget, judge
+
+HERE = Path(__file__).parent
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to play the lanes")
+C, K = 64, 128
+INTRA = "q k erase g A_log dt_bias E Q W P D M norms cu_seqlens chunk_offsets", "T N H HV", "scale floor", "gate wide_g wide_e"
+CHAIN = "E Q W P D rows strength state out state_out memories cu_seqlens chunk_offsets", "T HV V gate wide_strength", "", ""
+GRADIENT = (
+    "q k erase g A_log dt_bias write norms E M d_out d_write memories d_memories dq dk dv dg d_erase dA_log d_bias "
+    "cu_seqlens chunk_offsets", "T N H HV V", "scale floor", "gate wide_g wide_e",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def lanes(tmp_path_factory):
+    """Compile one kernel file as C++ and return a function that runs one of its kernels on tensors."""
+    folder, libraries = tmp_path_factory.mktemp("lanes"), {}
+
+    def run(file, kernel, fields, threads, grid, values, erase=0):
+        key = file, kernel, erase
+        if key not in libraries:
+            source, library = folder / f"{kernel}{erase}.cpp", folder / f"{kernel}{erase}.so"
+            source.write_text(
+                f'#include "{HERE}/warp_on_cpu.h"\n#include "{build.ROOM}/{file}.cu"\nstatic Arguments a;\n'
+                f'extern "C" void run(Arguments* x, int bx, int by) {{ a = *x; cpu_run(bx, by, {threads}, [] {{ {kernel}(a); }}); }}'
+            )
+            command = ["g++", "-O1", "-w", "-fPIC", "-shared", f"-DERASE={erase}", str(source), "-o", str(library)]
+            subprocess.run(command, check=True)
+            libraries[key] = ctypes.CDLL(str(library))
+        pointers, ints, floats, flags = (names.split() for names in fields)
+        types = [(x, ctypes.c_void_p) for x in pointers] + [(x, ctypes.c_int) for x in ints]
+        types += [(x, ctypes.c_float) for x in floats] + [(x, ctypes.c_int) for x in flags]
+        arguments = type("Arguments", (ctypes.Structure,), {"_fields_": types})()
+        for name, _ in types:
+            value = values.get(name, 0)
+            setattr(arguments, name, value.data_ptr() if isinstance(value, torch.Tensor) else value)
+        libraries[key].run(ctypes.byref(arguments), *grid)
+
+    return run
+
+
+class Kernels:
+    """Forward and backward as ops/cuda/delta_memory.py launches them."""
+
+    def __init__(self, run, q, k, v, g, erase, state, *, scale=1.0, cu_seqlens=None, gate=0, A_log=None, dt_bias=None, floor=-5.0):
+        self.run, self.kind = run, 0 if erase.ndim == 3 else 1
+        B, T, H, _ = q.shape
+        HV, V = v.shape[2:]
+        N, chunks, offsets = B, B * -(-T // C), None
+        if cu_seqlens is not None:
+            N, chunks = len(cu_seqlens) - 1, T // C + len(cu_seqlens) - 1
+            offsets = torch.cat((torch.zeros(1), ((cu_seqlens.diff() + C - 1) // C).cumsum(0))).int()
+        self.tiles, self.grid = chunks * HV, (N * HV, V // 64)
+        wide = torch.float32
+        nan = lambda *shape, dtype=torch.bfloat16: torch.full(shape, torch.nan, dtype=dtype)
+        x = self.x = dict(
+            q=q, k=k, erase=erase, g=g, A_log=A_log, dt_bias=dt_bias, write=v, rows=v, state=state, cu_seqlens=cu_seqlens,
+            strength=erase if erase.ndim == 3 else 0, chunk_offsets=offsets, T=T, N=N, H=H, HV=HV, V=V, scale=scale,
+            floor=floor, gate=gate, wide_g=g.dtype == wide, wide_e=erase.dtype == wide, wide_strength=erase.dtype == wide,
+            E=nan(self.tiles, C, K), Q=nan(self.tiles, C, K), W=nan(self.tiles, C, K), P=nan(self.tiles, C, C),
+            M=nan(self.tiles, C, C), D=nan(self.tiles, K, dtype=wide), norms=nan(self.tiles, 2, C, dtype=wide),
+            memories=nan(self.tiles, V, K), d_memories=nan(self.tiles, V, K), out=nan(*v.shape),
+            state_out=nan(*state.shape, dtype=wide),
+        )  # fmt: skip
+        self.x = {name: 0 if value is None else value for name, value in x.items()}
+        run("intra", "intra", INTRA, 128, (self.tiles, 1), self.x, self.kind)
+
+    def forward(self):
+        self.run("chain", "chain_forward", CHAIN, 160, self.grid, self.x)
+        return self.x["out"], self.x["state_out"]
+
+    def backward(self, d_out, d_state):
+        x = self.x
+        self.run("chain", "chain_save", CHAIN, 160, self.grid, {**x, "out": 0})
+        nan = lambda like: torch.full_like(like, torch.nan)
+        d_write, d_first = nan(x["write"]), nan(x["state"])
+        reverse = {**x, "rows": d_out, "state": d_state, "out": d_write, "state_out": d_first, "memories": x["d_memories"]}
+        self.run("chain", "chain_reverse", CHAIN, 160, self.grid, {**reverse, "strength": 0})
+        heads = (*x["write"].shape[:3], K)
+        gradients = dict(
+            d_out=d_out, d_write=d_write, dq=torch.full(heads, torch.nan, dtype=torch.bfloat16),
+            dk=torch.full(heads, torch.nan, dtype=torch.bfloat16), dv=nan(x["write"]), dg=nan(x["g"]), d_erase=nan(x["erase"]),
+            dA_log=torch.zeros(self.tiles // x["HV"], x["HV"]), d_bias=torch.zeros(self.tiles // x["HV"], x["HV"], 4, K),
+        )  # fmt: skip
+        self.run("gradient", "gradient", GRADIENT, 256, (self.tiles, 1), {**x, **gradients}, self.kind)
+        dq, dk = (gradients[name].float().unflatten(2, (x["H"], -1)).sum(3) for name in ("dq", "dk"))
+        dv = d_write if self.kind else gradients["dv"]
+        parameters = (gradients["dA_log"].sum(0), gradients["d_bias"].sum((0, 2)))
+        return dq, dk, dv, gradients["dg"], gradients["d_erase"], d_first, *parameters
+
+
+SUBSET = [case for x, case in enumerate(CASES) if x % 7 == 0]  # every key, strength and decay
+
+
+def test_the_law_in_half_precision(lanes):
+    cases = [Case(x.keys, x.beta, x.decay, 130, 1, 1, K, 64) for x in SUBSET]
+    report = judge(lambda *x: Kernels(lanes, *x).forward(), dtype=torch.bfloat16, cases=cases)
+    assert report.passed, str(report)
+
+
+def drawn(T, H=1, HV=1, V=64, decay="half_slow", beta="sigmoid", keys="correlated"):
+    q, k, *_ = Case(keys, beta, decay, T, 1, H, K, V).kda(torch.bfloat16)
+    _, _, v, g, strength, state = Case(keys, beta, decay, T, 1, HV, K, V, 1).kda(torch.bfloat16)
+    return q, k, v, g, strength, state
+
+
+def truth_of(law, inputs, d_out, d_state, dtype=torch.float64):
+    leaves = [x.to(dtype).requires_grad_() for x in inputs]
+    output, state = law(*leaves)
+    loss = (output * d_out.to(dtype)).sum() + (state * d_state.to(dtype)).sum()
+    return [x.detach() for x in (output, state, *torch.autograd.grad(loss, leaves))]
+
+
+def close(name, actual, truth, relative=1e-2):
+    error = (actual.double() - truth).norm() / truth.norm().clamp_min(1e-30)
+    assert error < relative, f"{name}: relative error {error:.1e}"
+
+
+def kda_law(q, k, v, g, beta, state):
+    q, k = (x.repeat_interleave(v.shape[2] // k.shape[2], 2) for x in (q, k))
+    return reference.delta_memory(q, k, beta[..., None] * k, beta[..., None] * v, g, state)
+
+
+NAMES = "output state d_q d_k d_v d_log_decay d_erase d_state".split()
+
+
+@pytest.mark.parametrize(
+    ("T", "HV", "V", "decay"), [(1, 1, 64, "slow"), (100, 2, 64, "half_slow"), (130, 1, 128, "fast"), (70, 1, 64, "floor")]
+)
+def test_every_gradient(lanes, T, HV, V, decay):
+    inputs = drawn(T, HV=HV, V=V, decay=decay)
+    kernels = Kernels(lanes, *inputs)
+    d_out, d_state = torch.randn_like(inputs[2]), torch.randn_like(inputs[5])
+    truth = truth_of(kda_law, inputs, d_out, d_state)
+    for name, a, t in zip(NAMES, (*kernels.forward(), *kernels.backward(d_out, d_state)), truth):
+        close(name, a, t)
+
+
+def test_gradients_of_vectors_that_erase(lanes):
+    q, k, v, g, _, state = drawn(90)
+    inputs = q, k, v, g, torch.nn.functional.normalize(torch.randn(q.shape), dim=-1).bfloat16(), state
+    kernels = Kernels(lanes, *inputs)
+    d_out, d_state = torch.randn_like(v), torch.randn_like(state)
+    law = lambda q, k, v, g, erase, state: reference.delta_memory(q, k, erase, v, g, state)
+    for name, a, t in zip(NAMES, (*kernels.forward(), *kernels.backward(d_out, d_state)), truth_of(law, inputs, d_out, d_state)):
+        close(name, a, t)
+
+
+@pytest.mark.parametrize("gate", [1, 2])
+def test_gradients_through_gates_and_norms(lanes, gate):
+    rng = torch.Generator().manual_seed(gate)
+    draw = lambda *shape: torch.randn(*shape, generator=rng)
+    q, k, v, x, beta = (draw(1, 80, 2, n).bfloat16() for n in (K, K, 64, K, 1))
+    state, A_log, dt_bias, beta = draw(1, 2, K, 64), draw(2), draw(2, K) - 2, beta[..., 0]
+    inputs = q, k, v, x, beta, state
+    kernels = Kernels(lanes, *inputs, gate=gate, A_log=A_log, dt_bias=dt_bias)
+
+    def law(q, k, v, x, beta, state, A_log, dt_bias):
+        g = gates.softplus_decay(x, A_log, dt_bias) if gate == 1 else gates.sigmoid_decay(x, A_log, dt_bias, -5.0)
+        return kda_law(gates.l2norm(q), gates.l2norm(k), v, g, beta.sigmoid(), state)
+
+    d_out, d_state = torch.randn_like(v), torch.randn_like(state)
+    truth = truth_of(law, (*inputs, A_log, dt_bias), d_out, d_state)
+    ours = (*kernels.forward(), *kernels.backward(d_out, d_state))
+    for name, a, t in zip((*NAMES, "d_A_log", "d_dt_bias"), ours, truth):
+        close(name, a, t, 5e-2 if name == "d_A_log" else 1e-2)  # two numbers, each a sum of 10,000 of either sign
+
+
+def test_packed_is_one_by_one(lanes):
+    inputs = drawn(150, HV=2)
+    borders = torch.tensor([0, 0, 5, 70, 70, 150], dtype=torch.int32)
+    state = torch.randn(5, 2, K, 64)
+    output, last = Kernels(lanes, *inputs[:5], state, cu_seqlens=borders).forward()
+    for n, (start, stop) in enumerate(zip(borders.tolist(), borders.tolist()[1:])):
+        if start == stop:
+            torch.testing.assert_close(last[n], state[n], rtol=0, atol=0)
+            continue
+        alone = Kernels(lanes, *(x[:, start:stop].contiguous() for x in inputs[:5]), state[n : n + 1])
+        for ours, theirs in zip((output[:, start:stop], last[n : n + 1]), alone.forward()):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_a_later_token_never_changes_an_earlier_output(lanes):
+    inputs = drawn(128)
+    before, _ = Kernels(lanes, *inputs).forward()
+    changed = [x.clone() for x in inputs]
+    for x in changed[:5]:
+        x[:, 77:] = -x[:, 77:].abs() * 3
+    after, _ = Kernels(lanes, *changed).forward()
+    torch.testing.assert_close(before[:, :77], after[:, :77], rtol=0, atol=0)
+
+
+def test_decay_gradient_where_almost_nothing_is_kept(lanes):
+    inputs = drawn(96, decay="floor")
+    kernels = Kernels(lanes, *inputs)
+    d_out, d_state = torch.randn_like(inputs[2]), torch.zeros_like(inputs[5])
+    truth = truth_of(kda_law, inputs, d_out, d_state)[5]
+    close("d_log_decay", kernels.backward(d_out, d_state)[3], truth)
+
+
+def test_a_wrong_kernel_fails(lanes):
+    q, k, v, g, beta, state = drawn(130)
+    wrong, _ = Kernels(lanes, q, k, v, g, 0.9 * beta, state).forward()
+    truth, _ = kda_law(*(x.double() for x in (q, k, v, g, beta, state)))
+    peer, _ = Kernels(lanes, q, k, v, g, beta, state).forward()
+    with pytest.raises(AssertionError, match="exceeds budget"):
+        assert_within_budget("output", wrong, truth, peer)
+
+
+def test_the_shipped_code_is_that_of_these_sources():
+    import zipfile
+
+    with zipfile.ZipFile(build.ARCHIVE) as archive:
+        assert archive.read("digest").decode() == build.digest(), "run python -m palimpsest.ops.cuda.build"
+        assert set(archive.namelist()) == {"digest", *build.variants()}
