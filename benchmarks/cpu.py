@@ -3,6 +3,7 @@
     python -m benchmarks.cpu                    the whole table; continues where an interrupted run stopped
     python -m benchmarks.cpu --quick            small shapes only, about a minute
     python -m benchmarks.cpu --only memory      one of: forward, training, decode, memory, model
+    python -m benchmarks.cpu --threads 1        on a machine that others use too
 
 Writes cpu.json (every sample), cpu.md (tables) and cpu.png, cpu.svg to benchmarks/results/cpu. The machine's speed
 drifts, so the figures to trust are ratios inside one cell, whose contestants took turns; `ratio` is the time over that
@@ -175,7 +176,15 @@ def in_processes(cell: tuple) -> dict[str, list[float]]:
         environment = dict(os.environ)
         if section == "model" and name == "torch form":
             environment |= {"PATH": "", "CC": "", "PYTHONWARNINGS": "ignore"}
-        command = [sys.executable, "-m", "benchmarks.cpu", "--cell", json.dumps([name, *cell])]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.cpu",
+            "--cell",
+            json.dumps([name, *cell]),
+            "--threads",
+            str(torch.get_num_threads()),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode == 0:
             results[name] = json.loads(done.stdout)
@@ -187,7 +196,7 @@ def alone(name: str, section: str, size: int, H: int, D: int) -> list[float]:
     if section == "memory":
         return [peak_of(with_backward(whole_sequences()[name]), draw(1, size, H, D))]
     torch.manual_seed(0)
-    config = KimiLinearConfig.tiny("KKKM", vocab_size=256, hidden_size=256)
+    config = KimiLinearConfig.tiny("KKKM", hidden_size=256, linear_num_heads=4, linear_head_dim=64)
     model, ids = KimiLinearForCausalLM(config), torch.randint(0, 256, (size, H))
     optimizer = torch.optim.AdamW(model.parameters())
 
@@ -250,7 +259,7 @@ def table(results: dict[str, dict[str, list[float]]]) -> str:
             _, batch, tokens, _ = key.split()
             lines += [
                 "",
-                f"**A tiny model (KKKM, width 256), {batch} × {tokens} tokens: before is the torch form**",
+                f"**A small model (KKKM, width 256, 4 heads of 64), {batch} × {tokens} tokens: before is the torch form**",
                 "",
             ]
             for i, what in enumerate(("training step", "reading", "writing a token")):
@@ -271,7 +280,10 @@ def plot(results: dict[str, dict[str, list[float]]], folder: Path) -> None:
             axis.set_title(f"{'forward' if row == 0 else 'forward and backward'}, {H} heads of {D}")
             axis.set_ylabel("tokens/s")
             axis.set_xlabel("tokens")
-    axes[0][0].legend()
+            axis.set_xticks(sorted({int(k.split()[1]) for k, _ in mine}), minor=False)
+            axis.xaxis.set_major_formatter("{x:.0f}")
+            axis.xaxis.set_minor_formatter("")
+    axes[-1][0].legend(fontsize="small")
     for kind in ("png", "svg"):
         figure.savefig(folder / f"cpu.{kind}", dpi=120)
     plt.close(figure)
@@ -296,11 +308,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small shapes only")
     parser.add_argument("--only", choices=("forward", "training", "decode", "memory", "model"), help="one section")
     parser.add_argument("--rounds", type=int, default=9, help="turns of each contestant")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="on a busy machine use 1")
+    parser.add_argument("--longest", type=int, default=LENGTHS[-1], help="tokens of the longest sequence")
     parser.add_argument("--patience", type=float, default=2.5, help="seconds; a slower call is timed once")
     parser.add_argument("--fresh", action="store_true", help="measure again what is in the folder already")
     parser.add_argument("--out", type=Path, default=HERE)
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     if options.cell:
         print(json.dumps(alone(*json.loads(options.cell))))
         return
@@ -312,11 +327,12 @@ def main() -> None:
         k: v for k, v in facts.items() if k != "date"
     }
     results = stored["results"] if same else {}
-    plan = {k: v for k, v in cells(options.quick).items() if options.only in (None, v[0])}
+    plan = {k: v for k, v in cells(options.quick).items() if options.only in (None, v[0]) and v[1] <= options.longest}
     todo = {k: v for k, v in plan.items() if options.fresh or k not in results}
     too_slow, began = set(), time.monotonic()
     for n, (key, cell) in enumerate(todo.items()):
-        results[key] = measure(cell, options.rounds, options.patience, too_slow)
+        samples = measure(cell, options.rounds, options.patience, too_slow)
+        results[key] = {name: [float(f"{x:.4g}") for x in some] for name, some in samples.items()}
         results = {k: results[k] for k in cells(False) | cells(True) | results if k in results}
         written = file.with_suffix(".new")
         written.write_text(json.dumps({"machine": facts, "results": results}))

@@ -281,6 +281,13 @@ def test_a_bad_number_reaches_no_earlier_token_and_no_other_head():
         assert torch.equal(rest, good[0, 38:, 1]) if where == "q" else rest.isnan().all(), where
 
 
+def test_denormals_of_others_stay_alive():
+    """The kernel flushes them while it runs; threads are shared with torch, so it must put that back."""
+    small = torch.full((1 << 20,), 1e-38)
+    ours(*drawn(200, 64, 64, 2, 2, 2))
+    assert (small * 0.1 > 0).all()
+
+
 def test_infinite_decay_forgets_all():
     q, k, v, log_decay, beta, state = drawn(40, 8, 8)
     log_decay[:, 20] = -torch.inf

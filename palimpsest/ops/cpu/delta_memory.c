@@ -113,8 +113,8 @@ INLINE vec exp_vec(vec x) {
 /* log(1 + exp t) and 1 / (1 + exp -t), both to a few ulp of their own size: the exponential is of -|t|, and the
    logarithm is 2 atanh z = 2 (z + z^3 / 3 + ...) with z at most 1 / 3. */
 INLINE vec softplus(vec t) {
-    vec large = only(t > 0, t), y = exp_vec(t - 2 * large), z = y / (y + 2), zz = z * z, p = splat(1.f / 17);
-    p = p * zz + 1.f / 15, p = p * zz + 1.f / 13, p = p * zz + 1.f / 11, p = p * zz + 1.f / 9, p = p * zz + 1.f / 7;
+    vec large = only(t > 0, t), y = exp_vec(t - 2 * large), z = y / (y + 2), zz = z * z, p = splat(1.f / 15);
+    p = p * zz + 1.f / 13, p = p * zz + 1.f / 11, p = p * zz + 1.f / 9, p = p * zz + 1.f / 7;
     p = p * zz + 1.f / 5, p = p * zz + 1.f / 3, p = p * zz + 1;
     return large + 2 * z * p;
 }
