@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from types import MappingProxyType
 from typing import Any
 
@@ -130,6 +131,7 @@ class Size:
 PAPER_SIZE = Size(layers=2, hidden_size=256, heads=2, head_dim=128, mlp=512)  # arXiv:2510.26692, section 5.1
 
 
+@cache
 def config(who: Contestant, size: Size, vocab_size: int) -> KimiLinearConfig:
     """The contestant's model, fitted to the parameters of KDA in this size."""
     target = count_parameters(_config(CONTESTANTS["kda"], size, vocab_size, size.mlp))

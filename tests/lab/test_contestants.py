@@ -37,7 +37,9 @@ def test_the_state_is_counted_as_it_is(name):
     model = build(contestant(name), SIZE, 20)
     with torch.no_grad():
         state = model(torch.randint(20, (1, 24))).state
-    held = sum(x.numel() for key, x in state.tensors().items() if key not in ("position",) and not key.endswith("valid"))
+    held = sum(
+        x.numel() for key, x in state.tensors().items() if key not in ("position",) and not key.endswith("valid")
+    )
     assert held == state_numbers(model.config, 24)
     assert isinstance(state, ModelState)
 
@@ -84,7 +86,10 @@ LEARN = {
 def test_who_cannot_tell_the_order_fails_and_who_can_learns():
     """Linear attention without decay and convolution gives the same answer to any order of what it read."""
     blind = Contestant("blind", "L", {"conv": False})
-    found = {w.name: learn(Training(who=w, **LEARN), "cpu", lambda *_: None)[0]["rows"][0] for w in (blind, CONTESTANTS["kda"])}
+    found = {
+        w.name: learn(Training(who=w, **LEARN), "cpu", lambda *_: None)[0]["rows"][0]
+        for w in (blind, CONTESTANTS["kda"])
+    }
     assert found["kda"]["best_accuracy"] > 0.8
     assert found["blind"]["best_accuracy"] < 0.5
     assert found["kda"]["parameters"] == pytest.approx(found["blind"]["parameters"], rel=0.01)

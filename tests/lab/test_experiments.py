@@ -1,7 +1,5 @@
 """A tiny version of every experiment, end to end: points, verdict, plots, report, the command."""
 
-import time
-
 import pytest
 
 from palimpsest.cli import run as command
@@ -11,7 +9,6 @@ from palimpsest.lab.run import read_records
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_tiny_version_runs_end_to_end(name, tmp_path, capsys):
-    began = time.process_time()
     assert command(["lab", "run", name, "--scale", "tiny", "--out", str(tmp_path / name), "--device", "cpu"]) == 0
     folder = tmp_path / name
     report = (folder / "report.md").read_text()
@@ -26,7 +23,6 @@ def test_a_tiny_version_runs_end_to_end(name, tmp_path, capsys):
     assert "Verdict: " in capsys.readouterr().out
     assert command(["lab", "show", str(folder)]) == 0
     assert "# " + name in capsys.readouterr().out
-    assert time.process_time() - began < 30  # of processor time: the machine may be busy with other things
 
 
 @pytest.mark.parametrize("name", NAMES)

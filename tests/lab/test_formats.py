@@ -23,7 +23,7 @@ def test_rounding_is_within_half_a_step_or_one_by_chance(name):
     error = (how.unpack(how.pack(S, torch.Generator().manual_seed(0))) - S).abs()
     largest = S.abs().amax(-1, keepdim=True)
     bound = S.abs() if how.kind in ("float32", "bfloat16") else largest
-    steps = (2 if how.stochastic else 1) / (16 if how.feedback else 1)
+    steps = 2 / 16 if how.feedback else 2 if how.stochastic else 1
     assert (error <= WORST[how.kind] * steps * bound * 1.01 + 1e-12).all()
 
 
@@ -32,8 +32,8 @@ def test_stochastic_rounding_is_right_on_average(name):
     how, chance = FORMATS[name], torch.Generator().manual_seed(1)
     S = memory()[:1, :1]
     many = torch.stack([how.unpack(how.pack(S, chance)) for _ in range(2000)])
-    step = (many.amax(0) - many.amin(0)).clamp(min=1e-30)
-    assert ((many.mean(0) - S).abs() <= 0.06 * step + 1e-6 * S.abs()).all()
+    step = (many.amax(0) - many.amin(0)).amax(-1, keepdim=True)  # of a row's largest numbers
+    assert ((many.mean(0) - S).abs() <= 0.06 * step).all()
     nearest = Format(how.kind)
     assert ((nearest.unpack(nearest.pack(S)) - S).abs() / step).max() > 0.2  # the plain form has a bias to lose
 
@@ -42,7 +42,9 @@ def test_stochastic_rounding_is_right_on_average(name):
 def test_bytes_are_those_of_the_tensors(name):
     how = FORMATS[name]
     stored = how.pack(torch.randn(1, 2, 64, 128))
-    per_number = {"float32": 4, "bfloat16": 2, "float8": 1 + 4 / 128, "int8": 1 + 4 / 128}[how.kind] + 0.5 * how.feedback
+    per_number = {"float32": 4, "bfloat16": 2, "float8": 1 + 4 / 128, "int8": 1 + 4 / 128}[
+        how.kind
+    ] + 0.5 * how.feedback
     assert stored.nbytes == per_number * 2 * 64 * 128
 
 
@@ -60,7 +62,9 @@ def test_float8_in_between_is_a_float8():
 
 
 def test_feedback_loses_less_than_plain_int8():
-    error = lambda name: Drift(format=name, tokens=128, heads=1, channels=16, life="endless").run("cpu", lambda *_: None)["rows"][-1]
+    error = lambda name: Drift(format=name, tokens=128, heads=1, channels=16, life="endless").run(
+        "cpu", lambda *_: None
+    )["rows"][-1]
     plain, fed, whole = (error(name)["relative_error"] for name in ("int8", "int8-feedback", "float32"))
     assert fed < plain / 4
     assert whole < 1e-4

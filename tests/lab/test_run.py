@@ -66,11 +66,28 @@ def recipe(folder: Path, name: str = "count.py", **changes) -> Experiment:
 
 def test_a_sweep_leaves_results_csv_plots_and_a_report(tmp_path):
     events = []
-    assert run(recipe(tmp_path), "tiny", tmp_path / "out", device="cpu", report=events.append, command="the command", note="a note")
+    assert run(
+        recipe(tmp_path),
+        "tiny",
+        tmp_path / "out",
+        device="cpu",
+        report=events.append,
+        command="the command",
+        note="a note",
+    )
     names = {file.name for file in (tmp_path / "out").iterdir()}
     assert names == {"sweep.json", "results.jsonl", "results.csv", "squares.png", "squares.svg", "report.md"}
     report = (tmp_path / "out" / "report.md").read_text()
-    for words in ("what are the squares?", "Verdict: measured.", "8 points", "Seeds: 0, 1", "`the command`", "a note", "torch", "UTC"):
+    for words in (
+        "what are the squares?",
+        "Verdict: measured.",
+        "8 points",
+        "Seeds: 0, 1",
+        "`the command`",
+        "a note",
+        "torch",
+        "UTC",
+    ):
         assert words in report
     rows = (tmp_path / "out" / "results.csv").read_text().splitlines()
     assert rows[0] == "number,seed,square,process,seconds"
@@ -195,14 +212,18 @@ def test_bad_input_is_refused_before_anything_runs(tmp_path):
     other = recipe(tmp_path, "other.py", POINTS=5)
     cases = {
         "holds 'count' with other settings": lambda: run(other, "tiny", tmp_path / "out", device="cpu"),
-        "holds 'count' at scale 'tiny', not 'fig4'": lambda: run(load_experiment("fig4"), "tiny", tmp_path / "out", device="cpu"),
+        "holds 'count' at scale 'tiny', not 'fig4'": lambda: run(
+            load_experiment("fig4"), "tiny", tmp_path / "out", device="cpu"
+        ),
         "holds no results of the lab": lambda: run(experiment, "tiny", tmp_path / "full", device="cpu"),
         "is a file; give a folder": lambda: run(experiment, "tiny", tmp_path / "file", device="cpu"),
         "has no scale 'huge'; choose one of tiny, bad": lambda: run(experiment, "huge", tmp_path / "new"),
         "number is -1; give 0 or more": lambda: run(experiment, "bad", tmp_path / "new"),
         "workers is 0": lambda: run(experiment, "tiny", tmp_path / "new", device="cpu", workers=0),
         "give 'cpu' or 'cuda'": lambda: run(experiment, "tiny", tmp_path / "new", device="tpu"),
-        "no point of 'count' matches 'number 9'": lambda: run(experiment, "tiny", tmp_path / "new", device="cpu", only="number 9"),
+        "no point of 'count' matches 'number 9'": lambda: run(
+            experiment, "tiny", tmp_path / "new", device="cpu", only="number 9"
+        ),
         "experiment 'fig5' is unknown": lambda: load_experiment("fig5"),
         "is not a file": lambda: load_experiment(str(tmp_path / "none.py")),
     }
@@ -243,7 +264,10 @@ def record(who: str, seed: int, accuracy: float, lr: float = 1e-3) -> Record:
 
 
 def test_the_best_rate_is_chosen_by_its_mean_over_seeds():
-    found = tuned([record("kda", 0, 0.9), record("kda", 1, 0.1), record("kda", 0, 0.6, 1e-2), record("kda", 1, 0.6, 1e-2)], ("contestant",))
+    found = tuned(
+        [record("kda", 0, 0.9), record("kda", 1, 0.1), record("kda", 0, 0.6, 1e-2), record("kda", 1, 0.6, 1e-2)],
+        ("contestant",),
+    )
     assert found["kda",] == (Spread((0.6, 0.6)), 1e-2)
 
 

@@ -24,10 +24,10 @@ def points(scale: str) -> list[Training]:
         Training(who=CONTESTANTS[name], train=(task,), size=size, **shared)  # type: ignore[arg-type]
         for length in lengths
         for vocab, share in settings
+        if 2 * length // share < vocab  # keys enough
         for task in tasks(length, vocab, stacks, pairs_share=share)
         if task.name == "mqar" or share == settings[0][1]
         for name in who
-        if 2 * length // share < vocab
     ]
     return [Calibration(point) for point in made]  # type: ignore[return-value]
 

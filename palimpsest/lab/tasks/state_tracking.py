@@ -56,7 +56,8 @@ class StateTracking:
 
     @property
     def name(self) -> str:
-        return {"parity": "parity", "modular": f"sum mod {self.modulus}", "group": f"S{self.degree}"}[self.kind]
+        group = f"S{self.degree}" + " by swaps" * (self.letters == "swaps")
+        return {"parity": "parity", "modular": f"sum mod {self.modulus}", "group": group}[self.kind]
 
     @property
     def vocab_size(self) -> int:
