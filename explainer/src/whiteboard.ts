@@ -175,6 +175,7 @@ export class Whiteboard {
       const keep = this.scene && this.mode === "model" && this.scene.tokens.length === scene.tokens.length ? this.position : null;
       this.show(scene);
       this.go(keep ?? (this.mode === "model" ? 4 * Math.min(scene.tokens.length, 24) - 1 : 0), false);
+      this.root.dataset.scene = this.mode === "worked" ? this.chosen : `${watching.layer}-${watching.head}`;
       this.root.dataset.milliseconds = String(Math.round(performance.now() - begun));
       if (this.mode === "model" && this.galleryOf !== watching.text) {
         this.galleryOf = watching.text;
