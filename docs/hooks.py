@@ -8,6 +8,7 @@ import html
 import importlib.util
 import io
 import re
+import sys
 import textwrap
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
 COURSE = Path(__file__).parents[1] / "course"
+sys.path.insert(0, str(COURSE))  # lessons share style.py, which stands beside them
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 _pages: dict[tuple[str, str], tuple[str, dict[str, bytes]]] = {}  # (name, source) -> page, figures: for `mkdocs serve`
 
