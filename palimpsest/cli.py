@@ -195,10 +195,10 @@ class _Standing:
         return (1 - s1) * (t1 - t0) / (s1 - s0) if s1 > s0 else None
 
     def words(self, event: dict[str, Any]) -> str:
-        parts = [f"step {event['step']}", f"{self.rate:,.0f} tok/s", f"loss {event['loss']:.3f}"]
+        parts = [f"step {event['step']}", f"{self.rate:,.0f} tok/s", f"loss {event['loss']:.2f}"]
         parts.append(f"{event['bits_per_byte']:.2f} bits/byte")
         if self.heldout is not None:
-            parts.append(f"held out {self.heldout:.3f}")
+            parts.append(f"held out {self.heldout:.2f}")
         if event["skipped"]:
             parts.append(f"{event['skipped']} skipped")
         return "  ".join([*parts, f"ETA {_clock(self.remaining)}"])
@@ -208,8 +208,8 @@ class _Bar:
     """A live line: bar, rate, loss, bits per byte, time left. Evaluations stay above it."""
 
     def __init__(self):
-        columns = (BarColumn(bar_width=24), TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.description}"))
-        self.progress = Progress(*columns, console=notes, transient=False)
+        columns = (BarColumn(bar_width=None), TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.description}"))
+        self.progress = Progress(*columns, console=notes, expand=True)  # the words first, the bar in what room is left
         self.task = self.progress.add_task("starting", total=1.0)
         self.standing = _Standing()
 

@@ -51,6 +51,6 @@ def recipe() -> Recipe:
         minutes=4.5,
         optim=Optim(lr=2e-2, matrix_lr=1.5e-2, momentum=0.9),
         schedule=Schedule(warmup=0.02, decay=0.4),
-        evaluate=Evaluate(every=200, max_bytes=65536, final_max_bytes=1 << 19),
-        keep=Keep(checkpoint_every=400, log_every=5),
+        evaluate=Evaluate(every=100, max_bytes=32768, final_max_bytes=1 << 18),
+        keep=Keep(checkpoint_every=200, log_every=5),
     )

@@ -33,10 +33,10 @@ def draw_loss_curve(records: Sequence[Mapping[str, Any]], baselines: Mapping[str
         axes.plot(x, _smooth(y, max(len(y) // 40, 1)), color=BLUE, linewidth=1.6, label="training")
     if heldout:
         axes.plot(*zip(*heldout), color=ORANGE, marker="o", markersize=4, linewidth=1.6, label="held out")
-        axes.annotate(f"{heldout[-1][1]:.2f}", heldout[-1], textcoords="offset points", xytext=(4, 6), color=ORANGE)
+        axes.annotate(f"{heldout[-1][1]:.2f}", heldout[-1], textcoords="offset points", xytext=(0, 8), ha="right", color=ORANGE)
     for name, bits in baselines.items():
         axes.axhline(bits, color=INK, linewidth=0.8, linestyle=":")
-        axes.text(0.995, bits, f"{name} {bits:.2f}", transform=axes.get_yaxis_transform(), ha="right", va="bottom")
+        axes.text(1.01, bits, f"{name} {bits:.2f}", transform=axes.get_yaxis_transform(), va="center", color=INK)
     levels = [y for _, y in heldout] + list(baselines.values()) or [y for _, y in train] or [8.0]
     axes.set_ylim(0, max(levels) + 1.0)
     axes.set(xlabel="tokens, millions", ylabel="bits per byte")

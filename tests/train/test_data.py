@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ import torch
 
 from palimpsest.models.kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
 from palimpsest.text import ByteTokenizer
-from palimpsest.train import Data, NamedDataset, TextFiles
+from palimpsest.train import Data, TextFiles, load_recipe
 from palimpsest.train.data import IGNORED, Corpus, Document, Heldout, pad, read_documents
+
+ROOT = Path(__file__).parents[2]
 
 
 def corpus_of(folder, *, seed=0, source=None, **data):
@@ -210,17 +213,19 @@ def test_any_tokenizer_file_will_do_and_bytes_stay_the_measure(texts, tmp_path):
     assert text.content == b"".join(d.content for d in corpus.heldout)
 
 
-def test_named_data_sets_from_local_files(tmp_path):
+def test_named_data_sets_from_local_files_are_joined_as_the_wikitext_recipe_asks(tmp_path):
     pytest.importorskip("datasets")
-    for split, rows in {
-        "train": [" = A = \n", "one\n", " = B = \n", "two\n"],
-        "validation": [" = C = \n", "three\n"],
-    }.items():
-        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-    source = NamedDataset(name=str(tmp_path), document_start=r"^ = [^=]")
+    rows = {
+        "train": ["", " = A = \n", "", " one\n", " = = History = = \n", " two\n", " = B and C = \n", " three\n"],
+        "validation": [" = D = \n", " four\n"],
+    }
+    for split, texts in rows.items():
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    recipe = load_recipe(str(ROOT / "recipes" / "wikitext103.py"), {"data.source.config": "none"})
+    source = dataclasses.replace(recipe.data.source, name=str(tmp_path))
     train, held = read_documents(source)
-    assert [d.content for d in train] == [b" = A = \none\n", b" = B = \ntwo\n"]
-    assert [d.content for d in held] == [b" = C = \nthree\n"]
+    assert [d.content for d in train] == [b" = A = \n one\n = = History = = \n two\n", b" = B and C = \n three\n"]
+    assert [d.content for d in held] == [b" = D = \n four\n"]
     with pytest.raises(ValueError, match=r"no column 'words'; data.source.column is one of text"):
         read_documents(dataclasses.replace(source, column="words"))
     with pytest.raises(ValueError, match="split 'test', does not load"):
