@@ -177,7 +177,7 @@ def test_ctrl_c_ends_the_workers_too(tmp_path):
     code = (
         "from palimpsest.lab.experiment import load_experiment\nfrom palimpsest.lab.run import *\n"
         "if __name__ == '__main__':\n"
-        f"    try:\n        run(load_experiment('slow.py'), 'tiny', 'out', device='cpu', workers=2)\n"
+        "    try:\n        run(load_experiment('slow.py'), 'tiny', 'out', device='cpu', workers=2)\n"
         "    except InterruptedSweep:\n        raise SystemExit(130)\n"
     )
     (tmp_path / "main.py").write_text(code)
