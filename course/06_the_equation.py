@@ -114,8 +114,9 @@ def _(S, erased, faded, written):
     _titles = ("before", "faded", "erased", "written")
     for _ax, _S, _title in zip(_axes, (S[0, 0], faded, erased, written), _titles):
         board(_ax, _S, _title, limit=10)
-    for _x in (0.262, 0.508, 0.752):
-        figure.text(_x, 0.42, "→", ha="center", fontsize=16, color=MUTED)
+    figure.get_layout_engine().set(wspace=0.3)
+    for _ax in _axes[1:]:
+        _ax.text(-0.2, 0.5, "→", transform=_ax.transAxes, ha="center", va="center", fontsize=16, color=MUTED)
     figure
     return (figure,)
 
