@@ -7,7 +7,7 @@ with app.setup:
     import marimo as mo
     import matplotlib.pyplot as plt
     import torch
-    from style import BLUE, MUTED, ORANGE
+    from style import BLUE, MUTED
 
     from palimpsest import delta_rule, linear_attention
 
@@ -113,8 +113,8 @@ def _(k, keys, last, strength, v):
         return errors
 
     figure, _ax = plt.subplots(figsize=(7.2, 2.8))
-    for _beta, _colour in ((0.25, MUTED), (1.0, MUTED), (strength.value, ORANGE if strength.value > 1 else BLUE)):
-        _ax.plot(_errors(_beta), "o-", color=_colour, markersize=4, label=f"beta {_beta:g}")
+    for _beta, _colour, _line in ((0.25, MUTED, "--"), (1.75, MUTED, ":"), (strength.value, BLUE, "o-")):
+        _ax.plot(_errors(_beta), _line, color=_colour, markersize=4, label=f"beta {_beta:g}")
     _ax.set(xlabel="times that the four facts were seen", ylabel="error of the answers", yscale="log")
     _ax.legend()
     figure
