@@ -77,7 +77,9 @@ def _():
 
     # The same by the library. Tensors are [sequences, tokens, heads, channels]; the state is all keys and values so far.
     scroll = (keys.view(1, 3, 1, 2), values.view(1, 3, 1, 1))
-    ask = lambda q, k, v: softmax_lookup(q.view(1, 1, 1, 2), k.view(1, 1, 1, 2), v.view(1, 1, 1, 1), state=scroll, scale=1.0)
+    ask = lambda q, k, v: softmax_lookup(
+        q.view(1, 1, 1, 2), k.view(1, 1, 1, 2), v.view(1, 1, 1, 1), state=scroll, scale=1.0
+    )
     output, (all_keys, _) = ask(question, torch.tensor([-50.0, -50.0]), torch.tensor([0.0]))
     print("answer", round(output.item(), 2), " keys in the scroll now", all_keys.shape[1])
     return
@@ -93,7 +95,10 @@ def _():
     q, k = 3 * spelled.view(1, T, 1, -1), spelled.view(1, T, 1, -1)
     positions = torch.eye(T).view(1, T, 1, T)  # as values: the answer then shows whom each token heard
     heard = softmax_lookup(q, k, positions, scale=1.0)[0][0, :, 0]
-    print("the last token hears", {f"{i} {w}": round(x, 2) for i, (w, x) in enumerate(zip(words, heard[-1].tolist())) if x > 0.1})
+    print(
+        "the last token hears",
+        {f"{i} {w}": round(x, 2) for i, (w, x) in enumerate(zip(words, heard[-1].tolist())) if x > 0.1},
+    )
     return heard, words
 
 

@@ -198,7 +198,10 @@ def _():
         return state + torch.outer(key, value)
 
     wrong_1 = [lambda tokens, K, V: (tokens * (K + V), K * V), lambda tokens, K, V: (tokens**2, K * V)]
-    wrong_2 = [lambda state, key, value: torch.outer(key, value), lambda state, key, value: state * torch.outer(key, value)]
+    wrong_2 = [
+        lambda state, key, value: torch.outer(key, value),
+        lambda state, key, value: state * torch.outer(key, value),
+    ]
     return solution_1, solution_2, wrong_1, wrong_2
 
 

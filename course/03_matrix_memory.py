@@ -123,7 +123,11 @@ def _():
 @app.cell(hide_code=True)
 def _(adds, fades, replaces):
     over_time, _ax = plt.subplots(figsize=(7.2, 2.8))
-    for _sizes, _name, _colour in ((adds, "only adds", ORANGE), (fades, "adds and fades", TEAL), (replaces, "replaces", BLUE)):
+    for _sizes, _name, _colour in (
+        (adds, "only adds", ORANGE),
+        (fades, "adds and fades", TEAL),
+        (replaces, "replaces", BLUE),
+    ):
         _ax.plot(_sizes, color=_colour)
         _ax.text(405, _sizes[-1], _name, color=_colour, va="center")
     _ax.axhline(0, color=GREY, linewidth=0.5)
@@ -189,7 +193,9 @@ def _(answer_2):
         if found[0] is None:
             return "Not yet: return a number."
         if found == [1, 16, 128]:
-            return "Right: as many as there are right angles in K dimensions. After that, keys must resemble each other."
+            return (
+                "Right: as many as there are right angles in K dimensions. After that, keys must resemble each other."
+            )
         return "Not yet: they have to stand at right angles to each other."
 
     check_2(answer_2)

@@ -91,7 +91,9 @@ def _(k, v):
     loss = (S0.T @ k[0, 0, 0] - v[0, 0, 0]).square().sum() / 2
     loss.backward()
     stepped = S0 - 0.3 * S0.grad
-    ours = delta_rule(k[:, :1], k[:, :1], v[:, :1], torch.full((1, 1, 1), 0.3), state=S0.detach()[None, None]).state[0, 0]
+    ours = delta_rule(k[:, :1], k[:, :1], v[:, :1], torch.full((1, 1, 1), 0.3), state=S0.detach()[None, None]).state[
+        0, 0
+    ]
     print("largest difference:", (ours - stepped).abs().max().item())
     return
 
@@ -193,7 +195,10 @@ def _():
     def solution_2(k):
         return 2 / (k @ k)
 
-    wrong_1 = [lambda S, k, v, beta: S + beta * torch.outer(k, v), lambda S, k, v, beta: S - beta * torch.outer(k, v - S.T @ k)]
+    wrong_1 = [
+        lambda S, k, v, beta: S + beta * torch.outer(k, v),
+        lambda S, k, v, beta: S - beta * torch.outer(k, v - S.T @ k),
+    ]
     wrong_2 = [lambda k: 2.0, lambda k: 1 / (k @ k)]
     return solution_1, solution_2, wrong_1, wrong_2
 

@@ -76,7 +76,9 @@ def _():
     T, K, V = 42, 4, 1
     k = torch.zeros(1, T, 1, K)
     k[0, 0, 0, 0], k[0, 1, 0, 1] = 1.0, 1.0
-    k[0, 2:, 0, 2:] = torch.nn.functional.normalize(torch.randn(T - 2, 2, generator=torch.Generator().manual_seed(0)), dim=-1)
+    k[0, 2:, 0, 2:] = torch.nn.functional.normalize(
+        torch.randn(T - 2, 2, generator=torch.Generator().manual_seed(0)), dim=-1
+    )
     v, beta = torch.ones(1, T, 1, V), torch.ones(1, T, 1)
 
     per_channel = torch.tensor([0.999, 0.8, 0.9, 0.9]).log().expand(1, T, 1, K)
@@ -123,7 +125,9 @@ def _(share):
         _ax.plot(_n, _alpha**_n, color=_colour)
         _half = torch.log(torch.tensor(0.5)) / torch.log(torch.tensor(_alpha))
         _ax.plot(_half, 0.5, "o", color=_colour)
-    _ax.set(xlabel="tokens since the write", ylabel="share left", title="half lives of 0.8, 0.99 and yours", ylim=(0, 1.05))
+    _ax.set(
+        xlabel="tokens since the write", ylabel="share left", title="half lives of 0.8, 0.99 and yours", ylim=(0, 1.05)
+    )
     lives
     return
 

@@ -6,7 +6,9 @@ from matplotlib.colors import LinearSegmentedColormap
 
 INK, MUTED, PAPER = "#1f2328", "#6b7280", "#ffffff"
 BLUE, ORANGE, TEAL, GREY = "#0b5cad", "#c2570c", "#0f766e", "#9ca3af"
-SIGNED = LinearSegmentedColormap.from_list("signed", [ORANGE, "#f6c79b", PAPER, "#9cc3e8", BLUE])  # minus, nothing, plus
+SIGNED = LinearSegmentedColormap.from_list(
+    "signed", [ORANGE, "#f6c79b", PAPER, "#9cc3e8", BLUE]
+)  # minus, nothing, plus
 
 plt.rcParams.update(
     {
