@@ -185,12 +185,16 @@ class Prefill:
         call = self._op(device, dtype) if self.layer.startswith("op ") else self._layer(device, dtype)
         best = dict.fromkeys(self.contexts, math.inf)
         for round_ in range(self.rounds + 1):
-            for i, context in enumerate(self.contexts):
-                seconds = timed(call(context), 1, device)
+            for i, context in enumerate(list(best)):
+                try:
+                    seconds = timed(call(context), 1, device)
+                except torch.OutOfMemoryError:  # the longer ones would too; the report shows how far it went
+                    best = {c: b for c, b in best.items() if c < context}
+                    break
                 if round_:
                     best[context] = min(best[context], seconds)
                 tell((round_ + (i + 1) / len(self.contexts)) / (self.rounds + 1), "")
-        return {"rows": [{"context": c, "milliseconds": 1e3 * best[c]} for c in self.contexts]}
+        return {"rows": [{"context": c, "milliseconds": 1e3 * b} for c, b in best.items()]}
 
     def _layer(self, device: str, dtype: torch.dtype) -> Callable[[int], Callable[[], Any]]:
         layer = _build_layer(self.layer, self.shape).to(device, dtype)

@@ -215,7 +215,7 @@ def answer_losses(
     Their means are added up to train: what is asked weighs as much as the rest of the text.
     """
     tokens = batch.tokens.to(device, non_blocking=True)
-    half = torch.autocast("cuda", torch.bfloat16) if device.startswith("cuda") else nullcontext()
+    half = torch.autocast("cuda", torch.bfloat16) if device.startswith("cuda") and reader is None else nullcontext()
     losses: list[Tensor] = []
     correct_BT = torch.zeros_like(tokens, dtype=torch.bool)
     with half:
