@@ -5,6 +5,7 @@ Streams     standard output carries what was asked for; progress and remarks go 
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -133,18 +134,29 @@ def train(
         return 0
     if resume and overwrite:
         raise ValueError("--resume and --overwrite were both given; choose one")
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started; one of them speaks
     path, _, function = recipe.partition(":")
     folder = out or Path("runs") / "-".join(filter(None, [Path(path).stem, function]))
-    if overwrite and is_run(folder):
+    if overwrite and is_run(folder) and first:
         shutil.rmtree(folder)
-    with _training_display(quiet, as_json) as report:
+    with _training_display(quiet, as_json or not first) as report:
         result = run_recipe(loaded, folder, resume=resume, report=report)
+    _leave_the_others()
+    if not first:
+        return 0 if result.finished else INTERRUPTED
     if not result.finished:
         notes.print(f"interrupted at step {result.progress.step} and saved; go on with --resume")
         return INTERRUPTED
     if not as_json:
         _print_result(result, folder)
     return 0
+
+
+def _leave_the_others() -> None:
+    import torch.distributed as processes
+
+    if processes.is_available() and processes.is_initialized():
+        processes.destroy_process_group()
 
 
 def _settings(pairs: list[str]) -> dict[str, str]:
@@ -195,8 +207,8 @@ class _Standing:
         return (1 - s1) * (t1 - t0) / (s1 - s0) if s1 > s0 else None
 
     def words(self, event: dict[str, Any]) -> str:
-        parts = [f"step {event['step']}", f"{self.rate:,.0f} tok/s", f"loss {event['loss']:.2f}"]
-        parts.append(f"{event['bits_per_byte']:.2f} bits/byte")
+        parts = [f"{self.rate:,.0f} tok/s", f"loss {event['loss']:.2f}"]
+        parts.append(f"bits/byte {event['bits_per_byte']:.2f}")
         if self.heldout is not None:
             parts.append(f"held out {self.heldout:.2f}")
         if event["skipped"]:
@@ -240,7 +252,7 @@ class _Lines:
         self.standing.take(event)
         if event["event"] == "step" and time.monotonic() - self.last > self.every:
             self.last = time.monotonic()
-            notes.print(f"{event['share']:4.0%}  {self.standing.words(event)}", soft_wrap=True)
+            notes.print(f"{event['share']:4.0%}  step {event['step']}  {self.standing.words(event)}", soft_wrap=True)
         for line in _remarks(event):
             notes.print(line, soft_wrap=True)
 

@@ -1,7 +1,13 @@
 """What several processes share: the accelerator, and the few numbers on which they must agree."""
 
 import torch
-from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
+from accelerate import (
+    Accelerator,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    PartialState,
+)
 from accelerate.state import AcceleratorState, GradientState
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
@@ -35,6 +41,8 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
         mixed_precision=recipe.precision,
         gradient_accumulation_steps=recipe.data.accumulate,
         fsdp_plugin=plugin,
+        # Each process counts its own experts' tokens; their biases are moved alike in all.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     if (
         plugin is not None and cpu

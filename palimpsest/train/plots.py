@@ -33,7 +33,9 @@ def draw_loss_curve(records: Sequence[Mapping[str, Any]], baselines: Mapping[str
         axes.plot(x, _smooth(y, max(len(y) // 40, 1)), color=BLUE, linewidth=1.6, label="training")
     if heldout:
         axes.plot(*zip(*heldout), color=ORANGE, marker="o", markersize=4, linewidth=1.6, label="held out")
-        axes.annotate(f"{heldout[-1][1]:.2f}", heldout[-1], textcoords="offset points", xytext=(0, 8), ha="right", color=ORANGE)
+        axes.annotate(
+            f"{heldout[-1][1]:.2f}", heldout[-1], textcoords="offset points", xytext=(0, 8), ha="right", color=ORANGE
+        )
     for name, bits in baselines.items():
         axes.axhline(bits, color=INK, linewidth=0.8, linestyle=":")
         axes.text(1.01, bits, f"{name} {bits:.2f}", transform=axes.get_yaxis_transform(), va="center", color=INK)
