@@ -45,7 +45,12 @@ def assert_is_the_law(inputs, function=ours, law=kda_law, names=NAMES):
 
 @pytest.mark.parametrize(
     ("T", "K", "V", "H", "HV", "decay"),
-    [(1, 16, 16, 1, 1, "slow"), (33, 16, 24, 1, 2, "half_slow"), (70, 24, 16, 1, 1, "bottomless"), (32, 16, 16, 2, 2, "floor")],
+    [
+        (1, 16, 16, 1, 1, "slow"),
+        (33, 16, 24, 1, 2, "half_slow"),
+        (70, 24, 16, 1, 1, "bottomless"),
+        (32, 16, 16, 2, 2, "floor"),
+    ],
 )
 def test_kda(T, K, V, H, HV, decay):
     assert_is_the_law(drawn(T, K, V, H, HV, decay=decay))
@@ -63,7 +68,10 @@ def test_packed_with_empty_sequences():
 
     def one_by_one(*inputs):
         *sequences, state = inputs
-        pieces = [kda_law(*(x[:, a:b] for x in sequences), state[n : n + 1]) for n, (a, b) in enumerate(zip(borders, borders[1:]))]
+        pieces = [
+            kda_law(*(x[:, a:b] for x in sequences), state[n : n + 1])
+            for n, (a, b) in enumerate(zip(borders, borders[1:]))
+        ]
         return torch.cat([o for o, _ in pieces], 1), torch.cat([s for _, s in pieces])
 
     packed = lambda *x: ours(*x, cu_seqlens=torch.tensor(borders, device=DEVICE))
@@ -87,7 +95,14 @@ def test_dplr():
 @pytest.mark.parametrize("gate", [gates.SoftplusDecay, gates.SigmoidDecay])
 def test_logits(gate):
     draw = lambda *shape: torch.randn(*shape, device=DEVICE)
-    q, k, v, x, beta, state = draw(1, 35, 1, 16), draw(1, 35, 1, 16), draw(1, 35, 2, 16), draw(1, 35, 2, 16), draw(1, 35, 2), draw(1, 2, 16, 16)
+    q, k, v, x, beta, state = (
+        draw(1, 35, 1, 16),
+        draw(1, 35, 1, 16),
+        draw(1, 35, 2, 16),
+        draw(1, 35, 2, 16),
+        draw(1, 35, 2),
+        draw(1, 2, 16, 16),
+    )
     A_log, dt_bias = draw(2), draw(2, 16)
 
     def law(q, k, v, x, beta, state, A_log, dt_bias):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 ROOM = Path(__file__).parent
 ARCHIVE = ROOM / "sm_90a.zip"
+COMMAND = ("nvcc", "-gencode=arch=compute_90a,code=sm_90a", "-cubin", "-O3", "-use_fast_math", "-Xptxas", "-v")
 
 
 def variants() -> dict[str, tuple[str, list[str]]]:
@@ -29,9 +30,9 @@ def variants() -> dict[str, tuple[str, list[str]]]:
 
 
 def digest() -> str:
-    """Of all sources and this recipe."""
-    text = hashlib.sha256()
-    for path in sorted([*ROOM.glob("*.cu"), *ROOM.glob("*.cuh"), Path(__file__)]):
+    """Of all sources, and of how each is compiled."""
+    text = hashlib.sha256(repr((COMMAND, sorted(variants().items()))).encode())
+    for path in sorted([*ROOM.glob("*.cu"), *ROOM.glob("*.cuh")]):
         text.update(path.read_bytes())
     return text.hexdigest()
 
@@ -40,8 +41,8 @@ def compile_one(source: str, definitions: list[str]) -> tuple[bytes, str]:
     """The machine code of one specialisation, and what the assembler says of its registers."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.cubin"
-        command = ["nvcc", "-gencode=arch=compute_90a,code=sm_90a", "-cubin", "-O3", "-use_fast_math", "-Xptxas", "-v"]
-        done = subprocess.run([*command, *definitions, str(ROOM / source), "-o", str(out)], capture_output=True, text=True)
+        command = [*COMMAND, *definitions, str(ROOM / source), "-o", str(out)]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"nvcc could not compile {source} with {' '.join(definitions)}:\n{done.stderr}")
         return out.read_bytes(), done.stderr

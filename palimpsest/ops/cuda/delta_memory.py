@@ -110,7 +110,9 @@ def forward(q, k, v, log_decay, erase, state, scale, cu_seqlens, A_log, dt_bias,
     return out, state_out
 
 
-def backward(d_out, d_state, q, k, v, log_decay, erase, state, scale, cu_seqlens, A_log, dt_bias, gate, floor, exclusive):
+def backward(
+    d_out, d_state, q, k, v, log_decay, erase, state, scale, cu_seqlens, A_log, dt_bias, gate, floor, exclusive
+):
     """Gradients of q, k, v, log_decay, erase, state, A_log, dt_bias; the last two empty without a gate."""
     like = (log_decay, erase, A_log, dt_bias)
     q, k, v, g, erase, state, A_log, dt_bias = _readable(q, k, v, log_decay, erase, state, A_log, dt_bias)

@@ -45,7 +45,9 @@ class Kernel:
 
     def __init__(self, file: str, name: str, fields: str, threads: int, shared: int, device: int):
         types = {"p": _POINTER, "i": _INT, "f": _FLOAT}
-        self._type = type("Arguments", (ctypes.Structure,), {"_fields_": [(f"a{i}", types[x]) for i, x in enumerate(fields)]})
+        self._type = type(
+            "Arguments", (ctypes.Structure,), {"_fields_": [(f"a{i}", types[x]) for i, x in enumerate(fields)]}
+        )
         self._function = ctypes.c_void_p()
         self._threads, self._shared, self._device = threads, shared, device
         torch.cuda.current_stream(device).query()  # the device's context exists and is current

@@ -106,7 +106,9 @@ def forward(q, k, v, log_decay, erase, state, scale, cu_seqlens, A_log, dt_bias,
     return chain(plan, E, Q, W, P, D, v, erase, state, gate, save=False)
 
 
-def backward(d_out, d_state, q, k, v, log_decay, erase, state, scale, cu_seqlens, A_log, dt_bias, gate, floor, exclusive):
+def backward(
+    d_out, d_state, q, k, v, log_decay, erase, state, scale, cu_seqlens, A_log, dt_bias, gate, floor, exclusive
+):
     """Gradients of q, k, v, log_decay, erase, state, A_log, dt_bias; the last two empty without a gate."""
     d_out = d_out.to(v.dtype)
     d_out, d_state, q, k, v, g, erase, state = (

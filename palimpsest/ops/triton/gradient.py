@@ -17,7 +17,15 @@ import triton
 import triton.language as tl
 
 from palimpsest.ops.triton.tiles import (
-    crosses, factor, find_chunk, gate_rate, load_decay, product, sigmoid, softplus, spans, summed,
+    crosses,
+    factor,
+    find_chunk,
+    gate_rate,
+    load_decay,
+    product,
+    sigmoid,
+    softplus,
+    spans,
 )  # fmt: skip
 
 
@@ -76,7 +84,7 @@ def gradient_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = k.dtype.element_ty
-    WIDE: tl.constexpr = DTYPE == tl.float32
+    WIDE: tl.constexpr = tl.float32 == DTYPE
     SUM: tl.constexpr = tl.float32 if WIDE else tl.bfloat16  # of the operands of sums over tokens
     chunk, head = tl.program_id(0) // HV, tl.program_id(0) % HV
     tile = tl.program_id(0).to(tl.int64)

@@ -26,7 +26,7 @@ def intra_kernel(
     GATE: tl.constexpr, EXCLUSIVE: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = k.dtype.element_ty
-    WIDE: tl.constexpr = DTYPE == tl.float32
+    WIDE: tl.constexpr = tl.float32 == DTYPE
     chunk, head = tl.program_id(0) // HV, tl.program_id(0) % HV
     tile = tl.program_id(0).to(tl.int64)
     n, start, count = find_chunk(chunk, cu_seqlens, chunk_offsets, T, N, C, PACKED)

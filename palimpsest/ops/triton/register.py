@@ -8,7 +8,6 @@ and q, k are normalised inside. `exclusive`: erase reads the memory before its o
 from importlib.util import find_spec
 
 import torch
-from torch import Tensor
 
 from palimpsest.ops.backends import Backend, Problem
 from palimpsest.ops.gates import SigmoidDecay
@@ -95,7 +94,9 @@ def _family(name: str, refuses, hopper: bool) -> Backend:
     run = torch.ops.palimpsest_gpu.delta_memory
 
     def core(q, k, erase, write, log_decay, state, scale, cu_seqlens):
-        return run(q, k, write, log_decay, erase.to(k.dtype), state, scale, cu_seqlens, None, None, 0, 0.0, False, hopper)
+        return run(
+            q, k, write, log_decay, erase.to(k.dtype), state, scale, cu_seqlens, None, None, 0, 0.0, False, hopper
+        )
 
     def kda(q, k, v, log_decay, beta, state, scale, cu_seqlens):
         return run(q, k, v, log_decay, beta, state, scale, cu_seqlens, None, None, 0, 0.0, False, hopper)
@@ -125,7 +126,13 @@ def _family(name: str, refuses, hopper: bool) -> Backend:
         return output[:, 1::2], state
 
     return Backend(
-        name, refuses, core=core, kda=kda, kda_from_logits=kda_from_logits, dplr=dplr, step=torch.ops.palimpsest_gpu.step_
+        name,
+        refuses,
+        core=core,
+        kda=kda,
+        kda_from_logits=kda_from_logits,
+        dplr=dplr,
+        step=torch.ops.palimpsest_gpu.step_,
     )
 
 

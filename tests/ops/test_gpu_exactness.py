@@ -1,0 +1,215 @@
+"""On a GPU: every backend over the matrix of inputs that hurt, and the habits of a good citizen. Skipped without one."""
+
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from palimpsest import DeltaOutput, backends, dplr, gated_linear_attention, gdn2, kda, kda_step_
+from palimpsest.ops.triton.step import steps_
+from palimpsest.testing import BETAS, CASES, DECAYS, KEYS, Case, assert_within_budget, judge
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+BACKENDS = [("triton", torch.float32), ("triton", torch.bfloat16), ("triton", torch.float16)]
+BACKENDS += [("hopper", torch.bfloat16), ("hopper", torch.float16)] if HOPPER else []
+LENGTHS = [1, 15, 16, 17, 31, 33, 63, 64, 65, 127, 500, 1000]
+NAMES = "output state d_q d_k d_v d_log_decay d_beta d_state".split()
+
+
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
+def test_the_law(backend, dtype):
+    cases = [Case(x.keys, x.beta, x.decay, 130, 2, 2, 64, 64) for x in CASES]
+    report = judge(
+        lambda *x: kda(*x[:5], state=x[5], scale=1.0, backend=backend), dtype=dtype, device="cuda", cases=cases
+    )
+    assert report.passed, str(report)
+
+
+def with_gradients(inputs, dtype, backend, **options):
+    leaves = [x.to(dtype if x.dtype != torch.float32 or dtype == torch.float64 else x.dtype) for x in inputs]
+    leaves = [x.detach().clone().requires_grad_() for x in leaves]
+    result = kda(*leaves[:5], state=leaves[5], scale=0.5, backend=backend, **options)
+    rng = torch.Generator("cuda").manual_seed(5)
+    loss = sum((x.double() * torch.randn(x.shape, generator=rng, device="cuda")).sum() for x in result)
+    return [x.detach() for x in (*result, *torch.autograd.grad(loss, leaves))]
+
+
+def drawn(T, dtype, keys="correlated", beta="sigmoid", decay="half_slow", B=2, H=2, K=128, V=128):
+    return Case(keys, beta, decay, T, B, H, K, V).kda(dtype, "cuda")
+
+
+def relative(a, t):
+    return ((a.double() - t).norm() / t.norm().clamp_min(1e-30)).item()
+
+
+@pytest.mark.parametrize("T", LENGTHS)
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
+def test_every_gradient_at_every_length(backend, dtype, T):
+    inputs = drawn(T, dtype)
+    truth = with_gradients(inputs, torch.float64, "chunked")
+    allowed = {torch.float32: 3e-6, torch.bfloat16: 1.2e-2, torch.float16: 5e-3}[dtype]
+    for name, a, t in zip(NAMES, with_gradients(inputs, dtype, backend), truth):
+        assert relative(a, t) < allowed, name
+
+
+@pytest.mark.parametrize(("keys", "beta", "decay"), list(itertools.product(KEYS, BETAS, DECAYS))[::3])
+@pytest.mark.parametrize("backend", ["triton", "hopper"] if HOPPER else ["triton"])
+def test_every_gradient_on_inputs_that_hurt(backend, keys, beta, decay):
+    inputs = drawn(130, torch.bfloat16, keys, beta, decay)
+    truth = with_gradients(inputs, torch.float64, "chunked")
+    peer = with_gradients([x.bfloat16() if x.dtype == torch.float32 else x for x in inputs], torch.bfloat16, "chunked")
+    for name, a, t, p in zip(NAMES, with_gradients(inputs, torch.bfloat16, backend), truth, peer):
+        if relative(a, t) > 1.2e-2:
+            assert_within_budget(name, a, t, p)
+
+
+@pytest.mark.parametrize("backend", ["triton", "hopper"] if HOPPER else ["triton"])
+def test_packed_permuted_and_in_segments(backend):
+    dtype = torch.bfloat16
+    q, k, v, g, beta, _ = drawn(400, dtype, B=1)
+    lengths = [0, 1, 63, 0, 64, 200, 72]
+    borders = torch.tensor([0, *itertools.accumulate(lengths)], device="cuda")
+    state = torch.randn(len(lengths), 2, 128, 128, device="cuda")
+    output, last = kda(q, k, v, g, beta, state=state, cu_seqlens=borders, backend=backend)
+    for n, (start, stop) in enumerate(itertools.pairwise(borders.tolist())):
+        alone = kda(*(x[:, start:stop] for x in (q, k, v, g, beta)), state=state[n : n + 1], backend=backend)
+        torch.testing.assert_close(output[:, start:stop], alone.output, rtol=0, atol=0)
+        torch.testing.assert_close(last[n], alone.state[0], rtol=0, atol=0)
+    whole = kda(q, k, v, g, beta, backend=backend)
+    head = kda(*(x[:, :128] for x in (q, k, v, g, beta)), backend=backend)
+    tail = kda(*(x[:, 128:] for x in (q, k, v, g, beta)), state=head.state, backend=backend)
+    torch.testing.assert_close(torch.cat((head.output, tail.output), 1), whole.output, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["triton", "hopper"] if HOPPER else ["triton"])
+def test_a_later_token_never_changes_an_earlier_output(backend):
+    inputs = drawn(256, torch.bfloat16)
+    before = kda(*inputs[:5], backend=backend).output
+    changed = [torch.cat((x[:, :150], -3 * x[:, 150:].abs()), 1) for x in inputs[:5]]
+    after = kda(*changed, backend=backend).output
+    torch.testing.assert_close(before[:, :150], after[:, :150], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["triton", "hopper"] if HOPPER else ["triton"])
+def test_the_same_bits_a_thousand_times(backend):
+    inputs = drawn(300, torch.bfloat16)
+    first = with_gradients(inputs, torch.bfloat16, backend)
+    for run in range(1000):
+        poison = torch.full((1 << 22,), torch.nan, device="cuda")  # what the next workspaces may find
+        del poison
+        again = kda(*inputs[:5], state=inputs[5], scale=0.5, backend=backend)
+        torch.testing.assert_close(again.output, first[0], rtol=0, atol=0)
+        if run % 20 == 0:
+            for a, b in zip(with_gradients(inputs, torch.bfloat16, backend), first):
+                torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_the_family():
+    q, k, v, g, beta, _ = drawn(200, torch.bfloat16)
+    a, b = (F.normalize(torch.randn_like(k), dim=-1) for _ in range(2))
+    calls = {
+        "gdn2": lambda c: gdn2(*(c(x) for x in (q, k, v, g, a.sigmoid(), a.sigmoid()))),
+        "gla": lambda c: gated_linear_attention(*(c(x) for x in (q, k, v, g))),
+        "dplr": lambda c: dplr(*(c(x) for x in (q, k, v, a, -b / 2, g))),
+    }
+    for name, call in calls.items():
+        ours: DeltaOutput = call(lambda x: x)
+        truth = call(lambda x: x.double())
+        assert relative(ours.output, truth.output) < 1.2e-2, name
+        assert relative(ours.state, truth.state) < 1.2e-2, name
+
+
+def test_steps_are_the_sequence():
+    q, k, v, g, beta, state = drawn(8, torch.bfloat16)
+    whole = kda(*(x.double() for x in (q, k, v, g, beta)), state=state.double(), scale=1.0)
+    one_by_one, at_once = state.clone(), state.clone()
+    outputs = [kda_step_(*(x[:, t] for x in (q, k, v, g, beta)), one_by_one, scale=1.0) for t in range(8)]
+    several, each = steps_(q, k, v, g, beta, at_once, 1.0, each=True)
+    assert each is not None
+    assert relative(torch.stack(outputs, 1), whole.output) < 5e-3
+    torch.testing.assert_close(several, torch.stack(outputs, 1), rtol=0, atol=0)
+    torch.testing.assert_close(each[:, -1], one_by_one, rtol=0, atol=0)
+    assert relative(one_by_one, whole.state) < 1e-6
+
+
+def test_compiled_and_captured():
+    inputs = drawn(130, torch.bfloat16)
+    eager = with_gradients(inputs, torch.bfloat16, "auto")
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    compiled = torch.compile(lambda *x: kda(*x[:5], state=x[5], scale=0.5), fullgraph=True)
+    result = compiled(*leaves)
+    torch.testing.assert_close(result.output, eager[0], rtol=0, atol=0)
+    result.output.sum().backward()
+    assert leaves[0].grad is not None
+
+    call = lambda: kda(*inputs[:5], state=inputs[5], scale=0.5)
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    captured.output.zero_()
+    graph.replay()
+    torch.testing.assert_close(captured.output, eager[0], rtol=0, atol=0)
+
+
+def test_side_streams_and_autocast():
+    inputs = drawn(130, torch.bfloat16)
+    expected = kda(*inputs[:5]).output
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), torch.autocast("cuda", torch.float16):
+        output = kda(*inputs[:5]).output
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.testing.assert_close(output, expected, rtol=0, atol=0)
+
+
+def test_packed_calls_never_wait_for_the_gpu():
+    q, k, v, g, beta, _ = drawn(300, torch.bfloat16, B=1)
+    borders = torch.tensor([0, 100, 300], device="cuda", dtype=torch.int32)
+    kda(q, k, v, g, beta, cu_seqlens=borders)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        kda(q, k, v, g, beta, cu_seqlens=borders)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(not HOPPER, reason="beyond 2^31 elements, on a GPU with room for them")
+def test_more_than_two_to_the_31_elements():
+    T, H = 2**18 + 64, 64
+    one = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+    q, k, v, beta = (
+        F.normalize(one(1, T, H, 128), dim=-1),
+        F.normalize(one(1, T, H, 128), dim=-1),
+        one(1, T, H, 128),
+        one(1, T, H),
+    )
+    g = -one(1, T, H, 128).abs()
+    whole = kda(q, k, v, g, beta.sigmoid())
+    head = kda(*(x[:, : 2**17] for x in (q, k, v, g, beta.sigmoid())))
+    tail = kda(*(x[:, 2**17 :] for x in (q, k, v, g, beta.sigmoid())), state=head.state)
+    torch.testing.assert_close(whole.output[:, 2**17 :], tail.output, rtol=0, atol=0)
+
+
+def test_the_first_gradient_comes_soon():
+    program = (
+        "import time; began = time.time(); import torch; from palimpsest import kda\n"
+        "x = [torch.randn(1, 256, 2, 128, device='cuda', dtype=torch.bfloat16).requires_grad_() for _ in range(3)]\n"
+        "kda(*x, -torch.rand(1, 256, 2, 128, device='cuda'), torch.rand(1, 256, 2, device='cuda')).output.sum().backward()\n"
+        "torch.cuda.synchronize(); assert time.time() - began < 30, time.time() - began"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+def test_what_cannot_run_says_why():
+    q, k, v, g, beta, _ = drawn(10, torch.bfloat16, K=64, V=64)
+    facts = dict(op="kda", variant="kda", device="cuda", dtype=torch.float64, key_dim=64, value_dim=64, tokens=10)
+    problem = backends.Problem(**facts, sequences=1, heads=2, value_heads=2)
+    assert "float64" in backends.explain(problem)
+    wide = torch.cat([q] * 5, -1)
+    with pytest.raises(ValueError, match="at most 256 channels"):
+        kda(wide, wide, v, torch.cat([g] * 5, -1), beta, backend="triton")
