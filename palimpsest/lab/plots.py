@@ -81,6 +81,43 @@ def learning_curves(axes: Any, records: Sequence[Record], styles: Mapping[str, A
         axes.set_ylabel("accuracy, %")
 
 
+def sliced(axes: Any, records: Sequence[Record], styles: Mapping[str, Any], name: str, test: int = 0) -> None:
+    """Accuracy against a slice of a test, such as "gap" or "depth": the mean over seeds, a line a contestant."""
+    by: dict[str, dict[int, list[float]]] = {}
+    for record in records:
+        for value, (accuracy, _) in record.result["slices"][test].get(name, {}).items():
+            by.setdefault(record.label["contestant"], {}).setdefault(int(value), []).append(100 * accuracy)
+    for who, values in by.items():
+        x = sorted(values)
+        axes.plot(x, [sum(values[v]) / len(values[v]) for v in x], label=who, **styles[who])
+    axes.set(xlabel=name, ylabel="accuracy, %", ylim=(-3, 103))
+
+
+def needle_map(records: Sequence[Record]) -> Any:
+    """Digits found, by the depth of the needle and the length of the text: a panel a contestant, the mean over seeds."""
+    cells: dict[str, dict[tuple[int, int], list[float]]] = {}
+    for record in records:
+        for row, slices in zip(record.rows, record.result["slices"]):
+            for depth, (accuracy, _) in slices.get("depth", {}).items() if row["test_task"] == "needle" else ():
+                cells.setdefault(row["contestant"], {}).setdefault((row["test_length"], int(depth)), []).append(
+                    accuracy
+                )
+    found, axes = figure(1, max(len(cells), 1), width=2.6, height=3.0)
+    image = None
+    for ax, (who, by) in zip(axes, cells.items()):
+        lengths = sorted({length for length, _ in by})
+        value = lambda length, depth, by=by: sum(by.get((length, depth), [])) / max(len(by.get((length, depth), [])), 1)
+        grid = [[100 * value(length, depth) for length in lengths] for depth in range(11)]
+        image = ax.imshow(grid, vmin=0, vmax=100, cmap="viridis", aspect="auto")
+        ax.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths], fontsize=7)
+        ax.set_yticks(range(0, 11, 5), ["start", "middle", "end"], fontsize=7)
+        ax.set_title(who, fontsize=9)
+        ax.set_xlabel("length", fontsize=8)
+    if image is not None:
+        found.colorbar(image, ax=axes, label="digits right, %", shrink=0.8)
+    return found
+
+
 def legend_below(found: Any, axes: Sequence[Any]) -> None:
     """One legend for all axes, under the figure."""
     seen = dict(pair[::-1] for each in axes for pair in zip(*each.get_legend_handles_labels()))

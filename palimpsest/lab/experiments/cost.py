@@ -148,7 +148,7 @@ def draw(records: Sequence[Record]):
         ax.set_title("state, the released model's shapes", fontsize=10)
     for ax in axes[:count]:
         ax.set_xlabel("tokens of context")
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 2**20:g}M" if x >= 2**20 else f"{x / 1024:g}K"))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _short(int(x))))
         ticks = sorted({x for line in ax.get_lines() for x in line.get_xdata()})
         ax.set_xticks(ticks[:: max(len(ticks) // 5, 1)])
         ax.minorticks_off()
@@ -157,6 +157,18 @@ def draw(records: Sequence[Record]):
         ax.set_visible(False)
     legend_below(found, axes)
     return {"cost": found}
+
+
+def _short(tokens: int) -> str:
+    """As on an axis.
+
+    >>> _short(64), _short(4096), _short(1 << 20)
+    ('64', '4K', '1M')
+    """
+    for unit, word in ((1 << 20, "M"), (1 << 10, "K")):
+        if tokens >= unit:
+            return f"{tokens / unit:g}{word}"
+    return str(tokens)
 
 
 EXPERIMENT = Experiment(

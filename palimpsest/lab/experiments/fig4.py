@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from palimpsest.lab.contestants import CONTESTANTS, PAPER_SIZE, Size
 from palimpsest.lab.experiment import Experiment, Record, Verdict
-from palimpsest.lab.plots import band, figure, learning_curves, legend_below, style
+from palimpsest.lab.plots import band, figure, learning_curves, legend_below, sliced, style
 from palimpsest.lab.spread import against, contestants_table, grid, tuned
 from palimpsest.lab.tasks import MQAR, Palindrome, Stack
 from palimpsest.lab.training import Training
@@ -122,6 +122,15 @@ def draw(records: Sequence[Record]):
         ax.set_title(f"{name}, length {length}", fontsize=10)
     legend_below(curves, axes)
     figures = {"steps": curves}
+    figures["slices"], axes = figure(1, len(names))
+    for ax, name in zip(axes, names):
+        last = [r for r in records if (r.label["task"], r.label["length"]) == (name, lengths[-1])]
+        sliced(
+            ax, [r for r in last if r.label["lr"] == best[name, lengths[-1], r.label["contestant"]][1]], styles, "gap"
+        )
+        ax.set_title(f"{name}, length {lengths[-1]}, at the end of training", fontsize=10)
+        ax.set_xlabel("operations since the push" if name == "stack" else "tokens since it was written")
+    legend_below(figures["slices"], axes)
     if len(lengths) > 1:
         figures["lengths"], axes = figure(1, len(names))
         for ax, name in zip(axes, names):

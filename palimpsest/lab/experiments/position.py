@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from palimpsest.lab.contestants import Contestant, Size
 from palimpsest.lab.experiment import Experiment, Record, Verdict
+from palimpsest.lab.plots import needle_map
 from palimpsest.lab.ranking import Measure, best, draw_lengths, results_table
 from palimpsest.lab.spread import contestants_table
 from palimpsest.lab.tasks import Needle, Text
@@ -78,6 +79,6 @@ EXPERIMENT = Experiment(
     },
     points=points,
     judge=judge,
-    draw=draw_lengths,
+    draw=lambda records: {**draw_lengths(records), "needles": needle_map(records)},
     setting="Text with a needle in each sequence; equal parameters and tokens. A needle counts when all its digits are right.",
 )

@@ -2,6 +2,7 @@
 
 from palimpsest.lab.contestants import Contestant, Size
 from palimpsest.lab.experiment import Experiment
+from palimpsest.lab.plots import needle_map
 from palimpsest.lab.ranking import draw_bars, versus
 from palimpsest.lab.tasks import Needle, Text
 from palimpsest.lab.training import Training
@@ -60,7 +61,7 @@ EXPERIMENT = Experiment(
     },
     points=points,
     judge=versus("3:1", {name: name for name in WHO if name != "3:1"}),
-    draw=draw_bars,
+    draw=lambda records: {**draw_bars(records), "needles": needle_map(records)},
     setting=(
         "Text with a needle in each sequence; equal parameters (through the MLPs) and equal tokens. Bits a byte are of text "
         "without needles; a needle counts when all its digits are right."

@@ -143,6 +143,9 @@ def draw(records: Sequence[Record]):
                 xscale="log", yscale="log", xlabel="tokens read", ylabel="relative error of what is read", title=words
             )
             ax.title.set_fontsize(10)
+            ticks = sorted({int(x) for line in ax.get_lines() for x in line.get_xdata()})[::2]
+            ax.set_xticks(ticks, [f"{n:,}" for n in ticks])
+            ax.minorticks_off()
         legend_below(figures["drift"], axes)
         for legend in figures["drift"].legends:
             legend.set_ncols(4)
