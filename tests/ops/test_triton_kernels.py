@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from palimpsest.ops import gates, reference
 from palimpsest.ops.triton.register import TRITON
 from palimpsest.ops.triton.step import steps_
+from palimpsest.ops.triton.warmup import warmup
 from palimpsest.testing import Case, assert_within_budget
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -141,3 +142,8 @@ def test_a_later_token_never_changes_an_earlier_output():
         x[:, 20:] = -3 * x[:, 20:].abs()
     after, _ = ours(*changed)
     torch.testing.assert_close(before[:, :20], after[:, :20], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_warmup_runs_every_form(training):
+    warmup(1, value_heads=2, key_dim=16, value_dim=16, dtype=torch.float32, device=DEVICE, training=training)
