@@ -274,6 +274,22 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before_it_whole(whole, tmp_pa
     assert not [p for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.startswith(".")]
 
 
+def test_steps_after_the_last_checkpoint_are_done_and_told_again(whole, tmp_path):
+    recipe, reference, _, _ = whole
+
+    def kill(event):
+        if event["event"] == "train" and event["step"] == 3:
+            with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+                file.write('{"event": "train", "st')  # a line cut short
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, tmp_path / "run", report=kill)
+    train(recipe, tmp_path / "run", resume=True)
+    assert lines(tmp_path / "run") == lines(reference)
+    assert same(weights(tmp_path / "run"), weights(reference))
+
+
 def test_only_the_last_checkpoints_are_kept(tmp_path, texts):
     recipe = override(small_recipe(texts), {"keep.checkpoint_every": "1", "keep.checkpoints": "3"})
     train(recipe, tmp_path / "run")
