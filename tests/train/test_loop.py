@@ -106,9 +106,12 @@ def test_interrupted_and_resumed_is_never_interrupted_to_the_bit(whole, tmp_path
     first = train(recipe, tmp_path / "run", report=stopper(stop_after))
     assert not first.finished
     assert first.progress.step == stop_after
+    chance, found = torch.get_rng_state(), []
     torch.manual_seed(999)  # whatever happened in between
-    second = train(recipe, tmp_path / "run", resume=True)
+    note = lambda event: found.append(torch.get_rng_state()) if event["event"] == "start" else None
+    second = train(recipe, tmp_path / "run", resume=True, report=note)
     assert second.finished
+    assert torch.equal(found[0], chance), "random numbers go on where they stopped"
     assert same(weights(tmp_path / "run"), weights(reference))
     assert lines(tmp_path / "run") == lines(reference)
     assert second.heldout_bits_per_byte == result.heldout_bits_per_byte
