@@ -105,7 +105,7 @@ def _():
 @app.cell(hide_code=True)
 def _(heard, words):
     figure, _ax = plt.subplots(figsize=(4.6, 4))
-    _ax.imshow(heard, cmap=SIGNED, vmin=-1, vmax=1)
+    _ax.imshow(heard.numpy(), cmap=SIGNED, vmin=-1, vmax=1)
     _ax.set_xticks(range(len(words)), words, rotation=60)
     _ax.set_yticks(range(len(words)), words)
     _ax.tick_params(length=0)
@@ -128,7 +128,8 @@ def _(length):
     _keys = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
     _questions = length.value * torch.stack((_angle.cos(), _angle.sin()), -1)
     answers, _ax = plt.subplots(figsize=(7.2, 2.4))
-    _ax.plot(_angle.rad2deg(), (_questions @ _keys.T).softmax(-1) @ torch.tensor([10.0, 20.0, 30.0]), color=BLUE)
+    _answers = (_questions @ _keys.T).softmax(-1) @ torch.tensor([10.0, 20.0, 30.0])
+    _ax.plot(_angle.rad2deg().numpy(), _answers.numpy(), color=BLUE)
     for _at, _value in ((0, 10), (90, 20), (180, 30)):
         _ax.plot(_at, _value, "o", color=BLUE, mfc="none")
     _ax.set(xlabel="direction of the question, degrees", ylabel="answer", ylim=(8, 32), xlim=(-180, 185))

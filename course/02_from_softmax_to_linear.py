@@ -113,9 +113,9 @@ def _(sharpness):
     _soft = (_keys @ _query).softmax(-1)
     _linear = elu_plus_one(_keys) @ elu_plus_one(_query)
     figure, _ax = plt.subplots(figsize=(7.2, 2.6))
-    _x = torch.arange(8)
-    _ax.bar(_x - 0.2, _soft, 0.38, color=BLUE, label="softmax")
-    _ax.bar(_x + 0.2, _linear / _linear.sum(), 0.38, color=ORANGE, label="linear, elu + 1")
+    _x = torch.arange(8).numpy()
+    _ax.bar(_x - 0.2, _soft.numpy(), 0.38, color=BLUE, label="softmax")
+    _ax.bar(_x + 0.2, (_linear / _linear.sum()).numpy(), 0.38, color=ORANGE, label="linear, elu + 1")
     _ax.set(xlabel="key (the query points at key 3)", ylabel="weight", xticks=range(8))
     _ax.legend()
     figure

@@ -99,7 +99,7 @@ def _(A, M, P):
     for _ax, _X, _title in zip(
         _axes, (A, M, P), ("A: who erases whom", "M: the inverse of I + A", "P: who reads whom")
     ):
-        _ax.imshow(_X, cmap=SIGNED, vmin=-0.8, vmax=0.8)
+        _ax.imshow(_X.numpy(), cmap=SIGNED, vmin=-0.8, vmax=0.8)
         _ax.set(title=_title, xticks=[], yticks=[])
     figure
     return (figure,)
