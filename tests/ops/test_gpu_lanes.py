@@ -6,6 +6,7 @@ all outputs start as NaN. It does not play time: races are for compute-sanitizer
 
 import ctypes
 import shutil
+import struct
 import subprocess
 from pathlib import Path
 
@@ -252,3 +253,16 @@ def test_the_shipped_code_is_that_of_these_sources():
     with zipfile.ZipFile(build.ARCHIVE) as archive:
         assert archive.read("digest").decode() == build.digest(), "run python -m palimpsest.ops.cuda.build"
         assert set(archive.namelist()) == {"digest", *build.variants()}
+
+
+@pytest.mark.parametrize(("fields", "packed"), [(INTRA, "_INTRA"), (CHAIN, "_CHAIN"), (GRADIENT, "_GRADIENT")])
+def test_arguments_are_packed_as_the_kernels_read_them(fields, packed):
+    from palimpsest.ops.cuda import delta_memory
+
+    kinds = zip(fields, (ctypes.c_void_p, ctypes.c_int, ctypes.c_float, ctypes.c_int))
+    types = [(name, kind) for names, kind in kinds for name in names.split()]
+    values = [float(x) if kind is ctypes.c_float else x + 1 for x, (_, kind) in enumerate(types)]
+    structure = type("Arguments", (ctypes.Structure,), {"_fields_": types})(*values)
+    bytes_ = struct.pack(getattr(delta_memory, packed), *values)
+    assert bytes(structure)[: len(bytes_)] == bytes_
+    assert len(bytes_) <= ctypes.sizeof(structure) <= 512

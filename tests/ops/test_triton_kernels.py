@@ -147,3 +147,18 @@ def test_a_later_token_never_changes_an_earlier_output():
 @pytest.mark.parametrize("training", [False, True])
 def test_warmup_runs_every_form(training):
     warmup(1, value_heads=2, key_dim=16, value_dim=16, dtype=torch.float32, device=DEVICE, training=training)
+
+
+def test_one_operator_under_compile():
+    inputs = drawn(20, HV=2)
+    eager = with_gradients(ours, inputs, torch.float32)
+    compiled = torch.compile(lambda *x: ours(*x), fullgraph=True, backend="aot_eager")
+    for name, a, t in zip(NAMES, with_gradients(compiled, inputs, torch.float32), eager):
+        torch.testing.assert_close(a, t, rtol=0, atol=0, msg=name)
+
+
+def test_the_operator_keeps_its_promises():
+    q, k, v, g, beta, state = (x.requires_grad_() for x in drawn(5))
+    arguments = (q, k, v, g, beta, state, 0.5, None, None, None, 0, 0.0, False, False)
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(torch.ops.palimpsest_gpu.delta_memory.default, arguments, test_utils=checks)

@@ -14,9 +14,7 @@ from torch import Tensor
 from palimpsest.ops.cuda.launch import Kernel, kernel
 
 C = 64  # tokens in a chunk
-_INTRA = "p" * 15 + "iiii" + "ff" + "iii"
-_CHAIN = "p" * 13 + "iiiii"
-_GRADIENT = "p" * 23 + "iiiii" + "ff" + "iii"
+_INTRA, _CHAIN, _GRADIENT = "15P4i2f3i", "13P5i", "23P5i2f3i"
 _SHARED = {"intra": {64: 37888, 128: 53248}, "chain": {64: 141408, 128: 215104}, "gradient": {64: 98816, 128: 98816}}
 
 

@@ -1,10 +1,12 @@
 """Compiled Hopper kernels: found, loaded and launched through the driver's own interface.
 
 The machine code is shipped in `sm_90a.zip`, so a first call compiles nothing; `python -m palimpsest.ops.cuda.build` makes
-it. A kernel takes one structure by value; `Kernel.launch` fills it in and hands it over, a few microseconds in all.
+it. A kernel takes one structure by value; `Kernel.launch` packs it and hands it over, a few microseconds in all.
 """
 
 import ctypes
+import struct
+import threading
 import zipfile
 from functools import cache
 from pathlib import Path
@@ -13,7 +15,6 @@ import torch
 
 ARCHIVE = Path(__file__).parent / "sm_90a.zip"
 _MAX_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-_POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 
 
 @cache
@@ -37,34 +38,42 @@ def _module(file: str, device: int) -> ctypes.c_void_p:
     return module
 
 
+class _Arguments(threading.local):
+    """Room for one launch's arguments, a thread its own; the driver reads it before a launch returns."""
+
+    def __init__(self):
+        self.bytes = ctypes.create_string_buffer(512)
+        self.pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self.bytes))
+
+
+_arguments = _Arguments()
+
+
 class Kernel:
     """One kernel of a compiled file on one device.
 
-    `fields` names the members of its argument structure, with "p" pointer, "i" int or "f" float for each.
+    `fields` is the argument structure in the notation of Python's struct: "2P3if" is two pointers, three ints, a float.
     """
 
     def __init__(self, file: str, name: str, fields: str, threads: int, shared: int, device: int):
-        types = {"p": _POINTER, "i": _INT, "f": _FLOAT}
-        self._type = type(
-            "Arguments", (ctypes.Structure,), {"_fields_": [(f"a{i}", types[x]) for i, x in enumerate(fields)]}
-        )
-        self._function = ctypes.c_void_p()
+        self._pack_into = struct.Struct(fields).pack_into
         self._threads, self._shared, self._device = threads, shared, device
         torch.cuda.current_stream(device).query()  # the device's context exists and is current
+        function = ctypes.c_void_p()
         _check(
-            _driver().cuModuleGetFunction(ctypes.byref(self._function), _module(file, device), name.encode()),
+            _driver().cuModuleGetFunction(ctypes.byref(function), _module(file, device), name.encode()),
             f"finding {name}",
         )
-        _check(_driver().cuFuncSetAttribute(self._function, _MAX_SHARED, shared), f"reserving shared memory for {name}")
+        _check(_driver().cuFuncSetAttribute(function, _MAX_SHARED, shared), f"reserving shared memory for {name}")
+        self._function, self._launch = function, _driver().cuLaunchKernel
 
     def launch(self, grid: tuple[int, int], *arguments) -> None:
         """Launch on the current stream. Pointers are addresses, 0 for null."""
-        values = self._type(*arguments)
-        parameters = ctypes.c_void_p(ctypes.addressof(values))
+        self._pack_into(_arguments.bytes, 0, *arguments)
         stream = torch._C._cuda_getCurrentRawStream(self._device)
-        status = _driver().cuLaunchKernel(
+        status = self._launch(
             self._function, grid[0], grid[1], 1, self._threads, 1, 1, self._shared, ctypes.c_void_p(stream),
-            ctypes.byref(parameters), None,
+            _arguments.pointers, None,
         )  # fmt: skip
         if status:
             _check(status, "a kernel launch")

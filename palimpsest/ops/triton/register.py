@@ -5,6 +5,7 @@ One op serves the whole family. `erase` [B, T, HV] is KDA's strength (erase = be
 and q, k are normalised inside. `exclusive`: erase reads the memory before its own token's decay.
 """
 
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -91,7 +92,15 @@ torch.library.register_autograd(
 
 
 def _family(name: str, refuses, hopper: bool) -> Backend:
-    run = torch.ops.palimpsest_gpu.delta_memory
+    def run(*tensors_and_options):
+        """The op; without its dispatch, a third of the host's time, where nobody needs it."""
+        tensors = [x for x in tensors_and_options if isinstance(x, torch.Tensor)]
+        plain = all(type(x) in (torch.Tensor, torch.nn.Parameter) for x in tensors)
+        needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        if plain and not needs_grad and not torch.compiler.is_compiling():
+            with torch.no_grad():
+                return _forward(*tensors_and_options)
+        return torch.ops.palimpsest_gpu.delta_memory(*tensors_and_options)
 
     def core(q, k, erase, write, log_decay, state, scale, cu_seqlens):
         return run(
@@ -136,6 +145,11 @@ def _family(name: str, refuses, hopper: bool) -> Backend:
     )
 
 
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
 def _refuses(problem: Problem) -> str | None:
     if problem.device != "cuda":
         return f"needs a CUDA device; the tensors are on {problem.device}"
@@ -145,7 +159,7 @@ def _refuses(problem: Problem) -> str | None:
         return f"holds at most 256 channels a head; these have {problem.key_dim} and {problem.value_dim}"
     if problem.capability and problem.capability < (8, 0):
         return f"needs compute capability 8.0 or later; this GPU has {problem.capability[0]}.{problem.capability[1]}"
-    if find_spec("triton") is None:
+    if not _has_triton():
         return "needs Triton: pip install palimpsest-kda[triton]"
     return None
 
@@ -159,7 +173,7 @@ def _refuses_hopper(problem: Problem) -> str | None:
         return f"is built for 64 or 128 channels a head; these have {problem.key_dim} and {problem.value_dim}"
     if problem.op == "dplr" and problem.needs_grad:
         return "has no backward for dplr"
-    if (problem.packed or problem.op == "step") and find_spec("triton") is None:
+    if (problem.packed or problem.op == "step") and not _has_triton():
         return "needs Triton for packed sequences and for steps: pip install palimpsest-kda[triton]"
     return None
 
