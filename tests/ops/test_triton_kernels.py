@@ -162,3 +162,12 @@ def test_the_operator_keeps_its_promises():
     arguments = (q, k, v, g, beta, state, 0.5, None, None, None, 0, 0.0, False, False)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(torch.ops.palimpsest_gpu.delta_memory.default, arguments, test_utils=checks)
+
+
+@pytest.mark.parametrize("borders", [[0, 8, 5, 20], [0, 8, 21], [1, 8, 20], [0, 8, 19]])
+@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU the error ends the process's use of it")
+def test_borders_that_make_no_sense_are_refused(borders):
+    q, k, v, g, beta, _ = drawn(20)
+    state = torch.zeros(len(borders) - 1, 1, 16, 16)
+    with pytest.raises(RuntimeError, match="cu_seqlens must rise from 0 to the number of tokens, 20"):
+        ours(q, k, v, g, beta, state, torch.tensor(borders))

@@ -46,13 +46,11 @@ def plan_of(q: Tensor, v: Tensor, erase: Tensor, cu_seqlens: Tensor | None, excl
     kind = 0 if erase.ndim == 3 else 2 if exclusive else 1
     if cu_seqlens is None:
         return Plan(q, T, H, HV, K, V, B, B * (-(-T // C)), 0, 0, kind, ())
-    from palimpsest.ops.triton.packing import chunk_offsets_of
+    from palimpsest.ops.triton.packing import borders_of
 
-    cu_seqlens = cu_seqlens.to(torch.int32)
-    offsets = chunk_offsets_of(cu_seqlens, C)
     N = cu_seqlens.shape[0] - 1
-    borders = (cu_seqlens.data_ptr(), offsets.data_ptr())
-    return Plan(q, T, H, HV, K, V, N, T // C + N, *borders, kind, (cu_seqlens, offsets))
+    borders, offsets = borders_of(cu_seqlens, T, C)
+    return Plan(q, T, H, HV, K, V, N, T // C + N, borders.data_ptr(), offsets.data_ptr(), kind, (borders, offsets))
 
 
 class Tiles(NamedTuple):
@@ -114,7 +112,7 @@ def backward(
     """Gradients of q, k, v, log_decay, erase, state, A_log, dt_bias; the last two empty without a gate."""
     like = (log_decay, erase, A_log, dt_bias)
     q, k, v, g, erase, state, A_log, dt_bias = _readable(q, k, v, log_decay, erase, state, A_log, dt_bias)
-    d_out, d_state = d_out.to(v.dtype).contiguous(), d_state.contiguous()
+    d_out, d_state = _aligned(d_out.to(v.dtype)), _aligned(d_state)
     plan = plan_of(q, v, erase, cu_seqlens, exclusive)
     strength = None if plan.erase else erase
     tiles = intra(plan, k, g, erase, A_log, dt_bias, scale, floor, gate, save=True)
@@ -149,12 +147,17 @@ def _readable(q, k, v, log_decay, erase, state, A_log, dt_bias):
     """Contiguous, and in a dtype that the kernels read: gates in fp32 or q's dtype, parameters in fp32."""
 
     def either(x: Tensor) -> Tensor:
-        return x.contiguous() if x.dtype in (q.dtype, torch.float32) else x.float().contiguous()
+        return _aligned(x if x.dtype in (q.dtype, torch.float32) else x.float())
 
-    parameters = (None if x is None else x.float().contiguous() for x in (A_log, dt_bias))
-    q, k, v, state = (x.contiguous() for x in (q, k, v, state))
-    erase = either(erase) if erase.ndim == 3 else erase.to(q.dtype).contiguous()
-    return q, k, v, either(log_decay), erase, state, *parameters
+    parameters = (None if x is None else _aligned(x.float()) for x in (A_log, dt_bias))
+    erase = either(erase) if erase.ndim == 3 else _aligned(erase.to(q.dtype))
+    return *(_aligned(x) for x in (q, k, v)), either(log_decay), erase, _aligned(state), *parameters
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """Contiguous from a 16-byte border on, as the kernels load."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def _at(x: Tensor | None) -> int:

@@ -16,7 +16,7 @@ from palimpsest.ops.triton.chain import chain_kernel
 from palimpsest.ops.triton.configs import CHUNK, WIDE_CHUNK, config
 from palimpsest.ops.triton.gradient import gradient_kernel, scores_kernel
 from palimpsest.ops.triton.intra import intra_kernel
-from palimpsest.ops.triton.packing import chunk_offsets_of
+from palimpsest.ops.triton.packing import borders_of
 from palimpsest.ops.triton.reverse import reverse_kernel
 
 GATES = {"none": 0, "softplus": 1, "sigmoid": 2}
@@ -55,7 +55,7 @@ def plan_of(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Plan:
     else:
         sequences = cu_seqlens.shape[0] - 1
         chunks = T // C + sequences
-        offsets = chunk_offsets_of(cu_seqlens, C)
+        cu_seqlens, offsets = borders_of(cu_seqlens, T, C)
     precision = "tf32x3" if q.dtype == torch.float32 else "tf32"
     shared = dict(K=K, C=C, PACKED=cu_seqlens is not None, PRECISION=precision)
     block_k = max(16, triton.next_power_of_2(K))

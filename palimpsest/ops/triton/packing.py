@@ -6,20 +6,37 @@ import triton.language as tl
 from torch import Tensor
 
 
-@triton.jit(do_not_specialize=["N"])
-def chunk_offsets_kernel(cu_seqlens, chunk_offsets, N, C: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["N", "T"], do_not_specialize_on_alignment=["cu_seqlens"])
+def borders_kernel(cu_seqlens, borders, chunk_offsets, good, N, T, C: tl.constexpr, BLOCK: tl.constexpr):
+    wrong = (tl.load(cu_seqlens) != 0).to(tl.int32) + (tl.load(cu_seqlens + N) != T).to(tl.int32)
+    for first in range(0, N, BLOCK):
+        n = first + tl.arange(0, BLOCK)
+        tokens = tl.load(cu_seqlens + n + 1, mask=n < N, other=0) - tl.load(cu_seqlens + n, mask=n < N, other=0)
+        wrong += tl.sum((tokens < 0).to(tl.int32), 0)
+    keep = (wrong == 0).to(tl.int32)  # borders that make no sense become none at all: no kernel reads beyond a tensor
+    tl.store(good, keep)
+    tl.store(borders, 0)
     tl.store(chunk_offsets, 0)
     before = 0
     for first in range(0, N, BLOCK):
         n = first + tl.arange(0, BLOCK)
-        tokens = tl.load(cu_seqlens + n + 1, mask=n < N, other=0) - tl.load(cu_seqlens + n, mask=n < N, other=0)
-        chunks = ((tokens + C - 1) // C).to(tl.int32)
+        start = tl.load(cu_seqlens + n, mask=n < N, other=0).to(tl.int32) * keep
+        stop = tl.load(cu_seqlens + n + 1, mask=n < N, other=0).to(tl.int32) * keep
+        chunks = (stop - start + C - 1) // C
+        tl.store(borders + n + 1, stop, mask=n < N)
         tl.store(chunk_offsets + n + 1, before + tl.cumsum(chunks, 0), mask=n < N)
         before += tl.sum(chunks, 0)
 
 
-def chunk_offsets_of(cu_seqlens: Tensor, C: int) -> Tensor:
-    """[N + 1] int32: the chunks before each sequence, and in all."""
-    offsets = torch.empty(cu_seqlens.shape, dtype=torch.int32, device=cu_seqlens.device)
-    chunk_offsets_kernel[(1,)](cu_seqlens, offsets, cu_seqlens.shape[0] - 1, C=C, BLOCK=1024, num_warps=4)
-    return offsets
+def borders_of(cu_seqlens: Tensor, tokens: int, C: int) -> tuple[Tensor, Tensor]:
+    """cu_seqlens and the chunks before each sequence, [N + 1] int32 each.
+
+    Raises RuntimeError if cu_seqlens does not rise from 0 to `tokens`; on a GPU when the host next waits for it.
+    """
+    N = cu_seqlens.shape[0] - 1
+    width = -(-(N + 1) // 4) * 4  # each from a 16-byte border on, so that no N asks the compiler for another kernel
+    found = torch.empty(2 * width + 1, dtype=torch.int32, device=cu_seqlens.device)
+    borders, offsets, good = found[: N + 1], found[width : width + N + 1], found[2 * width :]
+    borders_kernel[(1,)](cu_seqlens.contiguous(), borders, offsets, good, N, tokens, C=C, BLOCK=1024, num_warps=4)
+    torch._assert_async(good, f"cu_seqlens must rise from 0 to the number of tokens, {tokens}")
+    return borders, offsets
