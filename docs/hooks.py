@@ -4,6 +4,7 @@ A lesson is a marimo notebook. Its page shows the notebook's text, code, values 
 starts; the notebook itself is for playing. Nothing is written into the repository.
 """
 
+import contextlib
 import html
 import importlib.util
 import io
@@ -18,7 +19,6 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
 COURSE = Path(__file__).parents[1] / "course"
-sys.path.insert(0, str(COURSE))  # lessons share style.py, which stands beside them
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 _pages: dict[tuple[str, str], tuple[str, dict[str, bytes]]] = {}  # (name, source) -> page, figures: for `mkdocs serve`
 
@@ -87,13 +87,33 @@ def _run(path: Path) -> tuple[str, dict[str, bytes]]:
     assert spec is not None
     assert spec.loader is not None
     lesson = importlib.util.module_from_spec(spec)
+    if str(COURSE) not in sys.path:
+        sys.path.insert(0, str(COURSE))  # lessons share style.py, which stands beside them
     spec.loader.exec_module(lesson)
     with matplotlib.rc_context({"svg.hashsalt": path.stem, "svg.fonttype": "path"}):
-        values, _ = lesson.app.run()
-        return _written(path.stem, [c for c in lesson.app._cell_manager.cell_data() if c.cell_id != "setup"], values)
+        with contextlib.redirect_stdout(Printed()) as printed:
+            values, _ = lesson.app.run()
+        cells = [c for c in lesson.app._cell_manager.cell_data() if c.cell_id != "setup"]
+        return _written(path.stem, cells, values, printed.by_cell)
 
 
-def _written(stem: str, cells, values) -> tuple[str, dict[str, bytes]]:
+class Printed(io.TextIOBase):
+    """What each cell prints. A cell is known by the file name that marimo gives its code."""
+
+    def __init__(self):
+        self.by_cell: dict[str, str] = {}
+
+    def write(self, text: str) -> int:
+        frame = sys._getframe()
+        while frame is not None:
+            if found := re.search(r"__marimo__cell_(\w+?)_\.py$", frame.f_code.co_filename):
+                self.by_cell[found[1]] = self.by_cell.get(found[1], "") + text
+                break
+            frame = frame.f_back
+        return len(text)
+
+
+def _written(stem: str, cells, values, printed) -> tuple[str, dict[str, bytes]]:
     blocks, early, figures, titled = [], [], {}, False
     for cell, value in zip(cells, values, strict=True):
         text = getattr(value, "_markdown_text", None)
@@ -105,6 +125,8 @@ def _written(stem: str, cells, values) -> tuple[str, dict[str, bytes]]:
         here = blocks if titled else early
         if text is None or "mo.md" not in cell.code:
             here.append(_code(cell))
+        if text := printed.get(cell.cell_id, "").strip():
+            here.append(f"```text\n{text}\n```")
         if value is not None:
             here.append(_value(value, f"{stem}-{len(figures) + 1}.svg", figures))
     return "\n\n".join(blocks) + "\n", figures
