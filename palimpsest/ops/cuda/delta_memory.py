@@ -49,7 +49,7 @@ def plan_of(q: Tensor, v: Tensor, erase: Tensor, cu_seqlens: Tensor | None, excl
     from palimpsest.ops.triton.packing import borders_of
 
     N = cu_seqlens.shape[0] - 1
-    borders, offsets = borders_of(cu_seqlens, T, C)
+    borders, offsets = borders_of(cu_seqlens, T, C, q.device)
     return Plan(q, T, H, HV, K, V, N, T // C + N, borders.data_ptr(), offsets.data_ptr(), kind, (borders, offsets))
 
 

@@ -55,7 +55,7 @@ def plan_of(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Plan:
     else:
         sequences = cu_seqlens.shape[0] - 1
         chunks = T // C + sequences
-        cu_seqlens, offsets = borders_of(cu_seqlens, T, C)
+        cu_seqlens, offsets = borders_of(cu_seqlens, T, C, q.device)
     precision = "tf32x3" if q.dtype == torch.float32 else "tf32"
     shared = dict(K=K, C=C, PACKED=cu_seqlens is not None, PRECISION=precision)
     block_k = max(16, triton.next_power_of_2(K))

@@ -28,14 +28,15 @@ def borders_kernel(cu_seqlens, borders, chunk_offsets, good, N, T, C: tl.constex
         before += tl.sum(chunks, 0)
 
 
-def borders_of(cu_seqlens: Tensor, tokens: int, C: int) -> tuple[Tensor, Tensor]:
-    """cu_seqlens and the chunks before each sequence, [N + 1] int32 each.
+def borders_of(cu_seqlens: Tensor, tokens: int, C: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cu_seqlens and the chunks before each sequence, [N + 1] int32 each, on `device`.
 
     Raises RuntimeError if cu_seqlens does not rise from 0 to `tokens`; on a GPU when the host next waits for it.
     """
+    cu_seqlens = cu_seqlens.to(device)
     N = cu_seqlens.shape[0] - 1
     width = -(-(N + 1) // 4) * 4  # each from a 16-byte border on, so that no N asks the compiler for another kernel
-    found = torch.empty(2 * width + 1, dtype=torch.int32, device=cu_seqlens.device)
+    found = torch.empty(2 * width + 1, dtype=torch.int32, device=device)
     borders, offsets, good = found[: N + 1], found[width : width + N + 1], found[2 * width :]
     borders_kernel[(1,)](cu_seqlens.contiguous(), borders, offsets, good, N, tokens, C=C, BLOCK=1024, num_warps=4)
     torch._assert_async(good, f"cu_seqlens must rise from 0 to the number of tokens, {tokens}")

@@ -9,6 +9,7 @@ from functools import cache
 from importlib.util import find_spec
 
 import torch
+from torch import Tensor
 
 from palimpsest.ops.backends import Backend, Problem
 from palimpsest.ops.gates import SigmoidDecay
@@ -30,6 +31,8 @@ _LIB.define(
 
 def _forward(*arguments):
     *arguments, hopper = arguments
+    q, k, v, log_decay, erase, state, _, _, A_log, dt_bias, *_ = arguments
+    _expect_one_device("q k v log_decay erase state A_log dt_bias", q, k, v, log_decay, erase, state, A_log, dt_bias)
     if hopper:
         from palimpsest.ops.cuda import delta_memory
     else:
@@ -47,9 +50,18 @@ def _backward(*arguments):
 
 
 def _step_(q, k, v, log_decay, beta, state, scale):
+    _expect_one_device("q k v log_decay beta state", q, k, v, log_decay, beta, state)
     from palimpsest.ops.triton import step
 
     return step.step_(q, k, v, log_decay, beta, state, scale)
+
+
+def _expect_one_device(names: str, *tensors: Tensor | None) -> None:
+    """A kernel that is handed an address of another device faults; say it before."""
+    device = tensors[0].device if tensors[0] is not None else None
+    for name, x in zip(names.split(), tensors):
+        if x is not None and x.device != device:
+            raise ValueError(f"{name} is on {x.device} and q on {device}; move all of them to one device")
 
 
 def _fake_forward(q, k, v, log_decay, erase, state, *rest):
