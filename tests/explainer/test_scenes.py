@@ -78,12 +78,18 @@ def test_the_beats_follow_from_the_inputs(model):
 
 
 def test_the_model_has_learned_to_overwrite(model):
-    """Asked for what was overwritten, the shipped model says the last word."""
-    ids = list(b"The door is red. Now the door is blue. What colour is the door? The door is")
-    with torch.no_grad():
-        for _ in range(6):
-            ids.append(int(model.model(torch.tensor([ids])).logits[0, -1].argmax()))
-    assert bytes(ids).endswith(b" blue.")
+    """Asked for what was overwritten, the shipped model says the last word, whichever came first."""
+    colours = ("red", "blue", "green", "white", "pink")
+    right = 0
+    for first in colours:
+        for last in colours:
+            if first == last:
+                continue
+            text = f"The door is {first}. Now the door is {last}. What colour is the door? The door is "
+            with torch.no_grad():
+                logits = model.model(torch.tensor([list(text.encode())])).logits[0, -1]
+            right += chr(int(logits.argmax())) == last[0]
+    assert right >= 18  # of 20
 
 
 def test_beta_one_recalls_and_beta_two_mirrors():
