@@ -106,8 +106,8 @@ def needle_map(records: Sequence[Record]) -> Any:
     image = None
     for ax, (who, by) in zip(axes, cells.items()):
         lengths = sorted({length for length, _ in by})
-        value = lambda length, depth, by=by: sum(by.get((length, depth), [])) / max(len(by.get((length, depth), [])), 1)
-        grid = [[100 * value(length, depth) for length in lengths] for depth in range(11)]
+        mean = lambda found: 100 * sum(found) / len(found) if found else float("nan")  # not asked there: left white
+        grid = [[mean(by.get((length, depth))) for length in lengths] for depth in range(11)]
         image = ax.imshow(grid, vmin=0, vmax=100, cmap="viridis", aspect="auto")
         ax.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths], fontsize=7)
         ax.set_yticks(range(0, 11, 5), ["start", "middle", "end"], fontsize=7)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 from palimpsest.lab.experiment import Record, Row, Table, Verdict
@@ -21,6 +22,12 @@ class Measure:
         self.factor = 1 if task == "text" else 100
         self.form = (lambda x: f"{x:.3f}") if task == "text" else PERCENT
 
+    def score(self, records: Sequence[Record]) -> float:
+        """Of one learning rate's runs, the larger the better; runs that diverged are the worst."""
+        values = [r.rows[0][self.column] for r in records]
+        mean = sum(values) / len(values)
+        return -math.inf if math.isnan(mean) else mean if self.larger else -mean
+
     def text(self, spread: Spread) -> str:
         return spread.text(self.form, "" if self.unit != "%" else " %")
 
@@ -35,9 +42,7 @@ def best(records: Sequence[Record]) -> dict[tuple[str, str], Spread]:
     found: dict[tuple[str, str], Spread] = {}
     for (who, task, _), rates in by.items():
         first = Measure(task)
-        chosen = max(
-            rates.values(), key=lambda rs, m=first: _mean([r.rows[0][m.column] for r in rs]) * (1 if m.larger else -1)
-        )
+        chosen = max(rates.values(), key=first.score)
         for i, row in enumerate(chosen[0].rows):
             column = Measure(row["test_task"]).column
             found[test_name(row), who] = Spread(tuple(r.rows[i][column] for r in chosen))
@@ -104,7 +109,10 @@ def draw_bars(records: Sequence[Record]):
         here = [name for name in names[::-1] if (test, name) in found]
         for i, name in enumerate(here):
             spread = found[test, name]
-            ax.barh(i, m.factor * spread.mean, color=styles[name]["color"], alpha=0.75, height=0.7)
+            if m.unit == "%":
+                ax.barh(i, m.factor * spread.mean, color=styles[name]["color"], alpha=0.75, height=0.7)
+            else:  # no zero in sight, so no bar
+                ax.plot(m.factor * spread.mean, i, "|", color=styles[name]["color"], markersize=14, markeredgewidth=4)
             ax.plot([m.factor * v for v in spread.values], [i] * len(spread.values), "o", color="black", markersize=3)
             ax.annotate(f" {m.form(spread.mean)}", (m.factor * spread.high, i), va="center", fontsize=8)
         ax.set_yticks(range(len(here)), here, fontsize=8)
@@ -112,7 +120,8 @@ def draw_bars(records: Sequence[Record]):
         ax.set_xlabel("bits a byte (less is better)" if m.unit != "%" else "accuracy, %")
         low = min(m.factor * found[test, n].low for n in here)
         high = max(m.factor * found[test, n].high for n in here)
-        ax.set_xlim((low - (high - low) - 0.02, high + 0.6 * (high - low) + 0.02) if m.unit != "%" else (0, 118))
+        ax.set_xlim((low - 0.1 * (high - low) - 0.01, high + 0.35 * (high - low) + 0.01) if m.unit != "%" else (0, 118))
+        ax.set_ylim(-0.6, len(here) - 0.4)
     for ax in axes[len(tests) :]:
         ax.set_visible(False)
     return {"results": bars, "curves": draw_curves(records, styles)}
@@ -133,18 +142,10 @@ def draw_curves(records: Sequence[Record], styles: Mapping[str, dict]):
 
 
 def _at_best_rate(records: Sequence[Record], measure: Measure) -> list[Record]:
-    sign = 1 if measure.larger else -1
-    chosen = []
-    for who in dict.fromkeys(r.label["contestant"] for r in records):
-        mine = [r for r in records if r.label["contestant"] == who]
-        mean = lambda lr, mine=mine: _mean([r.rows[0][measure.column] for r in mine if r.label["lr"] == lr])
-        rate = max({r.label["lr"] for r in mine}, key=lambda lr, mean=mean: sign * mean(lr))
-        chosen += [r for r in mine if r.label["lr"] == rate]
-    return chosen
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    by: dict[str, dict[float, list[Record]]] = {}
+    for record in records:
+        by.setdefault(record.label["contestant"], {}).setdefault(record.label["lr"], []).append(record)
+    return [record for rates in by.values() for record in max(rates.values(), key=measure.score)]
 
 
 def draw_lengths(records: Sequence[Record]):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import multiprocessing
 import platform
 import queue
@@ -130,7 +131,9 @@ class Sweep:
         """Makes the folder, or cuts off a line that a kill left half written; adds this session to its history."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _write_whole(self.folder / "results.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines()))
+            _write_whole(
+                self.folder / "results.jsonl", "".join(json.dumps(spelled(line)) + "\n" for line in self.lines())
+            )
         except OSError as error:
             raise ValueError(f"results folder {str(self.folder)!r} cannot be written: {error.strerror}") from error
         history = read_sweep(self.folder)["sessions"] if (self.folder / "sweep.json").is_file() else []
@@ -152,7 +155,7 @@ class Sweep:
             "settings": point.to_dict(),
         }
         with open(self.folder / "results.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(spelled(line), allow_nan=False) + "\n")
 
 
 class Tally:
@@ -320,10 +323,32 @@ def read_lines(file: Path) -> list[Row]:
     found = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
         try:
-            found.append(json.loads(line))
+            found.append(counted(json.loads(line)))
         except ValueError:
             continue
     return found
+
+
+def spelled(value: Any) -> Any:
+    """The value with numbers that JSON does not have as words.
+
+    >>> spelled({"loss": [1.0, float("inf")]})
+    {'loss': [1.0, 'inf']}
+    """
+    if isinstance(value, dict):
+        return {k: spelled(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [spelled(v) for v in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def counted(value: Any) -> Any:
+    """The inverse of spelled."""
+    if isinstance(value, dict):
+        return {k: counted(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [counted(v) for v in value]
+    return float(value) if value in ("nan", "inf", "-inf") else value
 
 
 def read_records(folder: Path) -> list[Record]:

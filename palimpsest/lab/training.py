@@ -235,10 +235,10 @@ def answer_losses(
 def bucket(value: int) -> int:
     """Small values stay, larger ones are grouped by powers of two.
 
-    >>> [bucket(v) for v in (0, 7, 10, 11, 40, 64)]
-    [0, 7, 10, 8, 32, 64]
+    >>> [bucket(v) for v in (0, 7, 15, 16, 31, 40, 64)]
+    [0, 7, 15, 16, 16, 32, 64]
     """
-    return value if value <= 10 else 1 << (value.bit_length() - 1)
+    return value if value < 16 else 1 << (value.bit_length() - 1)
 
 
 def _train_batch(point: Training, step: int) -> Batch:
