@@ -82,15 +82,20 @@ def learning_curves(axes: Any, records: Sequence[Record], styles: Mapping[str, A
 
 
 def sliced(axes: Any, records: Sequence[Record], styles: Mapping[str, Any], name: str, test: int = 0) -> None:
-    """Accuracy against a slice of a test, such as "gap" or "depth": the mean over seeds, a line a contestant."""
+    """Accuracy against a slice of a test, such as "gap", from 8 on by powers of two; over all seeds, a line a contestant."""
     by: dict[str, dict[int, list[float]]] = {}
     for record in records:
-        for value, (accuracy, _) in record.result["slices"][test].get(name, {}).items():
-            by.setdefault(record.label["contestant"], {}).setdefault(int(value), []).append(100 * accuracy)
+        for text, (accuracy, count) in record.result["slices"][test].get(name, {}).items():
+            value = int(text) if int(text) < 8 else 1 << (int(text).bit_length() - 1)
+            sums = by.setdefault(record.label["contestant"], {}).setdefault(value, [0.0, 0.0])
+            sums[0], sums[1] = sums[0] + accuracy * count, sums[1] + count
     for who, values in by.items():
         x = sorted(values)
-        axes.plot(x, [sum(values[v]) / len(values[v]) for v in x], label=who, **styles[who])
-    axes.set(xlabel=name, ylabel="accuracy, %", ylim=(-3, 103))
+        axes.plot(x, [100 * values[v][0] / values[v][1] for v in x], label=who, **styles[who])
+    ticks = sorted({v for values in by.values() for v in values if v & (v - 1) == 0})
+    axes.set(xlabel=name, ylabel="accuracy, %", ylim=(-3, 103), xscale="symlog" if 0 in ticks else "log")
+    axes.set_xticks(ticks, [str(v) for v in ticks])
+    axes.minorticks_off()
 
 
 def needle_map(records: Sequence[Record]) -> Any:
