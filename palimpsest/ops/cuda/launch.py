@@ -32,6 +32,10 @@ def _check(status: int, what: str) -> None:
 @cache
 def _module(file: str, device: int) -> ctypes.c_void_p:
     module = ctypes.c_void_p()
+    if not ARCHIVE.exists():
+        raise RuntimeError(
+            f"{ARCHIVE} is missing; `python -m palimpsest.ops.cuda.build` makes it, with nvcc 12.8 or later"
+        )
     with zipfile.ZipFile(ARCHIVE) as archive:
         code = archive.read(file)
     _check(_driver().cuModuleLoadData(ctypes.byref(module), code), f"loading {file}")
