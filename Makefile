@@ -11,8 +11,9 @@ INSTALL = $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt
 .PHONY: demo test check docs clean
 
 demo: $(VENV)/run.stamp
-	$(BIN)/palimpsest train recipes/demo.py
-	$(BIN)/palimpsest generate runs/demo --prompt "def read_lines(path):" --prompt "class Stack:" --max-new-tokens 160
+	$(BIN)/palimpsest train recipes/demo.py --resume
+	$(BIN)/palimpsest generate runs/demo --prompt "def read_lines(path):" --prompt "class Stack:" \
+		--max-new-tokens 160 --temperature 0.8 --top-p 0.95
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n 2
