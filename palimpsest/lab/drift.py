@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,11 +19,22 @@ from palimpsest.models.kimi_linear.state import ModelState
 from palimpsest.ops.gates import l2norm
 from palimpsest.ops.variants import kda, kda_step_
 
+
+class Life(NamedTuple):
+    """How long a memory remembers: tokens until its channels have faded to 1/e, and the largest beta."""
+
+    shortest: float
+    longest: float
+    beta: float = 1.0
+
+
 LIVES = {
-    "short": (4, 64),
-    "long": (64, 4096),
-    "endless": (math.inf, math.inf),
-}  # tokens until a channel has faded to 1/e
+    "short": Life(4, 64),
+    "long": Life(64, 4096),
+    "endless": Life(math.inf, math.inf),
+    "long, gentle": Life(64, 4096, 0.02),
+    "endless, gentle": Life(math.inf, math.inf, 0.02),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +43,7 @@ class Drift:
 
     Attributes:
         format: a name of FORMATS.
-        life: "short", "long" or "endless": how long channels remember, spread evenly on a logarithmic scale.
+        life: a name of LIVES: how long channels remember, spread evenly on a logarithmic scale, and how much a token edits.
         tokens: to read. heads, channels: of the memory. seed: of everything.
     """
 
@@ -94,14 +105,14 @@ class Drift:
         chance = torch.Generator().manual_seed(self.seed)
         T, H, K = self.tokens, self.heads, self.channels
         q, k, v = (torch.randn(1, T, H, K, generator=chance, dtype=torch.float64) for _ in range(3))
-        shortest, longest = LIVES[self.life]
+        shortest, longest, largest_beta = LIVES[self.life]
         if math.isinf(shortest):
             log_decay = torch.zeros(1, T, H, K, dtype=torch.float64)
         else:
             spread = torch.linspace(0, 1, K, dtype=torch.float64)
             life = shortest * (longest / shortest) ** spread
             log_decay = -(torch.rand(1, T, H, K, generator=chance, dtype=torch.float64) * 2) / life
-        beta = torch.rand(1, T, H, generator=chance, dtype=torch.float64)
+        beta = largest_beta * torch.rand(1, T, H, generator=chance, dtype=torch.float64)
         return l2norm(q), l2norm(k), v, log_decay, beta
 
 

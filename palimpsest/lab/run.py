@@ -121,7 +121,7 @@ class Sweep:
                 f"results folder {str(folder)!r} holds {held['experiment']!r} at scale {held['scale']!r}, not "
                 f"{experiment.name!r} at {scale!r}; give another folder"
             )
-        if set(held["points"]) != set(plan):
+        if not set(held["points"]) <= set(plan):  # a recipe may grow: what it had is kept and the new points are run
             raise ValueError(
                 f"results folder {str(folder)!r} holds {experiment.name!r} with other settings than the recipe has now; "
                 "give another folder"

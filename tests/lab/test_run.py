@@ -137,6 +137,13 @@ def test_an_interrupt_keeps_what_is_done_and_loses_the_running_point_alone(tmp_p
     assert numbers == [0, 1, 2, 3, 0, 1, 2, 3]
 
 
+def test_a_recipe_that_grew_goes_on(tmp_path):
+    run(recipe(tmp_path), "tiny", tmp_path / "out", device="cpu")
+    events = []
+    assert run(recipe(tmp_path, "more.py", POINTS=5), "tiny", tmp_path / "out", device="cpu", report=events.append)
+    assert events[0]["left"] == 2
+
+
 def test_a_line_cut_by_a_kill_is_run_again(tmp_path):
     experiment = recipe(tmp_path)
     run(experiment, "tiny", tmp_path / "out", device="cpu")
@@ -209,7 +216,7 @@ def test_bad_input_is_refused_before_anything_runs(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("mine")
     (tmp_path / "file").write_text("")
-    other = recipe(tmp_path, "other.py", POINTS=5)
+    other = recipe(tmp_path, "other.py", POINTS=3)
     cases = {
         "holds 'count' with other settings": lambda: run(other, "tiny", tmp_path / "out", device="cpu"),
         "holds 'count' at scale 'tiny', not 'fig4'": lambda: run(

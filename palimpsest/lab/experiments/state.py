@@ -130,7 +130,10 @@ def draw(records: Sequence[Record]):
     drift, styles, figures = _drift(records), style(list(FORMATS)), {}
     lives = list(dict.fromkeys(life for life, _ in drift))
     if lives:
-        figures["drift"], axes = figure(1, len(lives))
+        columns = min(len(lives), 3)
+        figures["drift"], axes = figure(-(-len(lives) // columns), columns)
+        for ax in axes[len(lives) :]:
+            ax.set_visible(False)
         for ax, life in zip(axes, lives):
             for how in FORMATS:
                 by = drift.get((life, how))
@@ -138,7 +141,9 @@ def draw(records: Sequence[Record]):
                     x = sorted(by)
                     band(ax, x, list(zip(*(by[n] for n in x))), how, styles[how])
             span = LIVES[life]
-            words = "nothing fades" if span[0] == span[1] else f"channels live {span[0]} to {span[1]:,} tokens"
+            fades = span.shortest < span.longest
+            words = f"channels live {span.shortest} to {span.longest:,} tokens" if fades else "nothing fades"
+            words += f", beta up to {span.beta:g}"
             ax.set(
                 xscale="log", yscale="log", xlabel="tokens read", ylabel="relative error of what is read", title=words
             )
