@@ -5,7 +5,7 @@ One op serves the whole family. `erase` [B, T, HV] is KDA's strength (erase = be
 and q, k are normalised inside. `exclusive`: erase reads the memory before its own token's decay.
 """
 
-from functools import cache
+from functools import cache, wraps
 from importlib.util import find_spec
 
 import torch
@@ -29,6 +29,20 @@ _LIB.define(
 )
 
 
+def _on_the_device_of_its_tensors(run):
+    """A launch goes to the current device, which need not be that of the tensors."""
+
+    @wraps(run)
+    def there(x: Tensor, *rest):
+        if x.is_cuda and x.get_device() != torch.cuda.current_device():
+            with torch.cuda.device(x.device):
+                return run(x, *rest)
+        return run(x, *rest)
+
+    return there
+
+
+@_on_the_device_of_its_tensors
 def _forward(*arguments):
     *arguments, hopper = arguments
     q, k, v, log_decay, erase, state, _, _, A_log, dt_bias, *_ = arguments
@@ -40,6 +54,7 @@ def _forward(*arguments):
     return delta_memory.forward(*arguments)
 
 
+@_on_the_device_of_its_tensors
 def _backward(*arguments):
     *arguments, hopper = arguments
     if hopper:
@@ -49,6 +64,7 @@ def _backward(*arguments):
     return delta_memory.backward(*arguments)
 
 
+@_on_the_device_of_its_tensors
 def _step_(q, k, v, log_decay, beta, state, scale):
     _expect_one_device("q k v log_decay beta state", q, k, v, log_decay, beta, state)
     from palimpsest.ops.triton import step
