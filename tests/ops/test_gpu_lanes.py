@@ -266,3 +266,36 @@ def test_arguments_are_packed_as_the_kernels_read_them(fields, packed):
     bytes_ = struct.pack(getattr(delta_memory, packed), *values)
     assert bytes(structure)[: len(bytes_)] == bytes_
     assert len(bytes_) <= ctypes.sizeof(structure) <= 512
+
+
+def test_a_launch_hands_over_its_arguments(tmp_path, monkeypatch):
+    """Against a driver that only remembers what it was given."""
+    from palimpsest.ops.cuda import launch
+
+    source = tmp_path / "driver.cpp"
+    source.write_text("""
+        #include <cstring>
+        extern "C" {
+        unsigned long long seen[16]; char bytes[24];
+        int cuModuleLoadData(void** m, const void*) { *m = (void*)0x1234567812345678; return 0; }
+        int cuModuleGetFunction(void** f, void* m, const char*) { *f = (char*)m + 1; return 0; }
+        int cuFuncSetAttribute(void*, int, int) { return 0; }
+        int cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                           unsigned shared, void* stream, void** parameters, void** extra) {
+            unsigned long long all[] = {(unsigned long long)f, gx, gy, gz, bx, by, bz, shared,
+                                        (unsigned long long)stream, (unsigned long long)extra};
+            memcpy(seen, all, sizeof all); memcpy(bytes, parameters[0], 24); return 0;
+        }
+        }""")
+    subprocess.run(["g++", "-shared", "-fPIC", str(source), "-o", str(tmp_path / "driver.so")], check=True)
+    driver = ctypes.CDLL(str(tmp_path / "driver.so"))
+    monkeypatch.setattr(launch, "_driver", lambda: driver)
+    monkeypatch.setattr(launch.torch, "zeros", lambda *size, device: None)
+    monkeypatch.setattr(launch.torch._C, "_cuda_getCurrentRawStream", lambda device: 0x7FFF00000010, raising=False)
+    launch._module.cache_clear()
+    address = 0x7F1234567890
+    launch.Kernel("chain_bf16_128", "any", "P2if", 160, 215040, 0).launch((9, 2), address, 3, True, 0.5)
+    launch._module.cache_clear()
+    seen = list((ctypes.c_ulonglong * 16).in_dll(driver, "seen"))
+    assert seen[:10] == [0x1234567812345679, 9, 2, 1, 160, 1, 1, 215040, 0x7FFF00000010, 0]
+    assert struct.unpack_from("P2if", (ctypes.c_char * 24).in_dll(driver, "bytes").raw) == (address, 3, 1, 0.5)

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 ARCHIVE = Path(__file__).parent / "sm_90a.zip"
+_NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 _MAX_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
@@ -62,7 +63,7 @@ class Kernel:
     def __init__(self, file: str, name: str, fields: str, threads: int, shared: int, device: int):
         self._pack_into = struct.Struct(fields).pack_into
         self._threads, self._shared, self._device = threads, shared, device
-        torch.cuda.current_stream(device).query()  # the device's context exists and is current
+        torch.zeros(1, device=torch.device("cuda", device))  # now the device's context exists and is this thread's
         function = ctypes.c_void_p()
         _check(
             _driver().cuModuleGetFunction(ctypes.byref(function), _module(file, device), name.encode()),
@@ -74,11 +75,12 @@ class Kernel:
     def launch(self, grid: tuple[int, int], *arguments) -> None:
         """Launch on the current stream. Pointers are addresses, 0 for null."""
         self._pack_into(_arguments.bytes, 0, *arguments)
-        stream = torch._C._cuda_getCurrentRawStream(self._device)
-        status = self._launch(
-            self._function, grid[0], grid[1], 1, self._threads, 1, 1, self._shared, ctypes.c_void_p(stream),
-            _arguments.pointers, None,
-        )  # fmt: skip
+        stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self._device))
+        shape = (grid[0], grid[1], 1, self._threads, 1, 1, self._shared, stream, _arguments.pointers, None)
+        status = self._launch(self._function, *shape)
+        if status == _NO_CONTEXT:  # a thread that has not used the device before
+            torch.zeros(1, device=torch.device("cuda", self._device))
+            status = self._launch(self._function, *shape)
         if status:
             _check(status, "a kernel launch")
 
