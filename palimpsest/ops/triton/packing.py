@@ -39,5 +39,5 @@ def borders_of(cu_seqlens: Tensor, tokens: int, C: int, device: torch.device) ->
     found = torch.empty(2 * width + 1, dtype=torch.int32, device=device)
     borders, offsets, good = found[: N + 1], found[width : width + N + 1], found[2 * width :]
     borders_kernel[(1,)](cu_seqlens.contiguous(), borders, offsets, good, N, tokens, C=C, BLOCK=1024, num_warps=4)
-    torch._assert_async(good, f"cu_seqlens must rise from 0 to the number of tokens, {tokens}")
+    torch._assert_async(good.view(torch.bool)[:1], f"cu_seqlens must rise from 0 to the number of tokens, {tokens}")
     return borders, offsets
