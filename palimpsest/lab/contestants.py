@@ -43,7 +43,7 @@ class Contestant:
         read_layer_types(self.pattern)  # raises for an unknown letter
         known = [*CHOICES, "floor", "beta_max", "conv", "qk_norm"]
         for part in self.parts:
-            near = difflib.get_close_matches(part, known, n=1) or [", ".join(known)]
+            near = difflib.get_close_matches(part, known, n=1, cutoff=0.4) or [", ".join(known)]
             check(part in known, f"contestant {self.name!r} changes part {part!r}; did you mean {near[0]}?")
         MemoryParts(**self.parts)
         object.__setattr__(self, "parts", MappingProxyType(dict(self.parts)))

@@ -184,8 +184,8 @@ class Spectra:
 def _summary(found: Spectrum, head: int) -> Row:
     values = found.eigenvalues[:, :, head]
     return {
-        "smallest_eigenvalue": values.min().item(),
-        "negative_share": (values < 0).double().mean().item(),
+        "smallest_eigenvalue": round(values.min().item(), 9) + 0.0,
+        "negative_share": (values < -1e-6).double().mean().item(),
         "largest_stretch": found.largest_stretch[:, :, head].max().item(),
         "carried_to_the_end": found.carried[:, -1, head].mean().item(),
         "memory_norm_at_the_end": found.memory_norm[:, -1, head].mean().item(),
