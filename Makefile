@@ -16,7 +16,7 @@ demo: $(VENV)/run.stamp
 		--max-new-tokens 160 --temperature 0.8 --top-p 0.95
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .

@@ -20,6 +20,9 @@ from mkdocs.structure.files import File
 
 COURSE = Path(__file__).parents[1] / "course"
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+FILE_LINK = re.compile(
+    r"\[([^\]]+)\]\((?:\.\./)+((?:benchmarks|lab|palimpsest|tests|recipes|course|explainer)/[^)#]+)\)"
+)  # not of the site
 _pages: dict[tuple[str, str], tuple[str, dict[str, bytes]]] = {}  # (name, source) -> page, figures: for `mkdocs serve`
 
 
@@ -47,6 +50,7 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
+    markdown = FILE_LINK.sub(lambda x: x[1] if x[2] in x[1] else f"{x[1]} (`{x[2]}`)", markdown)
     if page.file.src_uri == "course/index.md":
         markdown = markdown.replace("<!-- lessons -->", "\n".join(map(_line_of_index, lessons())))
     return markdown

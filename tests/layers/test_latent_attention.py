@@ -199,12 +199,13 @@ def test_a_cache_begun_in_inference_mode_goes_on_outside_it():
 
 @torch.no_grad()
 def test_appending_copies_rarely():
-    m, state, rooms = layer(), LatentState(torch.empty(1, 0, R + P, dtype=torch.float64)), set()
+    m, state, rooms = layer(), LatentState(torch.empty(1, 0, R + P, dtype=torch.float64)), []
     for t in range(600):
         _, state = m.step_(draw(1, HIDDEN, seed=t), state)
-        rooms.add(state.latent.data_ptr())
+        if not rooms or rooms[-1] is not state.room:
+            rooms.append(state.room)  # and keeps it, so that no two can share an address
         assert state.room.rows.shape[1] <= 1.125 * (t + 1) + 64
-    assert len(rooms) <= 9
+    assert len(rooms) <= 10, len(rooms)
 
 
 def test_gradients_reach_every_parameter_and_the_past():
