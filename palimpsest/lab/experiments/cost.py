@@ -23,7 +23,7 @@ def points(scale: str) -> list:
     caches = [Cache(pattern=pattern, shape=LARGE, contexts=powers(12, 20)) for pattern in ("KKKM", "MMMM")]
     if scale == "small":
         decode = [
-            Decode(layer=name, contexts=powers(10, 16 if name == "softmax" else 18), rounds=15)
+            Decode(layer=name, contexts=powers(10, 18 if name in ("kda", "gdn", "mla") else 16), rounds=15)
             for name in ("kda", "gdn", "mla", "softmax", "KKKM", "MMMM")
         ]
         prefill = [
