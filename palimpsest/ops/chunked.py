@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 CHUNK = 32  # tokens; larger chunks only add operations on a CPU
-SEGMENT = 256  # tokens; what a segment holds stays in cache, and bounds what backward recomputes
+SEGMENT = 262_144  # numbers in the widest tensor of a segment: they stay in cache, and bound what backward recomputes
 
 
 def delta_memory(
@@ -208,11 +208,14 @@ def _flushed(decay: Tensor) -> Tensor:
 
 
 def by_segments(run, sequences: tuple[Tensor, ...], state: Tensor) -> tuple[Tensor, Tensor]:
-    """Fold `run(*piece, state) -> (output, state)` over pieces of SEGMENT tokens; backward recomputes each piece."""
+    """Fold `run(*piece, state) -> (output, state)` over pieces of SEGMENT numbers; backward recomputes each piece."""
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (*sequences, state))
+    T = sequences[0].shape[1]
+    numbers = max(1, *(x.shape[0] * x.shape[2] * x.shape[3] for x in sequences))  # a token
+    segment = max(1, SEGMENT // (numbers * CHUNK)) * CHUNK
     outputs = []
-    for piece in zip(*(x.split(SEGMENT, dim=1) for x in sequences)):
-        if needs_grad and sequences[0].shape[1] > SEGMENT:
+    for piece in zip(*(x.split(segment, dim=1) for x in sequences)):
+        if needs_grad and T > segment:
             output, state = checkpoint(run, *piece, state, use_reentrant=False, preserve_rng_state=False)
         else:
             output, state = run(*piece, state)
