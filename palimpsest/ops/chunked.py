@@ -215,7 +215,7 @@ def by_segments(run, sequences: tuple[Tensor, ...], state: Tensor) -> tuple[Tens
     segment = max(1, SEGMENT // (numbers * CHUNK)) * CHUNK
     outputs = []
     for piece in zip(*(x.split(segment, dim=1) for x in sequences)):
-        if needs_grad and T > segment:
+        if needs_grad and segment < T:
             output, state = checkpoint(run, *piece, state, use_reentrant=False, preserve_rng_state=False)
         else:
             output, state = run(*piece, state)
