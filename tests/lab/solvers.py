@@ -55,11 +55,13 @@ def induction(tokens, task):
 
 
 def needle(tokens, task):
-    text = bytes(tokens)
-    facts = dict(re.findall(rb"\nThe key of ([a-z]{4}) is (\d{4})\.\n", text))
-    answers = {}
-    for question in re.finditer(rb"What is the key of ([a-z]{4})\? The key of \1 is ", text):
-        answers |= {question.end() - 1 + i: digit for i, digit in enumerate(facts[question[1]])}
+    text, facts, answers = bytes(tokens), {}, {}
+    for name, value in re.findall(rb"\nThe key of ([a-z]{4}) is (\d{4})\.\n", text):
+        facts.setdefault(name, []).append(value)
+    asked = rb"What (?:is the key|are the keys) of ([a-z]{4})\? The keys? of \1 (?:is|are) "
+    for question in re.finditer(asked, text):
+        for digits in re.finditer(rb"\d+", b", ".join(facts[question[1]])):
+            answers |= {question.end() - 1 + digits.start() + i: digit for i, digit in enumerate(digits[0])}
     return answers
 
 

@@ -1,5 +1,6 @@
 """Every generator against an independent solver, and what a fair experiment needs of them."""
 
+import re
 import time
 from dataclasses import replace
 
@@ -38,8 +39,10 @@ ANY = {
         lengths, st.sampled_from(["parity", "modular", "group"]), st.integers(2, 5), st.sampled_from(["all", "swaps"]),
     ),
     "needle": st.builds(
-        lambda n, needles, depth: Needle(length=n * 20 + 400, needles=needles, queries=(needles + 1) // 2, depth=depth),
-        lengths, st.integers(1, 3), st.sampled_from([None, 0.0, 0.3, 1.0]),
+        lambda n, needles, values, depth: Needle(
+            length=n * 20 + 600, needles=needles, queries=(needles + 1) // 2, values=values, depth=depth
+        ),
+        lengths, st.integers(1, 3), st.integers(1, 3), st.sampled_from([None, 0.0, 0.3, 1.0]),
     ),
     "selective_copy": st.builds(lambda n, k: SelectiveCopy(length=2 * k + n, symbols=k), lengths, st.integers(1, 9)),
     "induction": st.builds(
@@ -125,6 +128,21 @@ def test_a_needle_lies_at_its_depth():
         assert set(batch.slices["depth"][batch.scored].tolist()) == {round(depth * 10)}
 
 
+def test_all_values_of_a_name_are_asked_in_the_order_of_the_text():
+    task = Needle(length=600, needles=2, values=3, depth=0.5)
+    assert task.name == "needle, 1 of 2, 3 values"
+    batch = task.draw(8, Key("test", 0, 0))
+    assert batch.scored.sum(1).tolist() == [3 * 4] * 8
+    for tokens, scored, depth in zip(batch.tokens.tolist(), batch.scored, batch.slices["depth"]):
+        told = depth[scored][::4].tolist()
+        assert told == sorted(told)
+        assert 5 in told
+        text = bytes(tokens)
+        name = re.search(rb"keys of (\w{4})\?", text)[1]
+        facts = re.findall(rb"\nThe key of %b is (\d{4})" % name, text)
+        assert text.endswith(b"are " + b", ".join(facts))
+
+
 def test_a_stack_is_asked_at_every_depth():
     batch = Stack(length=600, stacks=4).draw(16, Key("train", 0, 0))
     depths = batch.slices["depth"][batch.scored]
@@ -136,9 +154,17 @@ def test_swaps_are_exchanges_of_two_things():
     assert len(task.draw(8, Key("train", 0, 0)).tokens.unique()) == 6
 
 
+QUICK_TO_DRAW = {
+    "mqar": MQAR(length=1024, vocab_size=8192, pairs=256),
+    "palindrome": Palindrome(length=1024, vocab_size=8192),
+    "stack": Stack(length=1024, stacks=64, elements=445),
+}
+
+
 @pytest.mark.timeout(60)
-def test_mqar_is_drawn_at_a_million_tokens_a_second():
-    task = MQAR(length=1024, vocab_size=8192, pairs=256)
+@pytest.mark.parametrize("name", QUICK_TO_DRAW)
+def test_sequences_are_drawn_at_a_million_tokens_a_second(name):
+    task = QUICK_TO_DRAW[name]
     best = 1e9
     for step in range(5):
         began = time.perf_counter()
@@ -166,6 +192,8 @@ BAD = {
     "too many n-grams": (lambda: Induction(vocab_size=8192, n=5, piece=9), "smaller n"),
     "haystack too small": (lambda: Needle(length=64), "at least"),
     "more questions than needles": (lambda: Needle(queries=2), "queries is 2"),
+    "no value": (lambda: Needle(values=0), "values is 0"),
+    "more values than fit": (lambda: Needle(length=200, values=6), "give at least"),
     "depth in percent": (lambda: Needle(depth=50), "from 0 to 1"),
     "negative seed": (lambda: Palindrome().draw(1, Key("train", -1, 0)), "seed is -1"),
     "unknown split": (lambda: Palindrome().draw(1, Key("valid", 0, 0)), "'train' or 'test'"),

@@ -11,31 +11,33 @@ WHO = {
     "0:1, all attention": Contestant("0:1, all attention", "M"),
     "1:1": Contestant("1:1", "KM"),
     "3:1": Contestant("3:1", "KKKM"),
-    "7:1": Contestant("7:1", "KKKKKKKM"),
+    "7:1": Contestant("7:1", 7 * "K" + "M"),
+    "15:1": Contestant("15:1", 15 * "K" + "M"),
     "1:0, all KDA": Contestant("1:0, all KDA", "K"),
 }
 
 
 def points(scale: str) -> list[Training]:
+    names = list(WHO)
     if scale == "tiny":
-        size, seeds, length = Size(layers=8, hidden_size=16, heads=1, head_dim=8, mlp=32), (0,), 200
-        shared = {"steps": 1, "tokens_per_step": 400, "evaluate_every": 1, "test_batches": 1, "lr": 3e-3}
+        names = ["3:1", "15:1"]
+        size, seeds, length = Size(layers=16, hidden_size=16, heads=1, head_dim=8, mlp=32), (0,), 210
+        shared = {"steps": 1, "tokens_per_step": 420, "evaluate_every": 1, "test_batches": 1, "lr": 3e-3}
     elif scale == "small":
-        size, seeds, length = Size(layers=8, hidden_size=48, heads=2, head_dim=24, mlp=96), (0, 1), 256
-        shared = {"steps": 400, "tokens_per_step": 2048, "evaluate_every": 100, "test_batches": 8, "lr": 3e-3}
+        size, seeds, length = Size(layers=16, hidden_size=32, heads=2, head_dim=16, mlp=64), (0, 1), 256
+        shared = {"steps": 250, "tokens_per_step": 1024, "evaluate_every": 50, "test_batches": 8, "lr": 3e-3}
     else:
         size, seeds, length = Size(layers=16, hidden_size=512, heads=4, head_dim=128, mlp=1408), (0, 1), 2048
         shared = {"steps": 8000, "tokens_per_step": 65536, "evaluate_every": 1000, "test_batches": 4, "lr": 1e-3}
     return [
         Training(
-            who=who,
+            who=WHO[name],
             train=(Needle(length=length),),
-            tests=(Text(length=length), Needle(length=length), Needle(length=length, needles=2, queries=2))
-            if scale != "full"
-            else (
+            tests=(
                 Text(length=length),
-                *(Needle(length=n) for n in (2048, 4096, 8192)),
-                Needle(length=4096, needles=4, queries=2),
+                *(Needle(length=length * f) for f in ((1, 2, 4) if scale == "full" else (1,))),
+                Needle(length=length, needles=2, queries=2),
+                Needle(length=length, values=2),
             ),
             size=size,
             seed=seed,
@@ -43,7 +45,7 @@ def points(scale: str) -> list[Training]:
             **shared,  # type: ignore[arg-type]
         )
         for seed in seeds
-        for who in WHO.values()
+        for name in names
     ]
 
 
@@ -56,8 +58,8 @@ EXPERIMENT = Experiment(
     ),
     scales={
         "tiny": "every part in seconds, on a CPU; proves nothing",
-        "small": "8 layers of width 48 on text with needles at length 256, 400 steps of 2,048 tokens, 2 seeds: an hour on a CPU",
-        "full": "16 layers of width 512 at length 2,048, 524M bytes, tested to 8,192, 2 seeds: about 6 hours on an H200",
+        "small": "16 layers of width 32 on text with needles at length 256, 250 steps of 1,024 tokens, 2 seeds: minutes on a CPU",
+        "full": "16 layers of width 512 at length 2,048, 524M bytes, tested to 8,192, 2 seeds: some 7 hours on an H200",
     },
     points=points,
     judge=versus("3:1", {name: name for name in WHO if name != "3:1"}),

@@ -2,11 +2,14 @@
 
     ...some text... The key of qxva is 4071. ...more text... What is the key of qxva? The key of qxva is 4071.
     asked                                                                                               ^^^^
+    ...The key of qxva is 4071. ...The key of qxva is 9326. ...What are the keys of qxva? The keys of qxva are 4071, 9326.
+    asked                                                                                                      ^^^^  ^^^^
 
-Bytes. Depth is where the needle lies, in tenths of the text. Several needles (other names, other keys) and several
-questions make it harder. All the rest of the text is labelled too, so that a model learns the language of the haystack,
-but only the digits of the answers are scored, and an answer is right when all of them are.
-Source: Kamradt's test, 2023; the forms with several keys and queries are RULER's, arXiv:2404.06654.
+Bytes. Depth is where the needle lies, in tenths of the text. Several needles (other names, other keys), several
+questions, and several values under one name, to be told in the order of the text, make it harder. All the rest of the
+text is labelled too, so that a model learns the language of the haystack, but only the digits of the answers are scored,
+and an answer is right when all of them are.
+Source: Kamradt's test, 2023; the forms with several keys, values and queries are RULER's, arXiv:2404.06654.
 """
 
 from dataclasses import dataclass
@@ -18,14 +21,16 @@ from palimpsest.lab.tasks.text import library, windows
 
 NAME, DIGITS = 4, 4
 FACT, QUESTION = b"\nThe key of %b is %b.\n", b"\nWhat is the key of %b? The key of %b is %b."
+QUESTION_FOR_ALL, COMMA = b"\nWhat are the keys of %b? The keys of %b are %b.", b", "
 
 
 @dataclass(frozen=True, kw_only=True)
 class Needle:
     """Args:
         length: in bytes, the questions included.
-        needles: facts hidden. queries: how many of them are asked, one after another.
-        depth: of the asked fact, 0.0 (start) to 1.0 (end); None draws it anew each time.
+        needles: names hidden. queries: how many of them are asked, one after another.
+        values: facts a name, all of them to be told.
+        depth: of the asked fact, 0.0 (start) to 1.0 (end); None draws it anew each time. Further values lie anywhere.
         language: label the haystack too.
         paths: the text, as for Text.
 
@@ -36,6 +41,7 @@ class Needle:
     length: int = 1024
     needles: int = 1
     queries: int = 1
+    values: int = 1
     depth: float | None = None
     language: bool = True
     paths: tuple[str, ...] = ("python",)
@@ -47,7 +53,8 @@ class Needle:
             1 <= self.queries <= self.needles,
             f"needle: queries is {self.queries}; ask at least 1 and at most all {self.needles} needles",
         )
-        least = self.needles * len(self._fact(b"n" * NAME, b"0" * DIGITS)) + self.queries * self._question_length + 32
+        check(self.values >= 1, f"needle: values is {self.values}; give at least 1, the facts a name")
+        least = self._facts_length + self.queries * self._question_length + 32
         check(
             self.length >= least,
             f"needle: needles and questions do not fit length {self.length}; give at least {least}",
@@ -59,32 +66,33 @@ class Needle:
 
     @property
     def name(self) -> str:
-        return "needle" if self.needles == 1 else f"needle, {self.queries} of {self.needles}"
+        several = f", {self.queries} of {self.needles}" if self.needles > 1 else ""
+        return "needle" + several + (f", {self.values} values" if self.values > 1 else "")
 
-    @staticmethod
-    def _fact(name: bytes, key: bytes) -> bytes:
-        return FACT % (name, key)
+    @property
+    def _facts_length(self) -> int:
+        return self.needles * self.values * len(FACT % (b"n" * NAME, b"0" * DIGITS))
 
     @property
     def _question_length(self) -> int:
-        return len(QUESTION % (b"n" * NAME, b"n" * NAME, b"0" * DIGITS))
+        return len(self._question(b"n" * NAME, [b"0" * DIGITS] * self.values))
+
+    def _question(self, name: bytes, keys: list[bytes]) -> bytes:
+        return (QUESTION if self.values == 1 else QUESTION_FOR_ALL) % (name, name, COMMA.join(keys))
 
     def draw(self, count: int, key: Key) -> Batch:
         chance, text = key.generator(), library(self.paths)[key.split]
-        questions = self.queries * self._question_length
-        fact = len(self._fact(b"n" * NAME, b"0" * DIGITS))
-        hay = self.length + 1 - questions - self.needles * fact
         rows, depths, scored = np.empty((3, count, self.length + 1), np.int64)
-        straw = windows(chance, text, count, hay)
+        straw = windows(chance, text, count, self.length + 1 - self.queries * self._question_length - self._facts_length)
         names = chance.integers(97, 123, (count, self.needles, NAME), np.uint8)
         names[..., 0] = (
             97 + np.argsort(chance.random((count, 26)), 1)[:, : self.needles]
         )  # told apart by the first letter
-        keys = chance.integers(48, 58, (count, self.needles, DIGITS), np.uint8)
-        place = (
-            chance.random((count, self.needles)) if self.depth is None else np.full((count, self.needles), self.depth)
-        )
-        place[:, self.queries :] = chance.random((count, self.needles - self.queries))  # those not asked lie anywhere
+        keys = chance.integers(48, 58, (count, self.needles, self.values, DIGITS), np.uint8)
+        place = chance.random((count, self.needles, self.values))
+        if self.depth is not None:
+            place[:, : self.queries, 0] = self.depth
+        place.sort(-1)  # values are told in the order of the text
         for row in range(count):
             self._hide(rows[row], depths[row], scored[row], straw[row], names[row], keys[row], place[row])
         labels = rows[:, 1:].copy()
@@ -96,17 +104,21 @@ class Needle:
     def _hide(self, row, depths, scored, straw, names, keys, place) -> None:
         """Writes one sequence into row, and tenths of depth and marks at its answers."""
         pieces, before = [], 0
-        cuts = np.rint(place * len(straw)).astype(int)
+        cuts = np.rint(place.flatten() * len(straw)).astype(int)
         for i in np.argsort(cuts, kind="stable"):
-            pieces += [straw[before : cuts[i]], np.frombuffer(self._fact(bytes(names[i]), bytes(keys[i])), np.uint8)]
+            name, value = divmod(int(i), self.values)
+            fact = FACT % (bytes(names[name]), bytes(keys[name, value]))
+            pieces += [straw[before : cuts[i]], np.frombuffer(fact, np.uint8)]
             before = cuts[i]
         pieces.append(straw[before:])
         for i in range(self.queries):
-            name, digits = bytes(names[i]), bytes(keys[i])
-            pieces.append(np.frombuffer(QUESTION % (name, name, digits), np.uint8))
+            question = self._question(bytes(names[i]), [bytes(value) for value in keys[i]])
+            pieces.append(np.frombuffer(question, np.uint8))
         row[:] = np.concatenate(pieces)
         depths[:], scored[:] = 0, 0
         for i in range(self.queries):
             end = len(row) - 1 - (self.queries - 1 - i) * self._question_length  # of this answer's digits
-            scored[end - DIGITS : end] = 1
-            depths[end - DIGITS : end] = round(place[i] * 10)
+            for j in range(self.values):
+                last = end - (self.values - 1 - j) * (DIGITS + len(COMMA))
+                scored[last - DIGITS : last] = 1
+                depths[last - DIGITS : last] = round(place[i, j] * 10)

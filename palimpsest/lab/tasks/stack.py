@@ -41,33 +41,43 @@ class Stack:
         return 3 + self.stacks + self.elements
 
     def draw(self, count: int, key: Key) -> Batch:
-        chance, ops, rows = key.generator(), self.length // 3, np.arange(count)
+        chance, ops = key.generator(), self.length // 3
         which = chance.integers(self.stacks, size=(ops, count))
         element = chance.integers(self.elements, size=(ops, count))
-        wants_pop = chance.random((ops, count)) < 0.5
-        content = np.zeros((count, self.stacks, ops + 1), np.int64)
-        pushed_at = np.zeros_like(content)
-        height = np.zeros((count, self.stacks), np.int64)
-        popped, depth, gap = np.zeros((3, ops, count), np.int64)
-        for i in range(ops):
-            s = which[i]
-            h = height[rows, s]
-            pop = wants_pop[i] & (h > 0)
-            top = np.maximum(h - 1, 0)
-            element[i] = np.where(pop, content[rows, s, top], element[i])
-            popped[i], depth[i], gap[i] = pop, h, i - pushed_at[rows, s, top]
-            level = np.where(pop, top, h)  # a pop writes what is there already
-            content[rows, s, level] = element[i]
-            pushed_at[rows, s, level] = np.where(pop, pushed_at[rows, s, level], i)
-            height[rows, s] = np.where(pop, h - 1, h + 1)
+        wants_pop = (chance.random((ops, count)) < 0.5).T.flatten()
+
+        # All stacks of all sequences side by side, and their first operations, their second ones, ... one after another.
+        stack = (which + self.stacks * np.arange(count)).T.flatten()
+        by_stack = np.argsort(stack, kind="stable")
+        firsts = np.flatnonzero(np.diff(stack[by_stack], prepend=-1))
+        turn = np.empty_like(stack)
+        turn[by_stack] = np.arange(len(stack)) - np.repeat(firsts, np.diff(firsts, append=len(stack)))
+        by_turn, turns = np.argsort(turn, kind="stable"), np.bincount(turn)
+        height = np.zeros(count * self.stacks, np.int64)
+        popped, level = np.zeros_like(wants_pop), np.zeros_like(stack)
+        for now in np.split(by_turn, np.cumsum(turns)[:-1]):
+            h = height[stack[now]]
+            popped[now] = pop = wants_pop[now] & (h > 0)
+            level[now] = h - pop
+            height[stack[now]] = h + 1 - 2 * pop
+
+        # On one level of one stack a push is followed by the pop of what it wrote.
+        by_level = np.lexsort((level, stack))
+        pops = np.flatnonzero(popped[by_level])
+        push, pop = by_level[pops - 1], by_level[pops]
+        element = element.T.flatten()
+        element[pop] = element[push]
+        gap = np.zeros_like(stack)
+        gap[pop] = pop - push
 
         tokens = np.full((count, self.length), PAD)
-        spread = lambda part, x: np.put_along_axis(part, np.broadcast_to(np.arange(ops) * 3 + 1, (count, ops)), x.T, 1)
-        tokens[:, : 3 * ops : 3] = np.where(popped, POP, PUSH).T
-        tokens[:, 1 : 3 * ops : 3] = 3 + which.T
-        tokens[:, 2 : 3 * ops : 3] = 3 + self.stacks + element.T
         labels, depths, gaps = np.full((count, self.length), IGNORED), np.zeros_like(tokens), np.zeros_like(tokens)
-        spread(labels, np.where(popped, 3 + self.stacks + element, IGNORED))
-        spread(depths, depth)
-        spread(gaps, gap)
+        element = 3 + self.stacks + element.reshape(count, ops)
+        popped, level, gap = (x.reshape(count, ops) for x in (popped, level, gap))
+        tokens[:, : 3 * ops : 3] = np.where(popped, POP, PUSH)
+        tokens[:, 1 : 3 * ops : 3] = 3 + which.T
+        tokens[:, 2 : 3 * ops : 3] = element
+        labels[:, 1 : 3 * ops : 3] = np.where(popped, element, IGNORED)
+        depths[:, 1 : 3 * ops : 3] = level + 1
+        gaps[:, 1 : 3 * ops : 3] = gap
         return batch(tokens, labels, depth=depths, gap=gaps)
