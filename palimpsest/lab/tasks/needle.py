@@ -83,7 +83,9 @@ class Needle:
     def draw(self, count: int, key: Key) -> Batch:
         chance, text = key.generator(), library(self.paths)[key.split]
         rows, depths, scored = np.empty((3, count, self.length + 1), np.int64)
-        straw = windows(chance, text, count, self.length + 1 - self.queries * self._question_length - self._facts_length)
+        straw = windows(
+            chance, text, count, self.length + 1 - self.queries * self._question_length - self._facts_length
+        )
         names = chance.integers(97, 123, (count, self.needles, NAME), np.uint8)
         names[..., 0] = (
             97 + np.argsort(chance.random((count, 26)), 1)[:, : self.needles]
