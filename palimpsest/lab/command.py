@@ -122,13 +122,17 @@ def run(
         int, typer.Option("--workers", "-w", help="Points run at once, a process each; several small ones share a GPU.")
     ] = 1,
     only: Annotated[str, typer.Option(help="Only points whose description contains this, such as `task mqar`.")] = "",
+    minutes: Annotated[
+        float | None,
+        typer.Option(help="Stop after so many minutes; the same command goes on.", show_default=False),
+    ] = None,
     note: Annotated[str, typer.Option(help="What a reader should know of the machine, for the report.")] = "",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     as_json: Json = False,
 ) -> int:
     """Run an experiment, or go on with it; then write CSV, plots and the report.
 
-    Ctrl-C keeps every finished point; the same command goes on. A folder with another sweep is refused.
+    Ctrl-C and --minutes keep what is done, and the same command goes on. A folder with another sweep is refused.
 
     Example: `palimpsest lab run fig4 --scale quick --workers 4`
     """
@@ -149,7 +153,8 @@ def run(
     try:
         with _display(quiet, as_json) as report:
             complete = run_sweep(
-                loaded, scale, folder, device=device, workers=workers, only=only, report=report, command=command, note=note
+                loaded, scale, folder, device=device, workers=workers, only=only, minutes=minutes, report=report, command=command,
+                note=note,
             )  # fmt: skip
     except InterruptedSweep:
         notes.print(
@@ -161,7 +166,8 @@ def run(
         verdict = next((line for line in text.splitlines() if line.startswith("**Verdict")), "")
         typer.echo(verdict.replace("**", ""))
         notes.print(
-            f"report {escape(str(folder / 'report.md'))}" + ("" if complete else "; some points are left"),
+            f"report {escape(str(folder / 'report.md'))}"
+            + ("" if complete else "; some points are left, and the same command goes on"),
             soft_wrap=True,
         )
     return 0
@@ -230,12 +236,11 @@ class _Lines:
         self.every, self.last = every, 0.0
 
     def __call__(self, event: dict[str, Any]) -> None:
-        if event["event"] == "progress" and event["word"] and time.monotonic() - self.last > self.every:
+        if event["event"] == "progress" and time.monotonic() - self.last > self.every:
             self.last = time.monotonic()
-            notes.print(
-                escape(f"{event['done']:4.0%}  ETA {_clock(event['eta'])}  {event['point']}: {event['word']}"),
-                soft_wrap=True,
-            )
+            word = event["word"] or f"{event['share']:.0%}"
+            clocks = f"{_clock(event['elapsed'])}, ETA {_clock(event['eta'])}"
+            notes.print(escape(f"{event['done']:4.0%}  {clocks}  {event['point']}: {word}"), soft_wrap=True)
         for line in _remarks(event):
             notes.print(line, soft_wrap=True)
 

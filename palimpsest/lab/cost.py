@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -118,7 +119,7 @@ class Decode:
         return int(1.3 * held) + 64 * layers * s.hidden_size**2 * 4
 
     @torch.inference_mode()
-    def run(self, device: str, tell: Tell) -> Row:
+    def run(self, device: str, tell: Tell, unfinished: Path | None = None) -> Row:
         dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
         make = _model_stepper if self.layer.isupper() else _layer_stepper
         torch.manual_seed(0)
@@ -179,7 +180,7 @@ class Prefill:
         return 60 * max(self.contexts) * self.shape.heads * self.shape.head_dim
 
     @torch.inference_mode()
-    def run(self, device: str, tell: Tell) -> Row:
+    def run(self, device: str, tell: Tell, unfinished: Path | None = None) -> Row:
         dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
         torch.manual_seed(0)
         call = self._op(device, dtype) if self.layer.startswith("op ") else self._layer(device, dtype)
@@ -339,7 +340,7 @@ class Cache:
     def bytes_needed(self) -> int:
         return 2 * len(self.pattern) * max(self.contexts) * (self.shape.latent + self.shape.positions)
 
-    def run(self, device: str, tell: Tell) -> Row:
+    def run(self, device: str, tell: Tell, unfinished: Path | None = None) -> Row:
         config = model_config(self.pattern, self.shape)
         rows = []
         for S in self.contexts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from palimpsest.lab.experiment import Row, Tell
 from palimpsest.lab.formats import FORMATS, Format
 from palimpsest.lab.tasks.task import Task, check
-from palimpsest.lab.training import Training, evaluate, learn
+from palimpsest.lab.training import Training, draw_test, evaluate, learn
 from palimpsest.layers.state import KDAState
 from palimpsest.models.kimi_linear import KimiLinearForCausalLM
 from palimpsest.models.kimi_linear.state import ModelState
@@ -73,7 +74,7 @@ class Drift:
         return 64 * self.tokens * self.heads * self.channels + 64 * self.heads * self.channels**2
 
     @torch.no_grad()
-    def run(self, device: str, tell: Tell) -> Row:
+    def run(self, device: str, tell: Tell, unfinished: Path | None = None) -> Row:
         inputs = [x.to(device) for x in self._inputs()]
         truth = kda(*inputs).output
         chance = torch.Generator(device).manual_seed(self.seed)
@@ -151,15 +152,15 @@ class StoredState:
     def bytes_needed(self) -> int:
         return self.training.bytes_needed()
 
-    def run(self, device: str, tell: Tell) -> Row:
-        learned, model = learn(self.training, device, lambda share, word: tell(share / 2, word))
+    def run(self, device: str, tell: Tell, unfinished: Path | None = None) -> Row:
+        learned, model = learn(self.training, device, lambda share, word: tell(share / 2, word), unfinished)
         model.eval()
-        rows = []
+        rows, count = [], self.training.test_batches
+        tests = [draw_test(task, self.batch_size, count, device) for task in self.tests]
         for i, (name, how) in enumerate(FORMATS.items()):
             reader = StepReader(how, device, tell=lambda i=i: tell(0.5 + i / 2 / len(FORMATS), ""))
-            for task in self.tests:
-                point = replace(self.training, tokens_per_step=self.batch_size * task.length)
-                found = evaluate(model, point, task, device, reader)
+            for task, test in zip(self.tests, tests):
+                found = evaluate(model, test, device, reader)
                 rows.append(
                     {"format": name, "test_task": task.name, "test_length": task.length, "bits": found["bits"]}
                     | {"accuracy": found["accuracy"], "bytes_per_number": reader.bytes_per_number}

@@ -24,6 +24,10 @@ Tell = Callable[[float, str], None]  # the share of a point that is done, and a 
 NAMES = ("fig4", "calibrate", "state_tracking", "gate", "parts", "ratio", "position", "cost", "state", "spectra")
 
 
+class InterruptedSweep(Exception):  # noqa: N818 - not an error: the user asked for it
+    """The user interrupted; finished points are kept."""
+
+
 class Point(Protocol):
     """One run of a sweep."""
 
@@ -47,8 +51,12 @@ class Point(Protocol):
         """Of memory on the device, about."""
         ...
 
-    def run(self, device: str, tell: Tell) -> Row:
-        """{"rows": [a flat row a line of the CSV], ...}. Calls tell often: that is where an interrupt arrives."""
+    def run(self, device: str, tell: Tell, unfinished: Path) -> Row:
+        """{"rows": [a flat row a line of the CSV], ...}.
+
+        Calls tell often: that is where an InterruptedSweep arrives. What it leaves in the file `unfinished` then is
+        there when it is run again; a short point need not care.
+        """
         ...
 
 

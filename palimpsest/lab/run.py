@@ -2,7 +2,8 @@
 
 FOLDER/sweep.json      the experiment, its scale and its points: who this folder belongs to
 FOLDER/results.jsonl   a line a finished point, with curves
-FOLDER/results.csv     the same, a line a row, without curves
+FOLDER/unfinished/     what an interrupted point left, to be taken up again
+FOLDER/results.csv     the same as results.jsonl, a line a row, without curves
 FOLDER/*.png, *.svg    plots
 FOLDER/report.md       one page: the verdict, the tables, the machine
 """
@@ -17,21 +18,23 @@ import platform
 import queue
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from palimpsest.lab.experiment import Experiment, Record, Row, load_experiment
+from palimpsest.lab.experiment import Experiment, InterruptedSweep, Record, Row, Tell, load_experiment
 from palimpsest.lab.tasks.task import check
 
 Report = Callable[[Row], None]
+PATIENCE = 30.0  # seconds in which a worker that is asked to stop puts down what it is doing
 
 
-class InterruptedSweep(Exception):  # noqa: N818 - not an error: the user asked for it
-    """The user interrupted; finished points are kept."""
+class TimeIsUp(InterruptedSweep):
+    """The sweep used the minutes that it was given."""
 
 
 def run(
@@ -42,6 +45,7 @@ def run(
     device: str | None = None,
     workers: int = 1,
     only: str = "",
+    minutes: float | None = None,
     report: Report = lambda event: None,
     command: str = "",
     note: str = "",
@@ -54,6 +58,7 @@ def run(
         device: "cpu", "cuda" or "cuda:N"; None takes a GPU if there is one.
         workers: points run at once, each in a process of its own; 1 runs them in this one.
         only: run only points whose description contains this text; the rest stays for later.
+        minutes: stop after so many, as an interrupt does but without an exception; the same call goes on.
         report: called with each event, a dict: "start", "progress", "point", "end".
         command, note: for the report: how this was called, and what a reader should know of the machine.
 
@@ -64,10 +69,15 @@ def run(
         ValueError: the experiment, folder or device cannot be used; nothing was run.
         InterruptedSweep: Ctrl-C or SIGTERM; all finished points are in the folder, and so is their report.
     """
-    plan, folder = experiment.plan(scale), Path(folder)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    began = time.monotonic()
     check(workers >= 1, f"workers is {workers}; give at least 1")
-    _check_device(device, plan, workers)
+    check(
+        minutes is None or 0 < minutes < math.inf,
+        f"minutes is {minutes}; give a number above 0, or leave it out to run to the end",
+    )
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(device)
+    plan, folder = experiment.plan(scale), Path(folder)
     sweep = Sweep(folder, experiment, scale, plan)
     done = {r["id"] for r in sweep.lines() if "result" in r}
     left = {i: p for i, p in plan.items() if i not in done and only in title(p.label())}
@@ -76,19 +86,46 @@ def run(
         any(only in words for words in titles),
         f"no point of {experiment.name!r} matches {only!r}; a point is described like {titles[0]!r}",
     )
+    workers = max(min(workers, len(left)), 1)
+    if device != "cpu" and left:
+        hungriest = max(left.values(), key=lambda p: p.bytes_needed())
+        room = torch.cuda.mem_get_info(device)[0]
+        check_room(hungriest.bytes_needed(), room, workers, title(hungriest.label()))
     sweep.start(command, note, device)
     tally = Tally(plan, left, report)
     report({"event": "start", "points": len(plan), "left": len(left), "device": device, "workers": workers})
+    end = math.inf if minutes is None else began + 60 * minutes
     try:
-        if workers == 1:
-            _run_here(left, device, sweep, tally)
-        elif left:
-            _run_in_processes(experiment.place, scale, left, device, min(workers, len(left)), sweep, tally)
+        with _stops(end) as keep_on:
+            if workers == 1:
+                _run_here(left, device, sweep, tally, keep_on)
+            else:
+                _run_in_processes(experiment.place, scale, left, device, workers, sweep, tally, keep_on)
+    except TimeIsUp:
+        pass
     finally:
+        with suppress(OSError):  # it is not there, or holds points
+            (folder / "unfinished").rmdir()
         finish(folder, experiment)
     complete = {r["id"] for r in sweep.lines() if "result" in r} >= set(plan)
     report({"event": "end", "complete": complete, "folder": str(folder), "failed": tally.failed})
     return complete
+
+
+@contextmanager
+def _stops(end: float) -> Iterator[Callable[[], None]]:
+    """A function that raises once Ctrl-C or SIGTERM has arrived, or the time is up."""
+    from palimpsest.train.interrupts import interrupts
+
+    with interrupts() as interrupted:
+
+        def keep_on() -> None:
+            if interrupted():
+                raise InterruptedSweep
+            if time.monotonic() > end:
+                raise TimeIsUp
+
+        yield keep_on
 
 
 def finish(folder: Path, experiment: Experiment) -> None:
@@ -156,6 +193,11 @@ class Sweep:
         }
         with open(self.folder / "results.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(spelled(line), allow_nan=False) + "\n")
+        self.unfinished(identity).unlink(missing_ok=True)
+
+    def unfinished(self, identity: str) -> Path:
+        """Where a point puts what it has when it is interrupted."""
+        return self.folder / "unfinished" / f"{identity}.pt"
 
 
 class Tally:
@@ -196,10 +238,10 @@ def title(label: Row) -> str:
     return ", ".join(f"{name} {value}" for name, value in label.items())
 
 
-def _attempt(point: Any, device: str, tell: Callable[[float, str], None]) -> Row:
+def _attempt(point: Any, device: str, tell: Tell, unfinished: Path) -> Row:
     """The point's result, or why it has none; an interrupt passes through."""
     try:
-        return {"result": point.run(device, tell)}
+        return {"result": point.run(device, tell, unfinished)}
     except InterruptedSweep:
         raise
     except torch.OutOfMemoryError as error:
@@ -211,90 +253,128 @@ def _attempt(point: Any, device: str, tell: Callable[[float, str], None]) -> Row
             torch.cuda.empty_cache()
 
 
-def _run_here(left: Mapping[str, Any], device: str, sweep: Sweep, tally: Tally) -> None:
-    from palimpsest.train.interrupts import interrupts
-
-    with interrupts() as interrupted:
-        for identity, point in left.items():
-
-            def tell(share: float, word: str, identity=identity) -> None:
-                if interrupted():
-                    raise InterruptedSweep
-                tally.progress(identity, share, word)
-
-            began = time.monotonic()
-            outcome = _attempt(point, device, tell)
-            sweep.keep(identity, outcome, time.monotonic() - began)
-            tally.point(identity, outcome, time.monotonic() - began)
-
-
-def _serve(place: str, scale: str, device: str, jobs: Any, news: Any) -> None:
-    """A worker process: takes identities, runs their points, sends what came of them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    torch.set_num_threads(1)
-    plan = load_experiment(place).plan(scale)
-    last = [0.0]
-    while (identity := jobs.get()) is not None:
+def _run_here(left: Mapping[str, Any], device: str, sweep: Sweep, tally: Tally, keep_on: Callable[[], None]) -> None:
+    for identity, point in left.items():
+        keep_on()
 
         def tell(share: float, word: str, identity=identity) -> None:
-            if word or time.monotonic() - last[0] > 1:
-                last[0] = time.monotonic()
-                news.put(("progress", identity, share, word))
+            tally.progress(identity, share, word)
+            keep_on()
 
         began = time.monotonic()
-        outcome = _attempt(plan[identity], device, tell)
+        outcome = _attempt(point, device, tell, sweep.unfinished(identity))
+        sweep.keep(identity, outcome, time.monotonic() - began)
+        tally.point(identity, outcome, time.monotonic() - began)
+
+
+def _serve(place: str, scale: str, device: str, folder: Path, jobs: Any, news: Any, stop: Any) -> None:
+    """A worker process: takes identities, runs their points, sends what came of them, until told to stop."""
+    torch.set_num_threads(1)
+    experiment = load_experiment(place)
+    plan = experiment.plan(scale)
+    sweep, parent, last = Sweep(folder, experiment, scale, plan), multiprocessing.parent_process(), [0.0]
+    assert parent is not None
+
+    def tell(share: float, word: str) -> None:
+        if stop.is_set():
+            raise InterruptedSweep
+        if word or time.monotonic() - last[0] > 1:
+            last[0] = time.monotonic()
+            news.put(("progress", identity, share, word))
+            if not parent.is_alive():  # killed: nobody waits for the result
+                raise InterruptedSweep
+
+    while parent.is_alive() and not stop.is_set():
+        try:
+            identity = jobs.get(timeout=1)
+        except queue.Empty:
+            continue
+        if identity is None:
+            return
+        began = time.monotonic()
+        try:
+            outcome = _attempt(plan[identity], device, tell, sweep.unfinished(identity))
+        except InterruptedSweep:
+            return
         news.put(("point", identity, outcome, time.monotonic() - began))
 
 
 def _run_in_processes(
-    place: str, scale: str, left: Mapping[str, Any], device: str, workers: int, sweep: Sweep, tally: Tally
-) -> None:
-    from palimpsest.train.interrupts import interrupts
-
+    place: str, scale: str, left: Mapping[str, Any], device: str, workers: int, sweep: Sweep, tally: Tally,
+    keep_on: Callable[[], None],
+) -> None:  # fmt: skip
     context = multiprocessing.get_context("spawn")
-    jobs, news = context.Queue(), context.Queue()
+    jobs, news, stop = context.Queue(), context.Queue(), context.Event()
     for identity in [*left, *[None] * workers]:
         jobs.put(identity)
-    processes = [context.Process(target=_serve, args=(place, scale, device, jobs, news)) for _ in range(workers)]
+    facts = (place, scale, device, sweep.folder, jobs, news, stop)
+    processes = [context.Process(target=_serve, args=facts, daemon=True) for _ in range(workers)]
     waiting = set(left)
-    with interrupts() as interrupted:
-        try:
+
+    def hear(timeout: float) -> None:
+        kind, identity, *facts = news.get(timeout=timeout)
+        if kind == "progress":
+            return tally.progress(identity, *facts)
+        waiting.discard(identity)
+        sweep.keep(identity, *facts)
+        tally.point(identity, *facts)
+
+    try:
+        with _deaf_to_ctrl_c():
             for process in processes:
                 process.start()
-            while waiting:
-                if interrupted():
-                    raise InterruptedSweep
-                try:
-                    kind, identity, *facts = news.get(timeout=0.5)
-                except queue.Empty:
-                    dead = [p for p in processes if p.exitcode not in (None, 0)]
-                    if dead and not any(p.is_alive() for p in processes):
-                        raise ValueError(
-                            f"every worker process ended (exit code {dead[0].exitcode}) with {len(waiting)} points left; "
-                            "use fewer workers if memory ran out, and run the command again to resume"
-                        ) from None
-                    continue
-                if kind == "progress":
-                    tally.progress(identity, *facts)
-                    continue
-                waiting.discard(identity)
-                sweep.keep(identity, *facts)
-                tally.point(identity, *facts)
-        finally:
-            for process in processes:
-                if process.is_alive() and waiting:
-                    process.terminate()
+        while waiting:
+            keep_on()
+            try:
+                hear(0.5)
+            except queue.Empty:
+                dead = [p for p in processes if p.exitcode not in (None, 0)]
+                if dead and not any(p.is_alive() for p in processes):
+                    raise ValueError(
+                        f"every worker process ended (exit code {dead[0].exitcode}) with {len(waiting)} points left; "
+                        "use fewer workers if memory ran out, and run the command again to resume"
+                    ) from None
+    finally:
+        stop.set()
+        end = time.monotonic() + PATIENCE
+        while any(p.is_alive() for p in processes) and time.monotonic() < end:
+            with suppress(
+                queue.Empty
+            ):  # a point that is done just now counts, and a full pipe would hold its sender up
+                hear(0.1)
+        for process in processes:
+            if process.is_alive():
+                process.terminate()
+            if process.pid is not None:
                 process.join(10)
+        with suppress(queue.Empty):
+            while waiting:
+                hear(0)
 
 
-def _check_device(device: str, plan: Mapping[str, Any], workers: int) -> None:
-    if not device.startswith("cuda"):
-        check(device == "cpu", f"device is {device!r}; give 'cpu' or 'cuda'")
+@contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """Processes started within it never hear Ctrl-C: this one decides. It hears what came meanwhile afterwards."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def check_device(device: str) -> None:
+    """Raise unless it is "cpu" or a GPU that this machine has."""
+    name, _, number = device.partition(":")
+    known = device == "cpu" or (name == "cuda" and (number.isdecimal() or device == "cuda"))
+    check(known, f"device is {device!r}; give 'cpu', 'cuda', or 'cuda:1' and the like")
+    if device == "cpu":
         return
     check(torch.cuda.is_available(), f"device is {device!r} and this machine has no CUDA GPU; give 'cpu'")
-    room = torch.cuda.mem_get_info(device)[0]
-    hungriest = max(plan.values(), key=lambda p: p.bytes_needed())
-    check_room(hungriest.bytes_needed(), room, workers, title(hungriest.label()))
+    count = torch.cuda.device_count()
+    check(int(number or 0) < count, f"device is {device!r} and this machine has {count} GPUs; count them from 0")
 
 
 def check_room(needed: int, room: int, workers: int, what: str) -> None:

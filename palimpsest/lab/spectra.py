@@ -11,6 +11,7 @@ Letters  B sequences, T tokens, H heads, K key channels.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple, cast
 
 import torch
@@ -161,8 +162,8 @@ class Spectra:
     def bytes_needed(self) -> int:
         return self.training.bytes_needed()
 
-    def run(self, device: str, tell: Tell) -> Row:
-        learned, model = learn(self.training, device, lambda share, word: tell(0.9 * share, word))
+    def run(self, device: str, tell: Tell, unfinished: Path | None = None) -> Row:
+        learned, model = learn(self.training, device, lambda share, word: tell(0.9 * share, word), unfinished)
         model.eval()
         task = self.training.asked[0]
         batch = task.draw(self.sequences, Key("test", TEST_SEED, 0))

@@ -8,25 +8,28 @@ not read, its labels are answers and not next tokens, and its end is an accuracy
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from palimpsest.lab.contestants import Contestant, Size, build, config, count_parameters, state_numbers
-from palimpsest.lab.experiment import Row, Tell
+from palimpsest.lab.experiment import InterruptedSweep, Row, Tell
 from palimpsest.lab.tasks.task import IGNORED, Batch, Key, Task, check, describe
 from palimpsest.models.kimi_linear import KimiLinearForCausalLM
 
 TEST_SEED = 0  # one test set for all
 METRICS = ("accuracy", "exact", "loss", "bits")  # the last is of the same loss
 AHEAD = 4  # batches made while the device works
+KEEP_EVERY = 300.0  # seconds between two copies of a run that is not finished
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,45 +117,101 @@ class Training:
         weights = 16 * count_parameters(config(self.who, s, self.vocab_size))
         return int(weights + s.layers * (4 * tokens * layer + states) + 16 * tokens * self.vocab_size)
 
-    def run(self, device: str, tell: Tell) -> Row:
-        return learn(self, device, tell)[0]
+    def run(self, device: str, tell: Tell, unfinished: Path | None = None) -> Row:
+        return learn(self, device, tell, unfinished)[0]
 
 
-def learn(point: Training, device: str, tell: Tell) -> tuple[Row, KimiLinearForCausalLM]:
-    """Runs the point; its result, and the model as it was at the end."""
+class Question(NamedTuple):
+    """A batch as a device takes it: tokens, and which of its hidden states are asked for what."""
+
+    tokens: Tensor  # [B, T]
+    index: Tensor  # [N], places in the flattened batch: of the scored answers first, then of all other labels
+    target: Tensor  # [N]
+    num_scored: int
+
+    def to(self, device: str) -> Question:
+        tensors = (x.to(device, non_blocking=True) for x in self[:3])
+        return Question(*tensors, self.num_scored)
+
+
+def question(batch: Batch, device: str) -> Question:
+    """On the host, in memory from which a GPU copies by itself, so that nobody waits for it."""
+    scored_N = batch.scored.flatten().nonzero().flatten()
+    others_N = ((batch.labels != IGNORED) & ~batch.scored).flatten().nonzero().flatten()
+    index_N = torch.cat((scored_N, others_N))
+    tensors = (batch.tokens, index_N, batch.labels.flatten()[index_N])
+    if device.startswith("cuda"):
+        tensors = (x.pin_memory() for x in tensors)
+    return Question(*tensors, len(scored_N))
+
+
+class Test(NamedTuple):
+    """Held-out sequences, drawn once."""
+
+    batches: list[Batch]
+    questions: list[Question]  # on the device
+
+
+def draw_test(task: Task, rows: int, count: int, device: str) -> Test:
+    """`count` batches of `rows` sequences, the same in every run."""
+    batches = [task.draw(rows, Key("test", TEST_SEED, i)) for i in range(count)]
+    return Test(batches, [question(batch, device).to(device) for batch in batches])
+
+
+def learn(
+    point: Training, device: str, tell: Tell, unfinished: Path | None = None
+) -> tuple[Row, KimiLinearForCausalLM]:
+    """Runs the point; its result, and the model as it was at the end.
+
+    unfinished: where a run that is interrupted is kept, and taken up again: to the bit on a CPU.
+    """
     from palimpsest.train.optim import build_optimizer, rate_factor  # not at import: accelerate comes with it
     from palimpsest.train.recipe import Optim, Schedule
 
     torch.manual_seed(point.seed)
     model = build(point.who, point.size, point.vocab_size).to(device)
     optimizer = build_optimizer(model, Optim(kind="adamw", lr=point.lr, weight_decay=point.weight_decay))
+    for group in optimizer.param_groups:
+        group["fused"] = True  # one launch instead of a dozen
     schedule = Schedule(warmup=point.warmup, decay=point.decay)
-    curve: list[Row] = []
-    running, last = torch.zeros((), device=device), 0
-    diverged = False
-    for step, batch in enumerate(_ahead(lambda step: _train_batch(point, step), point.steps)):
-        factor = rate_factor(schedule, (step + 0.5) / point.steps)
-        for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * factor
-        loss = sum(part.mean() for part in answer_losses(model, batch, device)[0])
-        assert isinstance(loss, Tensor)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        running += loss.detach()
-        done = step + 1
-        if done % point.evaluate_every and done != point.steps:
-            tell(done / point.steps, "")
-            continue
-        found = evaluate(model, point, point.asked[0], device)
-        mean_loss, running, last = float(running) / (done - last), torch.zeros((), device=device), done
-        curve.append({"step": done, "train_loss": mean_loss, **{k: found[k] for k in METRICS}})
-        tell(done / point.steps, f"step {done}, loss {mean_loss:.3f}, accuracy {found['accuracy']:.1%}")
-        diverged = not math.isfinite(mean_loss)
-        if diverged or found["accuracy"] >= point.stop_at:
-            break
-    tests = [evaluate(model, point, task, device) for task in point.asked]
+    parameters = list(model.parameters())
+    rows = {task: max(point.tokens_per_step // task.length, 1) for task in point.asked}
+    tests = [draw_test(task, rows[task], point.test_batches, device) for task in point.asked]
+    step, curve, running = _take_up(unfinished, model, optimizer, device)
+    kept = time.monotonic()
+    with closing(_ahead(lambda i: question(_train_batch(point, i), device), step, point.steps)) as questions:
+        while step < point.steps and not _over(point, curve):
+            factor = rate_factor(schedule, (step + 0.5) / point.steps)
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * factor
+            asked = next(questions).to(device)
+            losses = answer_losses(model, asked, device)[0]
+            parts = [
+                part.mean() for part in losses.split([asked.num_scored, len(losses) - asked.num_scored]) if len(part)
+            ]
+            if parts:  # a batch may happen to ask nothing
+                loss = torch.stack(parts).sum()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                running += loss.detach()
+            step, word = step + 1, ""
+            if step % point.evaluate_every == 0 or step == point.steps:
+                found = evaluate(model, tests[0], device)
+                mean_loss = float(running) / (step - (curve[-1]["step"] if curve else 0))
+                running.zero_()
+                curve.append({"step": step, "train_loss": mean_loss, **{k: found[k] for k in METRICS}})
+                word = f"step {step}, loss {mean_loss:.3f}, accuracy {found['accuracy']:.1%}"
+            try:
+                tell(step / point.steps, word)
+            except InterruptedSweep:
+                _keep(unfinished, model, optimizer, step, curve, running)
+                raise
+            if time.monotonic() - kept > KEEP_EVERY:
+                _keep(unfinished, model, optimizer, step, curve, running)
+                kept = time.monotonic()
+    found = [evaluate(model, test, device) for test in tests]
     best = max(curve, key=lambda c: c["accuracy"])
     reached = next((c["step"] for c in curve if c["accuracy"] >= 0.99), None)
     shared = {
@@ -160,22 +219,46 @@ def learn(point: Training, device: str, tell: Tell) -> tuple[Row, KimiLinearForC
         "best_accuracy": best["accuracy"],
         "best_step": best["step"],
         "step_at_99": reached,
-        "diverged": diverged,
+        "diverged": not math.isfinite(curve[-1]["train_loss"]),
         "parameters": count_parameters(model.config),
         "state_numbers": state_numbers(model.config, point.asked[0].length),
     }
-    rows = [
+    table = [
         {"test": i, "test_task": task.name, "test_length": task.length} | {k: test[k] for k in METRICS} | shared
-        for i, (task, test) in enumerate(zip(point.asked, tests))
+        for i, (task, test) in enumerate(zip(point.asked, found))
     ]
-    return {"rows": rows, "curve": curve, "slices": [t["slices"] for t in tests]}, model
+    return {"rows": table, "curve": curve, "slices": [test["slices"] for test in found]}, model
+
+
+def _over(point: Training, curve: list[Row]) -> bool:
+    """The run has diverged, or succeeded."""
+    return bool(curve) and (not math.isfinite(curve[-1]["train_loss"]) or curve[-1]["accuracy"] >= point.stop_at)
+
+
+def _keep(place: Path | None, model, optimizer, step: int, curve: list[Row], running: Tensor) -> None:
+    if place is None:
+        return
+    place.parent.mkdir(parents=True, exist_ok=True)
+    half = place.with_suffix(".saving")
+    whole = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "curve": curve}
+    torch.save(whole | {"running": running}, half)
+    half.rename(place)
+
+
+def _take_up(place: Path | None, model, optimizer, device: str) -> tuple[int, list[Row], Tensor]:
+    """Steps done, their curve and the sum of losses since its last point; from nothing, or from what was kept."""
+    if place is None or not place.is_file():
+        return 0, [], torch.zeros((), device=device)
+    held = torch.load(place, map_location=device, weights_only=True)
+    model.load_state_dict(held["model"])
+    optimizer.load_state_dict(held["optimizer"])
+    return held["step"], held["curve"], held["running"]
 
 
 @torch.no_grad()
 def evaluate(
     model: KimiLinearForCausalLM,
-    point: Training,
-    task: Task,
+    test: Test,
     device: str,
     reader: Callable[[KimiLinearForCausalLM, Tensor], Tensor] | None = None,
 ) -> Row:
@@ -183,62 +266,65 @@ def evaluate(
 
     reader: tokens [B, T] to hidden states [B, T, D], another way than the model's forward pass.
     """
-    right = asked = whole = sequences = 0
-    nats = 0.0
-    slices: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(lambda: [0, 0]))
-    for i in range(point.test_batches):
-        batch = task.draw(max(point.tokens_per_step // task.length, 1), Key("test", TEST_SEED, i))
-        losses, correct = answer_losses(model, batch, device, reader)
-        correct, scored = correct.cpu(), batch.scored
-        right, asked = right + int(correct[scored].sum()), asked + int(scored.sum())
-        whole += int((correct | ~scored).all(1).sum())
-        sequences += len(scored)
-        nats += float(losses[0].sum())
-        for name, values in batch.slices.items():
-            for value, ok in zip(map(bucket, values[scored].tolist()), correct[scored].tolist()):
-                slices[name][value][0] += ok
-                slices[name][value][1] += 1
-    cut = {name: {str(k): [ok / n, n] for k, (ok, n) in sorted(found.items())} for name, found in slices.items()}
-    loss = nats / asked
-    found = {"accuracy": right / asked, "exact": whole / sequences, "loss": loss, "bits": loss / math.log(2)}
-    return found | {"slices": cut}
+    nats, right = [], []
+    for asked in test.questions:
+        losses, correct = answer_losses(model, asked, device, reader)
+        nats.append(losses[: asked.num_scored].double().sum())
+        right.append(correct[: asked.num_scored])
+    right_N = torch.cat(right).cpu().numpy()  # the device is waited for here, and not before
+    places = [asked.index[: asked.num_scored].cpu().numpy() for asked in test.questions]
+    lengths = [batch.tokens.shape[1] for batch in test.batches]
+    wrong = [
+        np.unique(place[~ok] // T)
+        for place, ok, T in zip(places, np.split(right_N, np.cumsum([len(p) for p in places])[:-1]), lengths)
+    ]
+    sequences = sum(len(batch.tokens) for batch in test.batches)
+    names = dict.fromkeys(name for batch in test.batches for name in batch.slices)
+    cut = {
+        name: _cut(
+            np.concatenate([b.slices[name].flatten().numpy()[place] for b, place in zip(test.batches, places)]), right_N
+        )
+        for name in names
+    }
+    loss = float(torch.stack(nats).sum()) / max(len(right_N), 1)
+    accuracy = float(right_N.mean()) if len(right_N) else 0.0
+    exact = 1 - sum(map(len, wrong)) / sequences
+    return {"accuracy": accuracy, "exact": exact, "loss": loss, "bits": loss / math.log(2), "slices": cut}
+
+
+def _cut(values: np.ndarray, right: np.ndarray) -> dict[str, list[float]]:
+    """value (small ones, or their bucket) -> accuracy there, and of how many."""
+    kinds, which = np.unique(buckets(values), return_inverse=True)
+    counts, ok = np.bincount(which, minlength=len(kinds)), np.bincount(which, right, len(kinds))
+    return {str(kind): [float(o / n), int(n)] for kind, o, n in zip(kinds, ok, counts)}
 
 
 def answer_losses(
     model: KimiLinearForCausalLM,
-    batch: Batch,
+    asked: Question,
     device: str,
     reader: Callable[[KimiLinearForCausalLM, Tensor], Tensor] | None = None,
-) -> tuple[list[Tensor], Tensor]:
-    """Nats of every scored answer [N], then of every other label if there is one; and where the answer is right [B, T].
+) -> tuple[Tensor, Tensor]:
+    """Nats of every label [N], those of scored answers first, and whether the model's first choice is right [N].
 
-    Their means are added up to train: what is asked weighs as much as the rest of the text.
+    Scored and other labels are averaged apart to train: what is asked weighs as much as the rest of the text.
     """
-    tokens = batch.tokens.to(device, non_blocking=True)
     half = torch.autocast("cuda", torch.bfloat16) if device.startswith("cuda") and reader is None else nullcontext()
-    losses: list[Tensor] = []
-    correct_BT = torch.zeros_like(tokens, dtype=torch.bool)
     with half:
-        hidden_BTD = model.model(tokens)[0] if reader is None else reader(model, tokens)
-        for where_BT in (batch.scored, (batch.labels != IGNORED) & ~batch.scored):
-            index_N = where_BT.flatten().nonzero().flatten()  # here and not on the device, which need not wait for it
-            if not len(index_N):
-                continue
-            target_N = batch.labels.flatten()[index_N].to(device, non_blocking=True)
-            index_N = index_N.to(device, non_blocking=True)
-            logits_NA = model.lm_head(hidden_BTD.flatten(0, 1)[index_N]).float()
-            losses.append(F.cross_entropy(logits_NA, target_N, reduction="none"))
-            correct_BT.view(-1)[index_N] = logits_NA.argmax(-1) == target_N
-    return losses, correct_BT
+        hidden_BTD = model.model(asked.tokens)[0] if reader is None else reader(model, asked.tokens)
+        logits_NA = model.lm_head(hidden_BTD.flatten(0, 1)[asked.index]).float()
+        losses_N = F.cross_entropy(logits_NA, asked.target, reduction="none")
+    return losses_N, logits_NA.detach().argmax(-1) == asked.target
 
 
-def bucket(value: int) -> int:
+def buckets(values: np.ndarray | Sequence[int]) -> np.ndarray:
     """Small values stay, larger ones are grouped by powers of two.
 
-    >>> [bucket(v) for v in (0, 7, 15, 16, 31, 40, 64)]
+    >>> buckets([0, 7, 15, 16, 31, 40, 64]).tolist()
     [0, 7, 15, 16, 16, 32, 64]
     """
-    return value if value < 16 else 1 << (value.bit_length() - 1)
+    values = np.asarray(values)
+    return np.where(values < 16, values, 1 << np.log2(np.maximum(values, 1)).astype(int))
 
 
 def _train_batch(point: Training, step: int) -> Batch:
@@ -246,14 +332,14 @@ def _train_batch(point: Training, step: int) -> Batch:
     return task.draw(point.tokens_per_step // task.length, Key("train", point.seed, step))
 
 
-def _ahead(make: Callable[[int], Any], count: int) -> Iterator[Any]:
-    """make(0), make(1), ..., a few of them made in another thread while the caller works."""
+def _ahead(make: Callable[[int], Any], first: int, end: int) -> Iterator[Any]:
+    """make(first), ..., make(end - 1), a few of them made in another thread while the caller works."""
     with ThreadPoolExecutor(1) as pool:
-        waiting = [pool.submit(make, i) for i in range(min(AHEAD, count))]
+        waiting = [pool.submit(make, i) for i in range(first, min(first + AHEAD, end))]
         try:
-            for i in range(count):
+            for i in range(first, end):
                 yield waiting.pop(0).result()
-                if i + AHEAD < count:
+                if i + AHEAD < end:
                     waiting.append(pool.submit(make, i + AHEAD))
         finally:
             for later in waiting:

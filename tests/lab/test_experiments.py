@@ -54,8 +54,9 @@ BAD = {
     "scale": (["run", "fig4", "--scale", "huge"], "has no scale 'huge'"),
     "folder": (["show", "."], "holds no results"),
     "name": (["show", "no-such-thing"], "unknown"),
+    "minutes": (["run", "fig4", "--scale", "tiny", "--device", "cpu", "--minutes", "-1"], "minutes is -1"),
     "compare one": (["compare", "."], "at least two"),
-    "device": (["run", "fig4", "--scale", "tiny", "--device", "tpu"], "'cpu' or 'cuda'"),
+    "device": (["run", "fig4", "--scale", "tiny", "--device", "tpu"], "'cpu', 'cuda'"),
 }
 
 

@@ -1,6 +1,7 @@
 """Sweeps: resumed, interrupted, refused; verdicts and comparisons that say how sure they are."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,7 +14,16 @@ import pytest
 
 from palimpsest.lab.experiment import Experiment, Record, Verdict, load_experiment
 from palimpsest.lab.report import compare
-from palimpsest.lab.run import InterruptedSweep, check_room, failures, read_lines, read_records, run, title
+from palimpsest.lab.run import (
+    InterruptedSweep,
+    check_device,
+    check_room,
+    failures,
+    read_lines,
+    read_records,
+    run,
+    title,
+)
 from palimpsest.lab.spread import Spread, against, tuned
 
 RECIPE = '''
@@ -33,7 +43,7 @@ class Count:
         if self.number < 0: raise ValueError(f"number is {self.number}; give 0 or more")
     def work(self): return 1.0
     def bytes_needed(self): return 1
-    def run(self, device, tell):
+    def run(self, device, tell, unfinished):
         for i in range(4):
             tell(i / 4, f"{i}")
             time.sleep(PAUSE)
@@ -137,6 +147,27 @@ def test_an_interrupt_keeps_what_is_done_and_loses_the_running_point_alone(tmp_p
     assert numbers == [0, 1, 2, 3, 0, 1, 2, 3]
 
 
+def test_an_interrupted_training_is_taken_up_where_it_was(tmp_path):
+    fig4, one = load_experiment("fig4"), "contestant kda, task mqar"
+    run(fig4, "tiny", tmp_path / "whole", device="cpu", only=one)
+    shares = []
+
+    def stop(event):
+        if event["event"] == "progress":
+            shares.append(event["share"])
+            if event["share"] == 0.75 and len(shares) == 3:
+                signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(InterruptedSweep):
+        run(fig4, "tiny", tmp_path / "halves", device="cpu", only=one, report=stop)
+    assert len(list((tmp_path / "halves" / "unfinished").iterdir())) == 1
+    assert run(fig4, "tiny", tmp_path / "halves", device="cpu", only=one, report=stop) is False  # of all nine points
+    assert shares == [0.25, 0.5, 0.75, 1.0]
+    assert not (tmp_path / "halves" / "unfinished").exists()
+    whole, halves = (read_records(tmp_path / name)[0] for name in ("whole", "halves"))
+    assert halves.result == whole.result
+
+
 def test_a_recipe_that_grew_goes_on(tmp_path):
     run(recipe(tmp_path), "tiny", tmp_path / "out", device="cpu")
     events = []
@@ -165,6 +196,21 @@ def test_a_point_that_fails_is_told_and_tried_again(tmp_path):
     assert "RuntimeError: a bad number" in (tmp_path / "out" / "report.md").read_text()
     assert run(recipe(tmp_path, "mended.py"), "tiny", tmp_path / "out", device="cpu")
     assert failures(tmp_path / "out") == []
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_sweep_ends_in_its_time_and_goes_on(tmp_path, workers):
+    experiment, times = recipe(tmp_path, "slow.py", PAUSE=1.0), 0
+    began = time.monotonic()
+    minutes = (1.5 if workers == 1 else 8) / 60
+    assert not run(experiment, "tiny", tmp_path / "out", device="cpu", workers=workers, minutes=minutes)
+    assert time.monotonic() - began < 60 * minutes + 12
+    assert len(read_records(tmp_path / "out")) < 8
+    while not run(recipe(tmp_path, "fast.py"), "tiny", tmp_path / "out", device="cpu", minutes=1):
+        times += 1
+        assert times < 3
+    assert len(read_records(tmp_path / "out")) == 8
 
 
 @pytest.mark.timeout(240)
@@ -227,7 +273,10 @@ def test_bad_input_is_refused_before_anything_runs(tmp_path):
         "has no scale 'huge'; choose one of tiny, bad": lambda: run(experiment, "huge", tmp_path / "new"),
         "number is -1; give 0 or more": lambda: run(experiment, "bad", tmp_path / "new"),
         "workers is 0": lambda: run(experiment, "tiny", tmp_path / "new", device="cpu", workers=0),
-        "give 'cpu' or 'cuda'": lambda: run(experiment, "tiny", tmp_path / "new", device="tpu"),
+        "give 'cpu', 'cuda', or 'cuda:1'": lambda: run(experiment, "tiny", tmp_path / "new", device="tpu"),
+        "device is 'cuda:x'": lambda: run(experiment, "tiny", tmp_path / "new", device="cuda:x"),
+        "minutes is 0; give a number above 0": lambda: run(experiment, "tiny", tmp_path / "new", minutes=0),
+        "minutes is nan": lambda: run(experiment, "tiny", tmp_path / "new", minutes=math.nan),
         "no point of 'count' matches 'number 9'": lambda: run(
             experiment, "tiny", tmp_path / "new", device="cpu", only="number 9"
         ),
@@ -263,6 +312,14 @@ def test_a_gpu_that_is_not_there_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ValueError, match="no CUDA GPU"):
         run(recipe(tmp_path), "tiny", tmp_path / "out", device="cuda")
+
+
+def test_a_gpu_that_is_one_too_many_is_said(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    check_device("cuda:0")
+    with pytest.raises(ValueError, match="has 1 GPUs"):
+        check_device("cuda:1")
 
 
 def record(who: str, seed: int, accuracy: float, lr: float = 1e-3) -> Record:

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from palimpsest.lab.contestants import CONTESTANTS, Size, build
+from palimpsest.lab.experiment import InterruptedSweep
 from palimpsest.lab.run import counted, spelled
-from palimpsest.lab.tasks import IGNORED, MQAR, Key, Needle, Palindrome, Text
-from palimpsest.lab.training import Training, answer_losses, evaluate, learn
+from palimpsest.lab.tasks import IGNORED, MQAR, Key, Needle, Palindrome, Stack, Text
+from palimpsest.lab.training import Training, answer_losses, draw_test, evaluate, learn, question
 
 SIZE = Size(layers=1, hidden_size=16, heads=1, head_dim=8, mlp=16)
 POINT = Training(
@@ -50,34 +51,77 @@ def test_tests_are_other_tasks_and_a_mixture_trains_on_several():
     assert [row["test_length"] for row in rows] == [16, 32]
 
 
+class Interrupt:
+    """Interrupts at some step."""
+
+    def __init__(self, share: float):
+        self.share = share
+
+    def __call__(self, share: float, word: str) -> None:
+        if share >= self.share:
+            raise InterruptedSweep
+
+
+@pytest.mark.parametrize("share", [0.15, 0.5, 0.9])  # between evaluations, at one, near the end
+def test_an_interrupted_run_goes_on_as_if_nothing_had_been(tmp_path, share):
+    point, place = replace(POINT, steps=20, evaluate_every=5, lr=1e-2), tmp_path / "unfinished" / "point.pt"
+    whole = learn(point, "cpu", lambda *_: None)
+    with pytest.raises(InterruptedSweep):
+        learn(point, "cpu", Interrupt(share), place)
+    asked = []
+    again = learn(point, "cpu", lambda share, word: asked.append(share), place)
+    assert len(asked) == round(20 * (1 - share))
+    assert again[0] == whole[0]
+    assert all(mine.equal(theirs) for mine, theirs in zip(again[1].parameters(), whole[1].parameters()))
+
+
+def test_a_run_interrupted_as_it_succeeds_does_not_go_on(tmp_path):
+    point = replace(POINT, steps=20, evaluate_every=5, stop_at=1e-9, lr=1e-2)
+    first = next(c["step"] for c in result(point)["curve"] if c["accuracy"] > 0)
+    with pytest.raises(InterruptedSweep):
+        learn(point, "cpu", Interrupt(first / 20), tmp_path / "point.pt")
+    assert learn(point, "cpu", lambda *_: None, tmp_path / "point.pt")[0]["rows"][0]["steps"] == first
+
+
 def test_only_what_is_asked_is_learned():
     model = build(CONTESTANTS["kda"], SIZE, 16)
     batch = POINT.train[0].draw(2, Key("train", 0, 0))
-    losses, correct = answer_losses(model, batch, "cpu")
-    assert len(losses) == 1
-    assert len(losses[0]) == int((batch.labels != IGNORED).sum())
-    assert not correct[~batch.scored].any()
+    asked = question(batch, "cpu")
+    losses, correct = answer_losses(model, asked, "cpu")
+    assert len(losses) == len(correct) == asked.num_scored == int((batch.labels != IGNORED).sum())
     logits = model(batch.tokens).logits
-    assert correct[batch.scored].equal(logits.argmax(-1)[batch.scored] == batch.labels[batch.scored])
+    assert correct.equal(logits.argmax(-1)[batch.scored] == batch.labels[batch.scored])
     right = torch.nn.functional.cross_entropy(logits[batch.scored], batch.labels[batch.scored])
-    assert losses[0].mean().item() == pytest.approx(right.item(), rel=1e-5)
+    assert losses.mean().item() == pytest.approx(right.item(), rel=1e-5)
 
 
-def test_answers_weigh_as_much_as_the_text_around_them():
-    model = build(CONTESTANTS["kda"], SIZE, 256)
+def test_answers_are_told_from_the_text_around_them():
     batch = Needle(length=200).draw(2, Key("train", 0, 0))
-    losses, _ = answer_losses(model, batch, "cpu")
-    assert [len(part) for part in losses] == [8, 2 * 200 - 8]
+    asked = question(batch, "cpu")
+    assert (asked.num_scored, len(asked.index)) == (8, 2 * 200)
+    assert asked.target[:8].equal(batch.labels[batch.scored])
+    assert sorted(asked.index.tolist()) == list(range(400))
+
+
+def test_a_batch_that_asks_nothing_teaches_nothing():
+    quiet = Stack(length=6, stacks=64, elements=4)  # a push, and hardly ever its pop
+    point = replace(POINT, train=(quiet,), tests=(replace(quiet, length=300),), tokens_per_step=6, steps=3)
+    assert result(point)["rows"][0]["steps"] == 3
 
 
 def test_an_evaluation_counts_answers_sequences_and_slices():
     model = build(CONTESTANTS["kda"], SIZE, 256)
-    found = evaluate(model, replace(POINT, train=(Text(length=64),)), Text(length=64), "cpu")
+    found = evaluate(model, draw_test(Text(length=64), 2, 2, "cpu"), "cpu")
     assert found["bits"] == pytest.approx(8, abs=0.3)  # an untrained model knows nothing of 256 bytes
-    asked = evaluate(build(CONTESTANTS["kda"], SIZE, 16), POINT, POINT.train[0], "cpu")
-    slices = asked["slices"]["gap"]
-    assert sum(n for _, n in slices.values()) == 3 * 4
-    assert sum(ok * n for ok, n in slices.values()) / 12 == pytest.approx(asked["accuracy"])
+    model, test = build(CONTESTANTS["kda"], SIZE, 16), draw_test(POINT.train[0], 4, 3, "cpu")
+    found = evaluate(model, test, "cpu")
+    right = [(model(b.tokens).logits.argmax(-1) == b.labels) | ~b.scored for b in test.batches]
+    assert found["exact"] == pytest.approx(sum(int(r.all(1).sum()) for r in right) / 12)
+    answers = sum(int(b.scored.sum()) for b in test.batches)
+    assert found["accuracy"] == pytest.approx(1 - sum(int((~r).sum()) for r in right) / answers)
+    slices = found["slices"]["gap"]
+    assert sum(n for _, n in slices.values()) == answers
+    assert sum(ok * n for ok, n in slices.values()) / answers == pytest.approx(found["accuracy"])
 
 
 BAD = {
