@@ -71,7 +71,7 @@ class Drift:
         return self.tokens / 2000
 
     def bytes_needed(self) -> int:
-        return 64 * self.tokens * self.heads * self.channels + 64 * self.heads * self.channels**2
+        return 96 * self.tokens * self.heads * self.channels + 64 * self.heads * self.channels**2
 
     @torch.no_grad()
     def run(self, device: str, tell: Tell, unfinished: Path | None = None) -> Row:

@@ -61,9 +61,10 @@ class Format:
         """Rounds a float32 memory [B, H, K, V] (V even with feedback); chance decides stochastic rounding.
 
         Raises:
-            ValueError: the memory is not finite: no format can hold it, and some would hide it.
+            ValueError: the memory is not finite: no format can hold it, and some would hide it. Looks only on the CPU:
+                on a GPU it would stop the stream.
         """
-        if not memory.isfinite().all():
+        if memory.device.type == "cpu" and not memory.isfinite().all():
             raise ValueError("memory is not finite, so it cannot be stored; look for the token where it overflowed")
         if self.kind == "float32":
             return Stored(memory.clone(), None, None)

@@ -26,6 +26,7 @@ from palimpsest.models.kimi_linear.model import DecoderLayer
 from palimpsest.ops.trace import trace
 
 CLOSE = 1e-4  # to 1, in float32
+LOOKS = 256  # at most so many tokens of a sequence are measured: eigenvalues take milliseconds each
 
 
 def transition_matrix(k: Tensor, log_decay: Tensor, beta: Tensor) -> Tensor:
@@ -52,12 +53,13 @@ def eigenvalues(k: Tensor, log_decay: Tensor, beta: Tensor) -> Tensor:
 
 
 class Spectrum(NamedTuple):
-    """What one layer did on some text. Tensors on the CPU."""
+    """What one layer did on some text: at N of its tokens, evenly spaced, the last one included. Tensors on the CPU."""
 
-    eigenvalues: Tensor  # [B, T, H, K]
-    largest_stretch: Tensor  # [B, T, H], the spectral norm of M
-    carried: Tensor  # [B, T, H], the spectral norm of M_t ... M_1: how much of an early write can be left
-    memory_norm: Tensor  # [B, T, H], Frobenius
+    tokens: Tensor  # [N], how many were read: all of 1, ..., T up to LOOKS
+    eigenvalues: Tensor  # [B, N, H, K]
+    largest_stretch: Tensor  # [B, N, H], the spectral norm of M
+    carried: Tensor  # [B, N, H], the spectral norm of M_t ... M_1: how much of an early write can be left
+    memory_norm: Tensor  # [B, N, H], Frobenius
     life: Tensor  # [H, K], tokens until a channel has faded to 1/e, by its mean log decay
     log_decay: Tensor  # [B, T, H, K]
     beta: Tensor  # [B, T, H]
@@ -67,15 +69,26 @@ class Spectrum(NamedTuple):
 def spectrum(edits: Edits) -> Spectrum:
     """Measures a layer's edits; see `layer_edits`."""
     q, k, v, log_decay, beta = (x.double().cpu() for x in edits)
-    M = transition_matrix(k, log_decay, beta)
-    carried, product = [], torch.eye(k.shape[-1], dtype=M.dtype).expand(M.shape[0], M.shape[2], *M.shape[-2:])
-    for t in range(M.shape[1]):
-        product = M[:, t] @ product
-        carried.append(torch.linalg.matrix_norm(product, 2))
-    norms = trace(q, k, v, log_decay, beta).written.flatten(-2).norm(dim=-1)
+    B, T, H, K = k.shape
+    at = torch.linspace(0, T - 1, min(T, LOOKS), dtype=torch.float64).round().long()
+    looks, carried = set(at.tolist()), []
+    product = torch.eye(K, dtype=k.dtype).expand(B, H, K, K)
+    for t in range(T):
+        product = transition_matrix(k[:, t], log_decay[:, t], beta[:, t]) @ product
+        if t in looks:
+            carried.append(_norm(product))
+    seen = k[:, at], log_decay[:, at], beta[:, at]
+    norms = torch.cat(  # a sequence at a time: every token's memory is held
+        [trace(*(x[i : i + 1] for x in (q, k, v, log_decay, beta))).written.flatten(-2).norm(dim=-1) for i in range(B)]
+    )[:, at]
     life = -1 / log_decay.mean((0, 1)).clamp(max=-1e-12)
-    found = eigenvalues(k, log_decay, beta)
-    return Spectrum(found, torch.linalg.matrix_norm(M, 2), torch.stack(carried, 1), norms, life, log_decay, beta)
+    stretch = _norm(transition_matrix(*seen))
+    return Spectrum(at + 1, eigenvalues(*seen), stretch, torch.stack(carried, 1), norms, life, log_decay, beta)
+
+
+def _norm(M: Tensor) -> Tensor:
+    """The spectral norm, by the eigenvalues of M^T M: several times faster than by singular values."""
+    return torch.linalg.eigvalsh(M.mT @ M)[..., -1].clamp(min=0).sqrt()
 
 
 @torch.no_grad()
@@ -211,4 +224,5 @@ def _details(found: Spectrum) -> Row:
         "life": [sorted(round(v, 3) for v in head) for head in found.life.tolist()],
         "memory_norm": curve(found.memory_norm),
         "carried": curve(found.carried.clamp(min=1e-12)),
+        "tokens": found.tokens.tolist(),
     }

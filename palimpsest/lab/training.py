@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
@@ -125,24 +125,22 @@ class Question(NamedTuple):
     """A batch as a device takes it: tokens, and which of its hidden states are asked for what."""
 
     tokens: Tensor  # [B, T]
-    index: Tensor  # [N], places in the flattened batch: of the scored answers first, then of all other labels
+    place: Tensor  # [N], in the flattened batch: of the scored answers first, then of all other labels
     target: Tensor  # [N]
     num_scored: int
 
     def to(self, device: str) -> Question:
-        tensors = (x.to(device, non_blocking=True) for x in self[:3])
-        return Question(*tensors, self.num_scored)
+        tokens, place, target = (x.to(device, non_blocking=True) for x in self[:3])
+        return Question(tokens, place, target, self.num_scored)
 
 
 def question(batch: Batch, device: str) -> Question:
     """On the host, in memory from which a GPU copies by itself, so that nobody waits for it."""
     scored_N = batch.scored.flatten().nonzero().flatten()
     others_N = ((batch.labels != IGNORED) & ~batch.scored).flatten().nonzero().flatten()
-    index_N = torch.cat((scored_N, others_N))
-    tensors = (batch.tokens, index_N, batch.labels.flatten()[index_N])
-    if device.startswith("cuda"):
-        tensors = (x.pin_memory() for x in tensors)
-    return Question(*tensors, len(scored_N))
+    place_N = torch.cat((scored_N, others_N))
+    pinned = (lambda x: x.pin_memory()) if device.startswith("cuda") else (lambda x: x)
+    return Question(pinned(batch.tokens), pinned(place_N), pinned(batch.labels.flatten()[place_N]), len(scored_N))
 
 
 class Test(NamedTuple):
@@ -272,7 +270,7 @@ def evaluate(
         nats.append(losses[: asked.num_scored].double().sum())
         right.append(correct[: asked.num_scored])
     right_N = torch.cat(right).cpu().numpy()  # the device is waited for here, and not before
-    places = [asked.index[: asked.num_scored].cpu().numpy() for asked in test.questions]
+    places = [asked.place[: asked.num_scored].cpu().numpy() for asked in test.questions]
     lengths = [batch.tokens.shape[1] for batch in test.batches]
     wrong = [
         np.unique(place[~ok] // T)
@@ -312,7 +310,7 @@ def answer_losses(
     half = torch.autocast("cuda", torch.bfloat16) if device.startswith("cuda") and reader is None else nullcontext()
     with half:
         hidden_BTD = model.model(asked.tokens)[0] if reader is None else reader(model, asked.tokens)
-        logits_NA = model.lm_head(hidden_BTD.flatten(0, 1)[asked.index]).float()
+        logits_NA = model.lm_head(hidden_BTD.flatten(0, 1)[asked.place]).float()
         losses_N = F.cross_entropy(logits_NA, asked.target, reduction="none")
     return losses_N, logits_NA.detach().argmax(-1) == asked.target
 
@@ -332,7 +330,7 @@ def _train_batch(point: Training, step: int) -> Batch:
     return task.draw(point.tokens_per_step // task.length, Key("train", point.seed, step))
 
 
-def _ahead(make: Callable[[int], Any], first: int, end: int) -> Iterator[Any]:
+def _ahead(make: Callable[[int], Any], first: int, end: int) -> Generator[Any, None, None]:
     """make(first), ..., make(end - 1), a few of them made in another thread while the caller works."""
     with ThreadPoolExecutor(1) as pool:
         waiting = [pool.submit(make, i) for i in range(first, min(first + AHEAD, end))]

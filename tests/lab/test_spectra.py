@@ -49,6 +49,26 @@ def test_a_memory_norm_is_that_of_the_state():
     assert spectrum(e).memory_norm[:, -1].allclose(kda(*e).state.flatten(2).norm(dim=-1))
 
 
+def test_norms_are_those_of_singular_values():
+    e = edits(beta_max=2.0, unit=False)
+    found, M = spectrum(e), transition_matrix(e.k, e.log_decay, e.beta)
+    assert found.largest_stretch.allclose(torch.linalg.matrix_norm(M, 2))
+    product = M[:, 0]
+    for t in range(1, 24):
+        product = M[:, t] @ product
+        assert found.carried[:, t].allclose(torch.linalg.matrix_norm(product, 2))
+
+
+def test_a_long_sequence_is_looked_at_here_and_there(monkeypatch):
+    whole = spectrum(edits())
+    monkeypatch.setattr("palimpsest.lab.spectra.LOOKS", 5)
+    some = spectrum(edits())
+    assert some.tokens.tolist() == [1, 7, 13, 18, 24]
+    assert some.life.equal(whole.life)
+    for name in ("eigenvalues", "largest_stretch", "carried", "memory_norm"):
+        assert getattr(some, name).allclose(getattr(whole, name)[:, some.tokens - 1])
+
+
 def test_warnings_are_given_when_something_is_wrong():
     said = lambda e: " ".join(warnings(3, spectrum(e), 24))
     assert "lengthens vectors" in said(edits(beta_max=2.0, unit=False))

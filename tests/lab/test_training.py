@@ -98,9 +98,9 @@ def test_only_what_is_asked_is_learned():
 def test_answers_are_told_from_the_text_around_them():
     batch = Needle(length=200).draw(2, Key("train", 0, 0))
     asked = question(batch, "cpu")
-    assert (asked.num_scored, len(asked.index)) == (8, 2 * 200)
+    assert (asked.num_scored, len(asked.place)) == (8, 2 * 200)
     assert asked.target[:8].equal(batch.labels[batch.scored])
-    assert sorted(asked.index.tolist()) == list(range(400))
+    assert sorted(asked.place.tolist()) == list(range(400))
 
 
 def test_a_batch_that_asks_nothing_teaches_nothing():
