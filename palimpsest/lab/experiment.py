@@ -106,6 +106,7 @@ class Experiment:
         judge: records (those there are) -> verdict.
         draw: records -> name -> matplotlib figure.
         setting: what a reader must know about how it was done.
+        alone: its points measure time, so that only one may run at once.
     """
 
     name: str
@@ -116,6 +117,7 @@ class Experiment:
     judge: Callable[[Sequence[Record]], Verdict]
     draw: Callable[[Sequence[Record]], Mapping[str, Any]]
     setting: str = ""
+    alone: bool = False
     place: str = field(default="")  # where it was loaded from, so that other processes can load it too
 
     def plan(self, scale: str) -> dict[str, Any]:

@@ -72,6 +72,10 @@ def run(
     began = time.monotonic()
     check(workers >= 1, f"workers is {workers}; give at least 1")
     check(
+        workers == 1 or not experiment.alone,
+        f"workers is {workers}, and {experiment.name!r} measures time, which others at work beside it would spoil; give 1",
+    )
+    check(
         minutes is None or 0 < minutes < math.inf,
         f"minutes is {minutes}; give a number above 0, or leave it out to run to the end",
     )
@@ -305,7 +309,8 @@ def _run_in_processes(
 ) -> None:  # fmt: skip
     context = multiprocessing.get_context("spawn")
     jobs, news, stop = context.Queue(), context.Queue(), context.Event()
-    for identity in [*left, *[None] * workers]:
+    longest_first = sorted(left, key=lambda identity: -left[identity].work())  # so that all end at about the same time
+    for identity in [*longest_first, *[None] * workers]:
         jobs.put(identity)
     facts = (place, scale, device, sweep.folder, jobs, news, stop)
     processes = [context.Process(target=_serve, args=facts, daemon=True) for _ in range(workers)]

@@ -55,6 +55,7 @@ BAD = {
     "folder": (["show", "."], "holds no results"),
     "name": (["show", "no-such-thing"], "unknown"),
     "minutes": (["run", "fig4", "--scale", "tiny", "--device", "cpu", "--minutes", "-1"], "minutes is -1"),
+    "timing": (["run", "cost", "--scale", "tiny", "--device", "cpu", "--workers", "2"], "measures time"),
     "compare one": (["compare", "."], "at least two"),
     "device": (["run", "fig4", "--scale", "tiny", "--device", "tpu"], "'cpu', 'cuda'"),
 }

@@ -133,5 +133,8 @@ EXPERIMENT = Experiment(
     points=points,
     judge=judge,
     draw=draw,
-    setting="Measured in float64 on four held-out sequences, at up to 256 tokens of each. A channel's life is -1 over its mean log decay. A line a head.",
+    setting=(
+        "Measured in float64 on four held-out sequences, at up to 256 tokens of each. A channel's life is -1 over its mean log "
+        "decay. A line a head."
+    ),
 )
