@@ -89,7 +89,7 @@ def gdn2(
     if check:
         _check_decay(log_decay)
     keys = _per_value_head(k, HV)
-    core = (q, k, erase_gate * keys, write_gate * v, log_decay)
+    core = (q, k, (erase_gate * keys).to(k.dtype), (write_gate * v).to(v.dtype), log_decay)  # gates may be wider
     return _run("core", "gdn2", core, v, state, scale, cu_seqlens, backend)
 
 

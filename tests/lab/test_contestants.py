@@ -17,7 +17,9 @@ from palimpsest.lab.contestants import (
 )
 from palimpsest.lab.tasks import Palindrome
 from palimpsest.lab.training import Training, learn
+from palimpsest.models.kimi_linear.config import LATENT_TYPES
 from palimpsest.models.kimi_linear.state import ModelState
+from palimpsest.ops import variants
 
 EVERYONE = [*CONTESTANTS, "KKKM", "KM"]
 SIZE = Size(layers=4, hidden_size=32, heads=2, head_dim=16, mlp=64)
@@ -60,6 +62,30 @@ def test_nobody_sees_a_future_token(name):
         one, other = model(tokens).logits, model(changed).logits
     assert one[:, :25].equal(other[:, :25]) or (one[:, :25] - other[:, :25]).abs().max() < 1e-5
     assert (one[:, 25:] - other[:, 25:]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", EVERYONE)
+def test_half_precision_reaches_products_and_no_decay(name, monkeypatch):
+    """As a GPU trains it: q, k and v in bfloat16, so that its kernels take them; decays and parameters in float32."""
+    told, problem = [], variants._problem
+
+    def note(op, variant, q, v, cu_seqlens, tensors, gate="none"):
+        told.append((op, tensors))
+        return problem(op, variant, q, v, cu_seqlens, tensors, gate)
+
+    monkeypatch.setattr(variants, "_problem", note)
+    torch.manual_seed(0)
+    model = build(contestant(name), SIZE, 20)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(torch.randint(20, (2, 24))).logits
+    logits.float().logsumexp(-1).mean().backward()
+    assert all(p.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
+    assert bool(told) == any(kind not in LATENT_TYPES for kind in model.config.layer_types)
+    for op, tensors in told:
+        width = {"core": 4, "kda": 3, "kda_from_logits": 3}[op]
+        assert {x.dtype for x in tensors[:width]} == {torch.bfloat16}
+        decays = tensors[5:7] if op == "kda_from_logits" else tensors[width : width + 1]
+        assert {x.dtype for x in decays} == {torch.float32}
 
 
 def test_every_contestant_says_what_it_is():
