@@ -150,10 +150,17 @@ def run(
     folder = out or Path("runs") / "lab" / f"{loaded.name}-{scale}"
     command = f"palimpsest lab run {shlex.quote(experiment)} --scale {scale} --out {shlex.quote(str(folder))}"
     command += f" --device {device}" + (f" --workers {workers}" if workers > 1 else "")
+    failed = 0
+
+    def told(event: dict[str, Any]) -> None:
+        nonlocal failed
+        failed = event.get("failed", failed)
+        report(event)
+
     try:
         with _display(quiet, as_json) as report:
             complete = run_sweep(
-                loaded, scale, folder, device=device, workers=workers, only=only, minutes=minutes, report=report, command=command,
+                loaded, scale, folder, device=device, workers=workers, only=only, minutes=minutes, report=told, command=command,
                 note=note,
             )  # fmt: skip
     except InterruptedSweep:
@@ -161,16 +168,17 @@ def run(
             f"interrupted; finished points are in {escape(str(folder))}, and the same command goes on", soft_wrap=True
         )
         return INTERRUPTED
-    if not as_json:
-        text = (folder / "report.md").read_text(encoding="utf-8") if (folder / "report.md").is_file() else ""
-        verdict = next((line for line in text.splitlines() if line.startswith("**Verdict")), "")
-        typer.echo(verdict.replace("**", ""))
-        notes.print(
-            f"report {escape(str(folder / 'report.md'))}"
-            + ("" if complete else "; some points are left, and the same command goes on"),
-            soft_wrap=True,
+    page = folder / "report.md"
+    if not as_json and page.is_file():
+        verdict = next(
+            (line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("**Verdict")), ""
         )
-    return 0
+        typer.echo(verdict.replace("**", ""))
+        rest = "" if complete else "; some points are left, and the same command goes on"
+        notes.print(f"report {escape(str(page))}{rest}", soft_wrap=True)
+    elif not as_json and not failed:
+        notes.print("no point is finished yet; the same command goes on", soft_wrap=True)
+    return 1 if failed else 0
 
 
 @app.command()
@@ -259,7 +267,7 @@ def _remarks(event: dict[str, Any]) -> list[str]:
         ]
         return [escape(f"{event['done']:4.0%}  {event['point']}: {', '.join(words)}, {_clock(event['seconds'])}")]
     if event["event"] == "end" and event["failed"]:
-        return [f"[red]{event['failed']} points failed[/]; the report says why, and the same command tries them again"]
+        return [f"[red]{event['failed']} points failed[/]; the same command tries them again"]
     return []
 
 

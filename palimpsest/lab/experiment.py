@@ -21,6 +21,7 @@ from palimpsest.lab.tasks.task import check
 
 Row = dict[str, Any]
 Tell = Callable[[float, str], None]  # the share of a point that is done, and a word about it
+METHODS = ("label", "to_dict", "prepare", "work", "bytes_needed", "run")  # of a point
 NAMES = ("fig4", "calibrate", "state_tracking", "gate", "parts", "ratio", "position", "cost", "state", "spectra")
 
 
@@ -127,7 +128,15 @@ class Experiment:
             f"experiment {self.name!r} has no scale {scale!r}; choose one of {', '.join(self.scales)}",
         )
         found: dict[str, Any] = {}
-        for point in self.points(scale):
+        made = list(self.points(scale))
+        check(bool(made), f"experiment {self.name!r} has no point at scale {scale!r}; give its recipe at least one")
+        for point in made:
+            lacks = [name for name in METHODS if not callable(getattr(point, name, None))]
+            check(
+                not lacks,
+                f"experiment {self.name!r} has a point {point!r:.60} without {', '.join(lacks)}; give a Training, or "
+                "anything with the methods of palimpsest.lab.experiment.Point",
+            )
             point.prepare()
             found.setdefault(identity(point), point)
         return found

@@ -14,6 +14,7 @@ import csv
 import json
 import math
 import multiprocessing
+import os
 import platform
 import queue
 import signal
@@ -25,6 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
 
 from palimpsest.lab.experiment import Experiment, InterruptedSweep, Record, Row, Tell, load_experiment
 from palimpsest.lab.tasks.task import check
@@ -95,23 +101,23 @@ def run(
         hungriest = max(left.values(), key=lambda p: p.bytes_needed())
         room = torch.cuda.mem_get_info(device)[0]
         check_room(hungriest.bytes_needed(), room, workers, title(hungriest.label()))
-    sweep.start(command, note, device)
-    tally = Tally(plan, left, report)
-    report({"event": "start", "points": len(plan), "left": len(left), "device": device, "workers": workers})
-    end = math.inf if minutes is None else began + 60 * minutes
-    try:
-        with _stops(end) as keep_on:
-            if workers == 1:
-                _run_here(left, device, sweep, tally, keep_on)
-            else:
-                _run_in_processes(experiment.place, scale, left, device, workers, sweep, tally, keep_on)
-    except TimeIsUp:
-        pass
-    finally:
-        with suppress(OSError):  # it is not there, or holds points
-            (folder / "unfinished").rmdir()
-        finish(folder, experiment)
-    complete = {r["id"] for r in sweep.lines() if "result" in r} >= set(plan)
+    tally, end = Tally(plan, left, report), math.inf if minutes is None else began + 60 * minutes
+    with sweep.held():
+        sweep.start(command, note, device)
+        report({"event": "start", "points": len(plan), "left": len(left), "device": device, "workers": workers})
+        try:
+            with _stops(end) as keep_on:
+                if workers == 1:
+                    _run_here(left, device, sweep, tally, keep_on)
+                else:
+                    _run_in_processes(experiment.place, left, device, workers, sweep, tally, keep_on)
+        except TimeIsUp:
+            pass
+        finally:
+            with suppress(OSError):  # it is not there, or holds points
+                (folder / "unfinished").rmdir()
+            finish(folder, experiment)
+        complete = {r["id"] for r in sweep.lines() if "result" in r} >= set(plan)
     report({"event": "end", "complete": complete, "folder": str(folder), "failed": tally.failed})
     return complete
 
@@ -168,10 +174,35 @@ class Sweep:
                 "give another folder"
             )
 
-    def start(self, command: str, note: str, device: str) -> None:
-        """Makes the folder, or cuts off a line that a kill left half written; adds this session to its history."""
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Makes the folder and keeps other runs out of it meanwhile.
+
+        Raises ValueError if it cannot be made, or another run holds it.
+        """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"results folder {str(self.folder)!r} cannot be written: {error.strerror}") from error
+        if fcntl is None:
+            yield
+            return
+        holder = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(holder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(holder)
+            raise ValueError(
+                f"results folder {str(self.folder)!r} is in use by another run; wait for it, or give another folder"
+            ) from None
+        try:
+            yield
+        finally:
+            os.close(holder)
+
+    def start(self, command: str, note: str, device: str) -> None:
+        """Cuts off a line that a kill left half written, and adds this session to the folder's history."""
+        try:
             _write_whole(
                 self.folder / "results.jsonl", "".join(json.dumps(spelled(line)) + "\n" for line in self.lines())
             )
@@ -304,7 +335,7 @@ def _serve(place: str, scale: str, device: str, folder: Path, jobs: Any, news: A
 
 
 def _run_in_processes(
-    place: str, scale: str, left: Mapping[str, Any], device: str, workers: int, sweep: Sweep, tally: Tally,
+    place: str, left: Mapping[str, Any], device: str, workers: int, sweep: Sweep, tally: Tally,
     keep_on: Callable[[], None],
 ) -> None:  # fmt: skip
     context = multiprocessing.get_context("spawn")
@@ -312,7 +343,7 @@ def _run_in_processes(
     longest_first = sorted(left, key=lambda identity: -left[identity].work())  # so that all end at about the same time
     for identity in [*longest_first, *[None] * workers]:
         jobs.put(identity)
-    facts = (place, scale, device, sweep.folder, jobs, news, stop)
+    facts = (place, sweep.facts["scale"], device, sweep.folder, jobs, news, stop)
     processes = [context.Process(target=_serve, args=facts, daemon=True) for _ in range(workers)]
     waiting = set(left)
 
@@ -396,8 +427,9 @@ def check_room(needed: int, room: int, workers: int, what: str) -> None:
 def read_sweep(folder: Path) -> Row:
     """What the folder holds. Raises ValueError if it is no sweep."""
     try:
-        return json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        held = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
+        return {name: held[name] for name in ("experiment", "place", "scale", "points", "sessions")}
+    except (OSError, ValueError, TypeError, KeyError):
         raise ValueError(
             f"folder {str(folder)!r} holds no results of the lab; give one that `palimpsest lab run` wrote, or a new one"
         ) from None

@@ -84,11 +84,23 @@ class Training:
         return {"kind": "training", "who": self.who.to_dict(), **settings, **tasks, "size": asdict(self.size)}
 
     def prepare(self) -> None:
+        check(
+            isinstance(self.who, Contestant), f"training: who is {self.who!r}; give a Contestant, as contestant('kda')"
+        )
+        for name in ("train", "tests"):
+            tasks = getattr(self, name)
+            fits = isinstance(tasks, tuple) and all(isinstance(task, Task) for task in tasks)
+            check(fits, f"training: {name} is {tasks!r:.60}; give a tuple of tasks")
         check(len(self.train) >= 1, "training: train is empty; give at least one task")
         sizes = {t.vocab_size for t in (*self.train, *self.asked)}
         check(len(sizes) == 1, f"training: the tasks have vocabularies of {sorted(sizes)}; give them one")
         for name in ("lr", "steps", "evaluate_every", "test_batches", "stop_at"):
             check(getattr(self, name) > 0, f"training: {name} is {getattr(self, name)}; give more than 0")
+        for name in ("seed", "steps", "tokens_per_step", "evaluate_every", "test_batches"):
+            value = getattr(self, name)
+            check(
+                isinstance(value, int) and value >= 0, f"training: {name} is {value!r}; give a whole number, 0 or more"
+            )
         longest = max(t.length for t in self.train)
         check(
             self.tokens_per_step >= longest,

@@ -5,6 +5,7 @@ import pytest
 from palimpsest.cli import run as command
 from palimpsest.lab.experiment import NAMES, load_experiment
 from palimpsest.lab.run import read_records
+from palimpsest.lab.training import Training
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -70,3 +71,13 @@ def test_bad_use_ends_in_a_sentence(case, capsys, tmp_path, monkeypatch):
     assert sentence in said
     assert "Traceback" not in said
     assert not list(tmp_path.iterdir())
+
+
+def test_points_that_fail_end_in_an_exit_code_of_one(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Training, "run", lambda *_: 1 / 0)
+    out = ["--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert command(["lab", "run", "fig4", "--scale", "tiny", "--only", "task mqar", *out]) == 1
+    said = capsys.readouterr()
+    assert said.err.count("ZeroDivisionError") == 3
+    assert "3 points failed; the same command tries them again" in said.err
+    assert said.out == ""

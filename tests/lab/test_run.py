@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -289,6 +290,37 @@ def test_bad_input_is_refused_before_anything_runs(tmp_path):
         assert "\n" not in str(error.value)
     assert not (tmp_path / "new").exists()
     assert (tmp_path / "full" / "letter.txt").read_text() == "mine"
+
+
+def test_a_folder_is_for_one_run_at_a_time(tmp_path):
+    experiment, said = recipe(tmp_path), []
+
+    def again(event):
+        if event["event"] == "point" and not said:
+            with pytest.raises(ValueError, match="is in use by another run; wait for it") as error:
+                run(experiment, "tiny", tmp_path / "out", device="cpu")
+            said.append(error)
+
+    assert run(experiment, "tiny", tmp_path / "out", device="cpu", report=again)
+    assert said
+    assert len(read_lines(tmp_path / "out" / "results.jsonl")) == 8
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"experiment": "count"}', "no JSON"])
+def test_a_folder_whose_sheet_is_broken_is_refused(tmp_path, text):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "sweep.json").write_text(text)
+    with pytest.raises(ValueError, match="holds no results of the lab"):
+        run(recipe(tmp_path), "tiny", tmp_path / "out", device="cpu")
+    assert (tmp_path / "out" / "sweep.json").read_text() == text
+
+
+def test_what_is_no_point_is_refused(tmp_path):
+    for points, sentence in (([], "no point at scale 'tiny'"), (["kda"], "point 'kda' without label, to_dict")):
+        experiment = replace(recipe(tmp_path), points=lambda scale, points=points: points)
+        with pytest.raises(ValueError, match=sentence):
+            run(experiment, "tiny", tmp_path / "new", device="cpu")
+    assert not (tmp_path / "new").exists()
 
 
 def test_recipes_that_do_not_run_say_why(tmp_path):

@@ -177,6 +177,8 @@ BAD = {
     "pairs that do not fit": (lambda: MQAR(length=64, vocab_size=8192, pairs=17), "give at most 16 pairs"),
     "separator form": (lambda: MQAR(length=64, vocab_size=8192, pairs=40, form="separator"), "at most 31"),
     "too few keys": (lambda: MQAR(length=256, vocab_size=32, pairs=16), "give an even number of at least 34"),
+    "half a pair": (lambda: MQAR(pairs=2.5), "pairs is 2.5; give a whole number"),
+    "a length with a point": (lambda: Text(length=1e3), "Text: length is 1000.0; give a whole number"),
     "odd vocabulary": (lambda: MQAR(vocab_size=63), "even"),
     "unknown form": (lambda: MQAR(form="paper"), "'gaps' or 'separator'"),
     "power": (lambda: MQAR(power=0), "power is 0"),
@@ -213,6 +215,12 @@ def test_text_shorter_than_the_sequence_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("too short " * 20)
     with pytest.raises(ValueError, match="too few for length"):
         Text(length=4096, paths=(str(tmp_path / "a.txt"),)).draw(1, Key("test", 0, 0))
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_number_that_should_be_whole_is_asked_to_be(name):
+    with pytest.raises(ValueError, match="length is 64.0; give a whole number"):
+        TASKS[name](length=64.0)
 
 
 def test_lengths_extrapolate():

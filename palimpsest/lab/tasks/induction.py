@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from palimpsest.lab.tasks.task import IGNORED, Batch, Key, batch, check
+from palimpsest.lab.tasks.task import IGNORED, Batch, Key, batch, check, check_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,7 @@ class Induction:
     name = "induction"
 
     def __post_init__(self):
+        check_whole(self)
         check(self.n >= 1, f"induction: n is {self.n}; give at least 1")
         check(self.piece > self.n, f"induction: piece is {self.piece}; give more than n = {self.n}")
         check(

@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from palimpsest.lab.tasks.task import IGNORED, Batch, Key, batch, check, distinct
+from palimpsest.lab.tasks.task import IGNORED, Batch, Key, batch, check, check_whole, distinct
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,7 @@ class MQAR:
     name = "mqar"
 
     def __post_init__(self):
+        check_whole(self)
         check(self.form in ("gaps", "separator"), f"mqar: form is {self.form!r}; it is 'gaps' or 'separator'")
         check(self.pairs >= 1, f"mqar: pairs is {self.pairs}; give at least 1")
         room = 4 * self.pairs if self.form == "gaps" else 2 * self.pairs + 2

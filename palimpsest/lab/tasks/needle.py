@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from palimpsest.lab.tasks.task import Batch, Key, batch, check
+from palimpsest.lab.tasks.task import Batch, Key, batch, check, check_whole
 from palimpsest.lab.tasks.text import library, windows
 
 NAME, DIGITS = 4, 4
@@ -48,6 +48,7 @@ class Needle:
     vocab_size = 256
 
     def __post_init__(self):
+        check_whole(self)
         check(1 <= self.needles <= 26, f"needle: needles is {self.needles}; give 1 to 26, a first letter each")
         check(
             1 <= self.queries <= self.needles,

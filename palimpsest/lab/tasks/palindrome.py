@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from palimpsest.lab.tasks.task import IGNORED, Batch, Key, batch, check
+from palimpsest.lab.tasks.task import IGNORED, Batch, Key, batch, check, check_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,7 @@ class Palindrome:
     name = "palindrome"
 
     def __post_init__(self):
+        check_whole(self)
         fits = self.length >= 4 and self.length % 2 == 0
         check(fits, f"palindrome: length is {self.length}; give an even number of at least 4")
         check(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from palimpsest.lab.tasks.task import IGNORED, Batch, Key, batch, check
+from palimpsest.lab.tasks.task import IGNORED, Batch, Key, batch, check, check_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,7 @@ class SelectiveCopy:
     name = "selective copy"
 
     def __post_init__(self):
+        check_whole(self)
         check(self.symbols >= 1, f"selective copy: symbols is {self.symbols}; give at least 1")
         check(
             2 * self.symbols <= self.length,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from palimpsest.lab.tasks.task import IGNORED, Batch, Key, batch, check
+from palimpsest.lab.tasks.task import IGNORED, Batch, Key, batch, check, check_whole
 
 PAD, PUSH, POP = 0, 1, 2
 
@@ -32,6 +32,7 @@ class Stack:
     name = "stack"
 
     def __post_init__(self):
+        check_whole(self)
         check(self.length >= 6, f"stack: length is {self.length}; give at least 6, a push and a pop")
         check(self.stacks >= 1, f"stack: stacks is {self.stacks}; give at least 1")
         check(self.elements >= 2, f"stack: elements is {self.elements}; give at least 2")

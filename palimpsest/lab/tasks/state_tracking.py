@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from palimpsest.lab.tasks.task import Batch, Key, batch, check
+from palimpsest.lab.tasks.task import Batch, Key, batch, check, check_whole
 
 
 @cache
@@ -47,6 +47,7 @@ class StateTracking:
     letters: Literal["all", "swaps"] = "all"
 
     def __post_init__(self):
+        check_whole(self)
         kinds = ("parity", "modular", "group")
         check(self.kind in kinds, f"state tracking: kind is {self.kind!r}; it is one of {', '.join(kinds)}")
         check(self.length >= 1, f"state tracking: length is {self.length}; give at least 1")

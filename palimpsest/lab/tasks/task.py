@@ -8,7 +8,7 @@ and a line in `__init__.py`. Its docstring draws a sequence; a solver in tests/l
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -87,6 +87,14 @@ def distinct(chance: np.random.Generator, low: int, high: int, rows: int, count:
 def describe(task: Any) -> dict[str, Any]:
     """The task as JSON would hold it."""
     return {"task": task.name, **asdict(task)}
+
+
+def check_whole(task: Any) -> None:
+    """Raise ValueError unless every field that is declared as a whole number is one."""
+    for field in fields(task):
+        value = getattr(task, field.name)
+        whole = field.type is not int or (isinstance(value, int) and not isinstance(value, bool))
+        check(whole, f"{type(task).__name__}: {field.name} is {value!r}; give a whole number")
 
 
 def check(condition: bool, sentence: str) -> None:

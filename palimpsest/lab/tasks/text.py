@@ -13,7 +13,7 @@ from functools import cache
 
 import numpy as np
 
-from palimpsest.lab.tasks.task import Batch, Key, batch, check
+from palimpsest.lab.tasks.task import Batch, Key, batch, check, check_whole
 
 
 @cache
@@ -54,6 +54,7 @@ class Text:
     vocab_size = 256
 
     def __post_init__(self):
+        check_whole(self)
         check(self.length >= 2, f"text: length is {self.length}; give at least 2")
 
     def draw(self, count: int, key: Key) -> Batch:
