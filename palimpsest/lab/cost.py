@@ -152,9 +152,9 @@ class Decode:
 
 @dataclass(frozen=True, kw_only=True)
 class Prefill:
-    """A point: the time to read a prompt, against its length, for a layer or for the operation alone ("op kda", "op dplr").
+    """A point: the time to read a prompt, and on a GPU the memory that takes at most, against its length.
 
-    Attributes as of Decode; backend: of the operation, "auto" or a name.
+    Attributes as of Decode, and layer may be an operation alone, "op kda" or "op dplr"; backend: of the operation.
     """
 
     layer: str
@@ -172,7 +172,12 @@ class Prefill:
 
     def prepare(self) -> None:
         known = (*LAYERS, "op kda", "op dplr")
-        check(self.layer in known, f"layer {self.layer!r} is unknown; choose one of {', '.join(known)}")
+        check(
+            self.layer in known or self.layer.isupper(),
+            f"layer {self.layer!r} is unknown; choose one of {', '.join(known)}, or a pattern such as KKKM",
+        )
+        if self.layer.isupper():
+            Contestant(self.layer, self.layer)
         check(
             min(self.contexts, default=0) >= 1,
             f"cost: contexts are {self.contexts}; give at least one of 1 token or more",
@@ -190,14 +195,19 @@ class Prefill:
     def run(self, device: str, tell: Tell, unfinished: Path | None = None) -> Row:
         dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
         torch.manual_seed(0)
-        call = self._op(device, dtype) if self.layer.startswith("op ") else self._layer(device, dtype)
-        best = dict.fromkeys(self.contexts, math.inf)
+        kind = self._op if self.layer.startswith("op ") else self._model if self.layer.isupper() else self._layer
+        call, cuda = kind(device, dtype), device.startswith("cuda")
+        best, peak = dict.fromkeys(self.contexts, math.inf), {}
         for round_ in range(self.rounds + 1):
             for i, context in enumerate(list(best)):
                 if round_ > 1 and best[context] > 10 * ROUND:  # measured once, which is enough
                     continue
                 try:
+                    if cuda:
+                        torch.cuda.reset_peak_memory_stats(device)
                     seconds = timed(call(context), 1, device)
+                    if cuda:
+                        peak[context] = {"peak_bytes": torch.cuda.max_memory_allocated(device)}
                 except torch.OutOfMemoryError:  # the longer ones would too; the report shows how far it went
                     best = {c: b for c, b in best.items() if c < context}
                     break
@@ -205,7 +215,16 @@ class Prefill:
                     best[context] = min(best[context], seconds)
                 share = (round_ + (i + 1) / len(self.contexts)) / (self.rounds + 1)
                 tell(min(share, 1.0), f"{context:,} tokens: {1e3 * seconds:.3g} ms")
-        return {"rows": [{"context": c, "milliseconds": 1e3 * b} for c, b in best.items()]}
+        return {"rows": [{"context": c, "milliseconds": 1e3 * b, **peak.get(c, {})} for c, b in best.items()]}
+
+    def _model(self, device: str, dtype: torch.dtype) -> Callable[[int], Callable[[], Any]]:
+        model = KimiLinearForCausalLM(model_config(self.layer, self.shape)).to(device, dtype).eval()
+
+        def prepare(context: int) -> Callable[[], Any]:
+            tokens = torch.zeros(1, context, dtype=torch.long, device=device)
+            return lambda: model(tokens, last_only=True)
+
+        return prepare
 
     def _layer(self, device: str, dtype: torch.dtype) -> Callable[[int], Callable[[], Any]]:
         layer = _build_layer(self.layer, self.shape).to(device, dtype)

@@ -131,8 +131,11 @@ def legend_below(found: Any, axes: Sequence[Any]) -> None:
 
 
 def save(figures: Mapping[str, Any], folder: Path) -> list[str]:
-    """Writes NAME.png and NAME.svg; returns the names."""
-    for name, each in figures.items():
-        for kind in ("png", "svg"):
-            each.savefig(folder / f"{name}.{kind}", dpi=140, metadata={"Date": None} if kind == "svg" else None)
+    """Writes NAME.png and NAME.svg, the same bytes for the same figure; returns the names."""
+    from matplotlib import rc_context
+
+    with rc_context({"svg.hashsalt": "palimpsest"}):
+        for name, each in figures.items():
+            for kind in ("png", "svg"):
+                each.savefig(folder / f"{name}.{kind}", dpi=140, metadata={"Date": None} if kind == "svg" else None)
     return list(figures)

@@ -16,7 +16,7 @@ def points(scale: str) -> list:
             *(Decode(layer=name, shape=shape, contexts=(64, 256), rounds=1, steps=2) for name in ("kda", "mla", "KM")),
             *(
                 Prefill(layer=name, shape=shape, contexts=(32, 64), rounds=1)
-                for name in ("kda", "softmax", "op kda", "op dplr")
+                for name in ("kda", "softmax", "KM", "op kda", "op dplr")
             ),
             *(Cache(pattern=pattern, shape=shape, contexts=(1 << 16,)) for pattern in ("KKKM", "MMMM")),
         ]
@@ -49,6 +49,7 @@ def points(scale: str) -> list:
         for shape in (SMALL, LARGE)
         for name in ("kda", "gdn", "mla", "softmax")
     ]
+    prefill += [Prefill(layer=name, contexts=powers(12, 18)) for name in ("KKKM", "MMMM")]
     ops = [Prefill(layer=name, shape=LARGE, contexts=powers(12, 16)) for name in ("op kda", "op dplr")]
     return [*decode, *prefill, *ops, *caches]
 
@@ -102,11 +103,28 @@ def judge(records: Sequence[Record]) -> Verdict:
                     "",
                 )
             )
-    if caches:
-        cells = {(layer, f"{c:,}"): f"{b / 2**20:,.1f}" for layer, by in caches.items() for c, b in by.items()}
-        tables.append(grid("MiB of a sequence's state, bfloat16 latents and float32 memories", cells, ""))
+    for column, unit, words in (
+        ("state_bytes", 2**20, "MiB of a sequence's state: memories in float32, the rest as the machine computes"),
+        ("peak_bytes", 2**30, "GiB at most while a prompt is read, weights and prompt included"),
+    ):
+        rows = [(row["context"], r.label, row[column]) for r in records for row in r.rows if column in row]
+        cells = {
+            (f"{label['layer']}, width {label['hidden_size']}", f"{context:,}"): _digits(found / unit)
+            for context, label, found in sorted(rows, key=lambda row: row[0])
+        }
+        if cells:
+            tables.append(grid(words, cells, ""))
     outcome = "shown" if good and not bad else "not shown" if bad and not good else "undecided"
     return Verdict(outcome, because, tables)
+
+
+def _digits(x: float) -> str:
+    """Three of them, or all before the point.
+
+    >>> _digits(0.13412), _digits(4608.2)
+    ('0.134', '4,608')
+    """
+    return f"{x:.3g}" if x < 1000 else f"{x:,.0f}"
 
 
 def _times(records: Sequence[Record], what: str) -> dict[tuple[str, int], dict[int, float]]:
