@@ -1,8 +1,11 @@
 """A tiny version of every experiment, end to end: points, verdict, plots, report, the command."""
 
+import re
+
 import pytest
 
 from palimpsest.cli import run as command
+from palimpsest.lab.command import _Lines
 from palimpsest.lab.experiment import NAMES, load_experiment
 from palimpsest.lab.run import read_records
 from palimpsest.lab.training import Training
@@ -71,6 +74,18 @@ def test_bad_use_ends_in_a_sentence(case, capsys, tmp_path, monkeypatch):
     assert sentence in said
     assert "Traceback" not in said
     assert not list(tmp_path.iterdir())
+
+
+def test_progress_can_be_read_in_a_log(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(_Lines.__init__, "__defaults__", (0.0,))  # a line at once and not every 15 seconds
+    out = ["--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert command(["lab", "run", "fig4", "--scale", "tiny", "--only", "task mqar", *out]) == 0
+    said = capsys.readouterr().err
+    assert "3 of 9 points to run on cpu, 1 at once" in said
+    assert re.search(r" 33%  \d:\d\d, ETA \d:\d\d  contestant kda, task mqar, .*: step 4, loss ", said)
+    assert re.search(r"100%  contestant mamba2, .*: best_accuracy ", said)
+    assert re.search(r" \d+%  .*contestant gdn, .*: 75%", said)  # also where there is no word to say
+    assert "some points are left, and the same command goes on" in said
 
 
 def test_points_that_fail_end_in_an_exit_code_of_one(tmp_path, capsys, monkeypatch):

@@ -25,7 +25,7 @@ def points(scale: str) -> list[Training]:
         shared = {"steps": 1, "tokens_per_step": 420, "evaluate_every": 1, "test_batches": 1, "lr": 3e-3}
     elif scale == "small":
         size, seeds, length = Size(layers=16, hidden_size=32, heads=2, head_dim=16, mlp=64), (0, 1), 256
-        shared = {"steps": 250, "tokens_per_step": 1024, "evaluate_every": 50, "test_batches": 8, "lr": 3e-3}
+        shared = {"steps": 500, "tokens_per_step": 1024, "evaluate_every": 100, "test_batches": 8, "lr": 3e-3}
     else:
         size, seeds, length = Size(layers=16, hidden_size=512, heads=4, head_dim=128, mlp=1408), (0, 1), 2048
         shared = {"steps": 8000, "tokens_per_step": 65536, "evaluate_every": 1000, "test_batches": 4, "lr": 1e-3}
@@ -58,7 +58,8 @@ EXPERIMENT = Experiment(
     ),
     scales={
         "tiny": "every part in seconds, on a CPU; proves nothing",
-        "small": "16 layers of width 32 on text with needles at length 256, 250 steps of 1,024 tokens, 2 seeds: minutes on a CPU",
+        "small": "16 layers of width 32 on text with needles at length 256, 500 steps of 1,024 tokens, 2 seeds: a quarter "
+        "of an hour on a CPU",
         "full": "16 layers of width 512 at length 2,048, 524M bytes, tested to 8,192, 2 seeds: some 7 hours on an H200",
     },
     points=points,
