@@ -21,14 +21,14 @@ HERE = Path(__file__).parent
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to play the lanes")
 C, K = 64, 128
 INTRA = (
-    "q k erase g A_log dt_bias E Q W P D M norms cu_seqlens chunk_offsets",
+    "q k erase g A_log dt_bias E Q W P D beta M norms cu_seqlens chunk_offsets",
     "T N H HV",
     "scale floor",
     "gate wide_g wide_e",
 )
 CHAIN = (
-    "E Q W P D rows strength state out state_out memories cu_seqlens chunk_offsets",
-    "T HV V gate wide_strength",
+    "E Q W P D beta rows state out state_out memories cu_seqlens chunk_offsets",
+    "T HV V",
     "",
     "",
 )
@@ -36,6 +36,11 @@ GRADIENT = (
     "q k erase g A_log dt_bias write norms E M d_out d_write memories d_memories dq dk dv dg d_erase dA_log d_bias "
     "cu_seqlens chunk_offsets", "T N H HV V", "scale floor", "gate wide_g wide_e",
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def the_same_numbers_each_time():
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +85,8 @@ class Kernels:
         if cu_seqlens is not None:
             N, chunks = len(cu_seqlens) - 1, T // C + len(cu_seqlens) - 1
             offsets = torch.cat((torch.zeros(1), ((cu_seqlens.diff() + C - 1) // C).cumsum(0))).int()
-        self.tiles, self.grid = chunks * HV, (N * HV, V // 64)
+        self.tiles, self.groups = chunks * HV, V // 64
+        self.grid = (N * HV, 1)
         wide = torch.float32
         nan = lambda *shape, dtype=torch.bfloat16: torch.full(shape, torch.nan, dtype=dtype)
         x = self.x = dict(
@@ -88,20 +94,24 @@ class Kernels:
             strength=erase if erase.ndim == 3 else 0, chunk_offsets=offsets, T=T, N=N, H=H, HV=HV, V=V, scale=scale,
             floor=floor, gate=gate, wide_g=g.dtype == wide, wide_e=erase.dtype == wide, wide_strength=erase.dtype == wide,
             E=nan(self.tiles, C, K), Q=nan(self.tiles, C, K), W=nan(self.tiles, C, K), P=nan(self.tiles, C, C),
-            M=nan(self.tiles, C, C), D=nan(self.tiles, K, dtype=wide), norms=nan(self.tiles, 2, C, dtype=wide),
+            M=nan(self.tiles, C, C), D=nan(self.tiles, K, dtype=wide), beta=nan(self.tiles, C, dtype=wide), norms=nan(self.tiles, 2, C, dtype=wide),
             memories=nan(self.tiles, V, K), d_memories=nan(self.tiles, V, K), out=nan(*v.shape),
             state_out=nan(*state.shape, dtype=wide),
         )  # fmt: skip
         self.x = {name: 0 if value is None else value for name, value in x.items()}
         run("intra", "intra", INTRA, 128, (self.tiles, 1), self.x, self.kind)
 
+    def walk(self, mode, x):
+        threads = 384 if self.groups == 2 else 160
+        self.run("chain", f"chain_{mode}_{self.groups}", CHAIN, threads, self.grid, x)
+
     def forward(self):
-        self.run("chain", "chain_forward", CHAIN, 160, self.grid, self.x)
+        self.walk("forward", self.x)
         return self.x["out"], self.x["state_out"]
 
     def backward(self, d_out, d_state):
         x = self.x
-        self.run("chain", "chain_save", CHAIN, 160, self.grid, {**x, "out": 0})
+        self.walk("save", {**x, "out": 0})
         nan = lambda like: torch.full_like(like, torch.nan)
         d_write, d_first = nan(x["write"]), nan(x["state"])
         reverse = {
@@ -112,7 +122,7 @@ class Kernels:
             "state_out": d_first,
             "memories": x["d_memories"],
         }
-        self.run("chain", "chain_reverse", CHAIN, 160, self.grid, {**reverse, "strength": 0})
+        self.walk("reverse", reverse)
         heads = (*x["write"].shape[:3], K)
         gradients = dict(
             d_out=d_out, d_write=d_write, dq=torch.full(heads, torch.nan, dtype=torch.bfloat16),
@@ -163,7 +173,7 @@ NAMES = "output state d_q d_k d_v d_log_decay d_erase d_state".split()
 
 @pytest.mark.parametrize(
     ("T", "HV", "V", "decay"),
-    [(1, 1, 64, "slow"), (100, 2, 64, "half_slow"), (130, 1, 128, "fast"), (70, 1, 64, "floor")],
+    [(1, 8, 64, "slow"), (100, 2, 64, "half_slow"), (130, 1, 128, "fast"), (70, 1, 64, "floor")],
 )
 def test_every_gradient(lanes, T, HV, V, decay):
     inputs = drawn(T, HV=HV, V=V, decay=decay)

@@ -59,6 +59,7 @@ static inline unsigned short cpu_to_bf16(float x) {
     unsigned u = __float_as_uint(x);
     return (u + 0x7fff + ((u >> 16) & 1)) >> 16;
 }
+static inline int warp_index() { return threadIdx.x / 32; }
 static inline float exp2_(float x) { return exp2f(x); }
 static inline float divide_(float x, float y) { return x / y; }
 static inline float rsqrt_(float x) { return 1.0f / sqrtf(x); }
@@ -143,12 +144,14 @@ static inline void bulk_copy(void* to, const void* from, int bytes, unsigned lon
     memcpy(to, from, bytes);
     CpuBarrier& x = cpu_barriers[b]; x.bytes -= bytes; cpu_turn(x);
 }
-static inline void lane_copy(void* to, const void* from) {
+static inline void lane_copy(void* to, const void* from, bool zero) {
     if ((size_t)to % 16 || (size_t)from % 16) { fprintf(stderr, "lane copy is not aligned\n"); abort(); }
-    memcpy(to, from, 16);
+    if (zero) memset(to, 0, 16); else memcpy(to, from, 16);
 }
 static inline void arrive_when_copied(unsigned long long* b) { arrive(b); }
 template <int N> static inline void settle(float (&)[N]) {}
+template <int N> static inline void fewer_registers() {}
+template <int N> static inline void more_registers() {}
 static inline void wgmma_fence() {}
 static inline void wgmma_commit() {}
 template <int PENDING> static inline void wgmma_wait() {}

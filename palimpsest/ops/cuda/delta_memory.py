@@ -14,8 +14,14 @@ from torch import Tensor
 from palimpsest.ops.cuda.launch import Kernel, kernel
 
 C = 64  # tokens in a chunk
-_INTRA, _CHAIN, _GRADIENT = "15P4i2f3i", "13P5i", "23P5i2f3i"
-_SHARED = {"intra": {64: 37888, 128: 53248}, "chain": {64: 141408, 128: 215104}, "gradient": {64: 98816, 128: 98816}}
+_INTRA, _CHAIN, _GRADIENT = "16P4i2f3i", "13P3i", "23P5i2f3i"
+_SHARED = {
+    "intra": {64: 48512, 128: 73472},
+    "chain_1": {64: 130048, 128: 203776},
+    "chain_2": {64: 154624, 128: 228352},
+    "gradient": {64: 98816, 128: 98816},
+}  # bytes
+TWO_GROUPS_FROM = 40  # sequences x value heads
 
 
 class Plan(NamedTuple):
@@ -34,10 +40,13 @@ class Plan(NamedTuple):
     erase: int  # 0 strength, 1 vector, 2 vector that reads before its own decay
     keep: tuple  # tensors whose addresses are above
 
-    def kernel(self, file: str, name: str, fields: str, threads: int) -> Kernel:
+    def kernel(self, name: str, fields: str, threads: int, groups: int = 0) -> Kernel:
         dtype = "bf16" if self.q.dtype == torch.bfloat16 else "fp16"
-        variant = f"{file}_{dtype}_{self.K}" + ("" if file == "chain" else f"_{self.erase}")
-        return kernel(variant, name, fields, threads, _SHARED[file][self.K], self.q.get_device())
+        if groups:
+            file, name, shared = f"chain_{dtype}_{self.K}", f"chain_{name}_{groups}", _SHARED[f"chain_{groups}"]
+        else:
+            file, shared = f"{name}_{dtype}_{self.K}_{self.erase}", _SHARED[name]
+        return kernel(file, name, fields, threads, shared[self.K], self.q.get_device())
 
 
 def plan_of(q: Tensor, v: Tensor, erase: Tensor, cu_seqlens: Tensor | None, exclusive: bool) -> Plan:
@@ -63,12 +72,13 @@ class Tiles(NamedTuple):
     P: int
     M: int
     D: int
+    beta: int
     norms: int
 
 
 def intra(plan: Plan, k, g, erase, A_log, dt_bias, scale, floor, gate, save) -> Tiles:
     tiles = plan.chunks * plan.HV
-    sizes = [2 * C * plan.K] * 3 + [2 * C * C, 2 * C * C * save, 4 * plan.K, 8 * C * (save and gate > 0)]
+    sizes = [2 * C * plan.K] * 3 + [2 * C * C, 2 * C * C * save, 4 * plan.K, 4 * C, 8 * C * (save and gate > 0)]
     memory = torch.empty(tiles * sum(sizes), dtype=torch.uint8, device=k.device)
     at, addresses = memory.data_ptr(), []
     for size in sizes:
@@ -76,24 +86,27 @@ def intra(plan: Plan, k, g, erase, A_log, dt_bias, scale, floor, gate, save) -> 
         at += tiles * size
     result = Tiles(memory, *addresses)
     if tiles:
-        plan.kernel("intra", "intra", _INTRA, 128).launch(
+        plan.kernel("intra", _INTRA, 128).launch(
             (tiles, 1),
             plan.q.data_ptr(), k.data_ptr(), erase.data_ptr(), g.data_ptr(), _at(A_log), _at(dt_bias),
-            result.E, result.Q, result.W, result.P, result.D, result.M, result.norms,
+            result.E, result.Q, result.W, result.P, result.D, result.beta, result.M, result.norms,
             plan.cu_seqlens, plan.chunk_offsets, plan.T, plan.sequences, plan.H, plan.HV, scale, floor,
             gate, g.dtype == torch.float32, erase.dtype == torch.float32,
         )  # fmt: skip
     return result
 
 
-def chain(plan: Plan, mode: str, tiles: Tiles, rows, strength, state, out, state_out, memories, gate) -> None:
-    if plan.sequences:
-        plan.kernel("chain", f"chain_{mode}", _CHAIN, 160).launch(
-            (plan.sequences * plan.HV, plan.V // 64),
-            tiles.E, tiles.Q, tiles.W, tiles.P, tiles.D, rows.data_ptr(), _at(strength), state.data_ptr(),
-            _at(out), _at(state_out), _at(memories), plan.cu_seqlens, plan.chunk_offsets,
-            plan.T, plan.HV, plan.V, gate > 0, strength is not None and strength.dtype == torch.float32,
-        )  # fmt: skip
+def chain(plan: Plan, mode: str, tiles: Tiles, rows, state, out, state_out, memories) -> None:
+    """One walk. Two groups of warps share a head's tiles once there are heads enough to fill the GPU with both."""
+    if not plan.sequences:
+        return
+    heads = plan.sequences * plan.HV
+    groups = 2 if plan.V == 128 and heads > TWO_GROUPS_FROM else 1
+    plan.kernel(mode, _CHAIN, 384 if groups == 2 else 160, groups).launch(
+        (heads, plan.V // (64 * groups)),
+        tiles.E, tiles.Q, tiles.W, tiles.P, tiles.D, tiles.beta, rows.data_ptr(), state.data_ptr(),
+        _at(out), _at(state_out), _at(memories), plan.cu_seqlens, plan.chunk_offsets, plan.T, plan.HV, plan.V,
+    )  # fmt: skip
 
 
 def forward(q, k, v, log_decay, erase, state, scale, cu_seqlens, A_log, dt_bias, gate, floor, exclusive):
@@ -102,7 +115,7 @@ def forward(q, k, v, log_decay, erase, state, scale, cu_seqlens, A_log, dt_bias,
     plan = plan_of(q, v, erase, cu_seqlens, exclusive)
     tiles = intra(plan, k, g, erase, A_log, dt_bias, scale, floor, gate, save=False)
     out, state_out = torch.empty_like(v), torch.empty_like(state)
-    chain(plan, "forward", tiles, v, None if plan.erase else erase, state, out, state_out, None, gate)
+    chain(plan, "forward", tiles, v, state, out, state_out, None)
     return out, state_out
 
 
@@ -114,12 +127,11 @@ def backward(
     q, k, v, g, erase, state, A_log, dt_bias = _readable(q, k, v, log_decay, erase, state, A_log, dt_bias)
     d_out, d_state = _aligned(d_out.to(v.dtype)), _aligned(d_state)
     plan = plan_of(q, v, erase, cu_seqlens, exclusive)
-    strength = None if plan.erase else erase
     tiles = intra(plan, k, g, erase, A_log, dt_bias, scale, floor, gate, save=True)
     memories = torch.empty(plan.chunks, plan.HV, plan.V, plan.K, dtype=q.dtype, device=q.device)
-    chain(plan, "save", tiles, v, strength, state, None, None, memories, gate)
+    chain(plan, "save", tiles, v, state, None, None, memories)
     d_write, d_memories, d_state_in = torch.empty_like(v), torch.empty_like(memories), torch.empty_like(state)
-    chain(plan, "reverse", tiles, d_out, None, d_state, d_write, d_state_in, d_memories, 0)
+    chain(plan, "reverse", tiles, d_out, d_state, d_write, d_state_in, d_memories)
 
     dq, dk = (x.new_empty(*v.shape[:3], plan.K) for x in (q, k))
     dg, d_erase, dv = torch.empty_like(g), torch.empty_like(erase), d_write if plan.erase else torch.empty_like(v)
@@ -128,7 +140,7 @@ def backward(
         dA_log = torch.zeros(plan.chunks, plan.HV, dtype=torch.float32, device=q.device)
         d_bias = torch.zeros(plan.chunks, plan.HV, 4, plan.K, dtype=torch.float32, device=q.device)
     if plan.chunks:
-        plan.kernel("gradient", "gradient", _GRADIENT, 256).launch(
+        plan.kernel("gradient", _GRADIENT, 256).launch(
             (plan.chunks * plan.HV, 1),
             q.data_ptr(), k.data_ptr(), erase.data_ptr(), g.data_ptr(), _at(A_log), _at(dt_bias), v.data_ptr(), tiles.norms,
             tiles.E, tiles.M, d_out.data_ptr(), d_write.data_ptr(), memories.data_ptr(), d_memories.data_ptr(),

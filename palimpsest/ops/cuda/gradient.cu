@@ -64,6 +64,8 @@ extern "C" __global__ void __launch_bounds__(256, 2) gradient(const __grid_const
     const Chunk at = find_chunk(blockIdx.x / HV, a.cu_seqlens, a.chunk_offsets, a.T, a.N, C);
     if (at.count <= 0) return;
     const int t8 = lane / 8, l8 = lane % 8;
+    // Tiles of 16 rows and 16 columns of a swizzled workspace: pieces 2 y and 2 y + 1 of 8 lie at (2 y ^ turn).
+    const int my_rows = (16 * w + lane % 16) * 64, turn = lane / 16 ^ l8;
 
     for (int x = threadIdx.x; x < C * V / 8; x += 256) {
         int row = x / (V / 8), piece = x % (V / 8);
@@ -89,6 +91,9 @@ extern "C" __global__ void __launch_bounds__(256, 2) gradient(const __grid_const
     const bool inside[2] = {row[0] < at.count, row[1] < at.count};
     float beta[2] = {1.0f, 1.0f}, d_beta[2] = {};
     if (ERASE == 0) beta[0] = s.beta[row[0]], beta[1] = s.beta[row[1]];
+    const int key_head = head / (HV / a.H);
+    const long long key_row = ((at.start + row[0]) * a.H + key_head) * K + 2 * c, key_next = 8ll * a.H * K;
+    const long long value_row = ((at.start + row[0]) * HV + head) * K + 2 * c, value_next = 8ll * HV * K;
 
     {  // R = write - E h, in rows
         Quad e[K / 16];
@@ -99,9 +104,12 @@ extern "C" __global__ void __launch_bounds__(256, 2) gradient(const __grid_const
         for (int group = z; group < V / 16; group += 2) {
             float x[2][4] = {};
             const u16* h = a.memories + (tile * (V / 16) + group) * (K / 16) * 256 + 8 * lane;
+            Quad ahead[K / 16];
+#pragma unroll
+            for (int step = 0; step < K / 16; step++) ahead[step] = *(const Quad*)(h + 256 * step);
 #pragma unroll
             for (int step = 0; step < K / 16; step++) {
-                Quad b = *(const Quad*)(h + 256 * step);
+                const Quad& b = ahead[step];
                 mma(x[0], e[step].x[0], e[step].x[1], e[step].x[2], e[step].x[3], b.x[0], b.x[2]);
                 mma(x[1], e[step].x[0], e[step].x[1], e[step].x[2], e[step].x[3], b.x[1], b.x[3]);
             }
@@ -212,26 +220,32 @@ extern "C" __global__ void __launch_bounds__(256, 2) gradient(const __grid_const
     for (int step = z * (K / 32); step < (z + 1) * (K / 32); step++) {
         // From the memory: do h, -dw h, fresh dS.
         float dq[2][4] = {}, de[2][4] = {}, dk[2][4] = {}, dD[4] = {};
+        const u16 *h_from = a.memories + (tile * (V / 16) * (K / 16) + step) * 256 + 8 * lane;
+        const u16 *dS_from = a.d_memories + (tile * (V / 16) * (K / 16) + step) * 256 + 8 * lane;
 #pragma unroll 1
-        for (int group = 0; group < V / 16; group++) {
-            Quad h = *(const Quad*)(a.memories + ((tile * (V / 16) + group) * (K / 16) + step) * 256 + 8 * lane);
-            Quad dS = *(const Quad*)(a.d_memories + ((tile * (V / 16) + group) * (K / 16) + step) * 256 + 8 * lane);
-            Quad x = load_tiles(s.d_out + image(16 * w + lane % 16, 2 * group + lane / 16));
-            Quad y = load_tiles(s.d_write + image(16 * w + lane % 16, 2 * group + lane / 16));
-            Quad u = load_tiles(s.fresh + image(16 * w + lane % 16, 2 * group + lane / 16));
-            if (group % 4 == w)
+        for (int half = 0; half < V / 64; half++) {
+            Quad h[4], dS[4];
 #pragma unroll
-                for (int n = 0; n < 4; n++) {
-                    dD[n / 2 * 2] += low(h.x[n]) * low(dS.x[n]);
-                    dD[n / 2 * 2 + 1] += high(h.x[n]) * high(dS.x[n]);
+            for (int y = 0; y < 4; y++) h[y] = *(const Quad*)(h_from + y * K * 16), dS[y] = *(const Quad*)(dS_from + y * K * 16);
+            h_from += 4 * K * 16, dS_from += 4 * K * 16;
+#pragma unroll
+            for (int y = 0; y < 4; y++) {
+                const int from = half * 4096 + my_rows + (2 * y ^ turn) * 8;
+                Quad x = load_tiles(s.d_out + from), dw = load_tiles(s.d_write + from), u = load_tiles(s.fresh + from);
+                if (y == w)
+#pragma unroll
+                    for (int n = 0; n < 4; n++) {
+                        dD[n / 2 * 2] += low(h[y].x[n]) * low(dS[y].x[n]);
+                        dD[n / 2 * 2 + 1] += high(h[y].x[n]) * high(dS[y].x[n]);
+                    }
+#pragma unroll
+                for (int n = 0; n < 2; n++) {
+                    u32 b0 = transpose(h[y].x[2 * n]), b1 = transpose(h[y].x[2 * n + 1]);
+                    mma(dq[n], x.x[0], x.x[1], x.x[2], x.x[3], b0, b1);
+                    mma(de[n], dw.x[0], dw.x[1], dw.x[2], dw.x[3], b0, b1);
+                    b0 = transpose(dS[y].x[2 * n]), b1 = transpose(dS[y].x[2 * n + 1]);
+                    mma(dk[n], u.x[0], u.x[1], u.x[2], u.x[3], b0, b1);
                 }
-#pragma unroll
-            for (int n = 0; n < 2; n++) {
-                u32 b0 = transpose(h.x[2 * n]), b1 = transpose(h.x[2 * n + 1]);
-                mma(dq[n], x.x[0], x.x[1], x.x[2], x.x[3], b0, b1);
-                mma(de[n], y.x[0], y.x[1], y.x[2], y.x[3], b0, b1);
-                b0 = transpose(dS.x[2 * n]), b1 = transpose(dS.x[2 * n + 1]);
-                mma(dk[n], u.x[0], u.x[1], u.x[2], u.x[3], b0, b1);
             }
         }
         // The rows of these 16 channels: element (i, n, x) is row[i], channel 16 step + 8 n + 2 c + x.
@@ -245,8 +259,8 @@ extern "C" __global__ void __launch_bounds__(256, 2) gradient(const __grid_const
                 float g0 = 0.0f, g1 = 0.0f;
                 const int channel = 16 * step + 8 * n + 2 * c;
                 if (inside[i]) {
-                    const long long token = at.start + row[i], key_at = (token * a.H + head / (HV / a.H)) * K + channel;
-                    const long long value_at = (token * HV + head) * K + channel;
+                    const long long key_at = key_row + i * key_next + 16 * step + 8 * n;
+                    const long long value_at = value_row + i * value_next + 16 * step + 8 * n;
                     q2[i][n] = pair_at(a.q + key_at), k2[i][n] = pair_at(a.k + key_at);
                     if (ERASE) e2[i][n] = pair_at((const u16*)a.erase + value_at);
                     if (a.wide_g) g0 = ((const float*)a.g)[value_at], g1 = ((const float*)a.g)[value_at + 1];
@@ -401,11 +415,12 @@ extern "C" __global__ void __launch_bounds__(256, 2) gradient(const __grid_const
             const u32 Pt_mid = level == 3 ? Pt_tile[2] : 0, At_mid = level == 3 ? At_tile[2] : 0;
 #pragma unroll
             for (int n = 0; n < 2; n++) {
-                u32 kb[2], qb[2], eb[2];
+                u32 kf[2], qf[2], ef[2], kb[2], qb[2], eb[2];
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    kb[i] = transpose(times(k2[i][n], f[level][i][n])), qb[i] = transpose(times(q2[i][n], f[level][i][n]));
-                    eb[i] = ERASE ? transpose(times(e2[i][n], f[level][i][n])) : kb[i];
+                    kf[i] = times(k2[i][n], f[level][i][n]), qf[i] = times(q2[i][n], f[level][i][n]);
+                    ef[i] = ERASE ? times(e2[i][n], f[level][i][n]) : kf[i];
+                    kb[i] = transpose(kf[i]), qb[i] = transpose(qf[i]), eb[i] = ERASE ? transpose(ef[i]) : kb[i];
                 }
                 float q_part[4] = {}, e_part[4] = {}, k_part[4] = {};
                 mma(q_part, P[0], P_mid, 0, P[1], kb[0], kb[1]);
@@ -418,9 +433,10 @@ extern "C" __global__ void __launch_bounds__(256, 2) gradient(const __grid_const
                     for (int y = 0; y < 2; y++) {
                         const int x = 2 * n + y, d = 2 * i + y;
                         const float factor = VALUE(f[level], i, x);
-                        const float q_ = factor * q_part[d], e_ = factor * e_part[d], k_ = factor * k_part[d];
-                        dq[n][d] += q_, de[n][d] += e_, dk[n][d] += k_;
-                        const float sum = VALUE(q2, i, x) * q_ + beta[i] * VALUE(e2, i, x) * e_ + VALUE(k2, i, x) * k_;
+                        dq[n][d] += factor * q_part[d], de[n][d] += factor * e_part[d], dk[n][d] += factor * k_part[d];
+                        const float kf_ = y ? high(kf[i]) : low(kf[i]), qf_ = y ? high(qf[i]) : low(qf[i]), ef_ = y ? high(ef[i]) : low(ef[i]);
+                        const float sum = ERASE ? qf_ * q_part[d] + ef_ * e_part[d] + kf_ * k_part[d]
+                                                : qf_ * q_part[d] + kf_ * (beta[i] * e_part[d] + k_part[d]);
                         if (level == 3 ? i == 1 : late[level % 3]) d_since[i][x] += sum; else d_until[i][x] += sum;
                     }
             }
@@ -428,16 +444,21 @@ extern "C" __global__ void __launch_bounds__(256, 2) gradient(const __grid_const
 
 #pragma unroll
         for (int n = 0; n < 2; n++) {
-            float d_bias[2] = {};
+            float d_bias[2] = {}, from_blocks[2];
+#pragma unroll
+            for (int y = 0; y < 2; y++) {
+                const int here = 8 * n + 2 * c + y;
+                from_blocks[y] = ex.part[w][0][here] + ex.part[w][1][here] + ex.part[w][2][here] + ex.part[w][3][here];
+            }
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 float dg[2];
                 const int channel = 16 * step + 8 * n + 2 * c;
-                const long long token = at.start + row[i], value_at = (token * HV + head) * K + channel;
+                const long long value_at = value_row + i * value_next + 16 * step + 8 * n;
 #pragma unroll
                 for (int y = 0; y < 2; y++) {
-                    const int x = 2 * n + y, d = 2 * i + y, here = 8 * n + 2 * c + y;
-                    dg[y] = d_since[i][x] + d_total[i][x] + ex.part[w][0][here] + ex.part[w][1][here] + ex.part[w][2][here] + ex.part[w][3][here];
+                    const int x = 2 * n + y, d = 2 * i + y;
+                    dg[y] = d_since[i][x] + d_total[i][x] + from_blocks[y];
                     dq[n][d] += own[i] * VALUE(k2, i, x);
                     dk[n][d] += own[i] * VALUE(q2, i, x);
                     if (ERASE == 0) {
@@ -507,9 +528,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) gradient(const __grid_const
             if (inside[i])
 #pragma unroll 1
                 for (int x = z * (K / 16); x < (z + 1) * (K / 16); x++) {  // the same lane wrote these
-                    const int channel = 8 * x + 2 * c;
-                    const long long token = at.start + row[i], key_at = (token * a.H + head / (HV / a.H)) * K + channel;
-                    const long long value_at = (token * HV + head) * K + channel;
+                    const long long key_at = key_row + i * key_next + 8 * x, value_at = value_row + i * value_next + 8 * x;
                     u32 q = pair_at(a.q + key_at), k = pair_at(a.k + key_at), dq = pair_at(a.dq + value_at), dk = pair_at(a.dk + value_at);
                     *(u32*)(a.dq + value_at) = pack(q_norm[i] * (low(dq) - qa * q_norm[i] * low(q)), q_norm[i] * (high(dq) - qa * q_norm[i] * high(q)));
                     *(u32*)(a.dk + value_at) = pack(k_norm[i] * (low(dk) - ka * k_norm[i] * low(k)), k_norm[i] * (high(dk) - ka * k_norm[i] * high(k)));

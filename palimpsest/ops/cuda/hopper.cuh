@@ -23,28 +23,29 @@ DEVICE void bulk_copy(void* to, const void* from, int bytes, u64* b) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
         ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(b)) : "memory");
 }
-// 16 bytes of each lane, on their way while the lane goes on; `arrive_when_copied` counts when they have landed.
-DEVICE void lane_copy(void* to, const void* from) { asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory"); }
+// 16 bytes of each lane, or zeros, on their way while the lane goes on; `arrive_when_copied` counts when they have landed.
+DEVICE void lane_copy(void* to, const void* from, bool zero) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(zero ? 0 : 16) : "memory");
+}
 DEVICE void arrive_when_copied(u64* b) { asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(b)) : "memory"); }
 // The compiler must have these numbers in their registers here, before products run that it does not see.
 template <int N> DEVICE void settle(float (&d)[N]) {
 #pragma unroll
     for (int x = 0; x < N; x++) asm volatile("" : "+f"(d[x])::"memory");
 }
+// Registers of a group of four warps: given back, or taken.
+template <int N> DEVICE void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
+template <int N> DEVICE void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int PENDING> DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory"); }
 
 // The descriptor of 16 reduction steps in a tile kept as `image` says. By columns: the reduction runs along the row, 16
 // columns from `step`; rows are the result's columns. By rows: it runs down 16 rows; the tile's columns are the result's.
-DEVICE u64 by_columns(const u16* tile, int step) {
-    u64 at = (shared_address(tile) + step / 4 * 8192 + step % 4 * 32) >> 4;
-    return (at & 0x3fff) | (1ull << 16) | (64ull << 32) | (1ull << 62);
-}
-DEVICE u64 by_rows(const u16* tile, int step) {
-    u64 at = (shared_address(tile) + step * 2048) >> 4;
-    return (at & 0x3fff) | (512ull << 16) | (64ull << 32) | (1ull << 62);
-}
+// One addition a step: addresses count 16 bytes and stay below 2^14, so nothing runs over into the other fields.
+DEVICE u64 tile_descriptor(const u16* tile, u32 low_fields) { return (64ull << 32 | 1ull << 62) | ((shared_address(tile) >> 4) + low_fields); }
+DEVICE u64 by_columns(const u16* tile, int step) { return tile_descriptor(tile, (1u << 16) + step / 4 * 512 + step % 4 * 2); }
+DEVICE u64 by_rows(const u16* tile, int step) { return tile_descriptor(tile, (512u << 16) + step * 128); }
 // d[64 x n] +- a[64 x 16] b[16 x n]; a and d in fragments, warp w holding rows 16 w to 16 w + 15. ROWS: b is by_rows.
 template <bool ROWS, bool MINUS> DEVICE void wgmma(float (&d)[32], const u32* a, u64 tile) {
     asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." MMA_TYPE "." MMA_TYPE " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, 1, %37, 1, %38;"

@@ -1,9 +1,11 @@
 // Everything of a chunk that does not need the memory; what intra.py of the Triton room computes, letter for letter.
 //
-// Grid     (chunk x value head), 4 warps; warp w holds tokens 16 w + r and 16 w + r + 8, lane c of a row eight channels
-//          of every 32. So a decayed row is at once the first and the second operand of a product, without moving.
-// Tree     decays inside 16 tokens: `since` and `until` are products of decays from a block's first token, up to its last
-//          one; blocks double by one exchange between lanes. One exponential per number, no difference of sums.
+// Grid     (chunk x value head), 4 warps; warp w holds 16 tokens, each lane all of them in a few channels. So products of
+//          decays stay in a lane, and no lane ever waits for another one's.
+// Tree     pairs of tokens meet in the smallest aligned block of 2, 4, 8 or 16 that holds both: the later half decayed since
+//          that half began, the earlier one until it ended. Every factor is a product of decays, never a difference of sums.
+//          Halves are gathered as 8 + 8 + 8 rows (erase, q, k) in shared memory, and one small product gives their scores.
+// Blocks   of 16 against earlier blocks: since this one's start, times whole blocks between, times until that one's end.
 // ERASE    0: erase = beta k.  1: a vector.  2: a vector that reads before its own token's decay.
 #include "warp.cuh"
 
@@ -13,23 +15,26 @@
 #ifndef KEY_DIM
 #define KEY_DIM 128
 #endif
-constexpr int C = 64, K = KEY_DIM, GROUPS = K / 32;
-constexpr int L_STRIDE = 72, P_STRIDE = 74;
+constexpr int C = 64, K = KEY_DIM, CHANNELS = ERASE ? 2 : K / 32, PAIRS = CHANNELS / 2;  // of a lane at a time
+constexpr int WIDTH = 32 * CHANNELS, PASSES = K / WIDTH;
+constexpr int PITCH = K + 8, L_PITCH = 72, P_PITCH = 72;
 
-struct Block {  // what one warp keeps: first its decayed rows, each lane its own; then its rows of A (and M) and of P
+struct Warp {
     union {
-        Quad since[GROUPS][2][2][32];
+        u16 rows[32 * PITCH];  // a level's halves; then erase and q since the block's start
         struct {
-            float L[16 * L_STRIDE];
-            u16 P[16 * P_STRIDE];
+            float L[16 * L_PITCH];  // then rows of A, and of M on its diagonal; and of P
+            u16 P[16 * P_PITCH];
         };
     };
 };
 struct Smem {
-    Block block[4];
-    u16 rows[C * K];     // k until its block's end, then k until the chunk's end
-    float total[4 * K];  // decay of each block of 16
-    float k_norm[C];
+    Warp warp[4];
+    u16 k_until[C * PITCH];  // k; then k until its block's end
+    u16 k_end[C * PITCH];    // q; then k until the chunk's end, its pairs laid out as columns of tiles
+    float total[4 * K];      // decay of each block of 16
+    u16 between[3 * K];      // of block 1, of block 2, of both
+    float e_scale[C], q_scale[C], k_norm[C], own[C];
 };
 
 struct Arguments {
@@ -37,7 +42,7 @@ struct Arguments {
     const void *erase, *g;
     const float *A_log, *dt_bias;
     u16 *E, *Q, *W, *P;
-    float* D;
+    float *D, *beta;
     u16* M;
     float* norms;
     const int *cu_seqlens, *chunk_offsets;
@@ -46,309 +51,362 @@ struct Arguments {
     int gate, wide_g, wide_erase;
 };
 
-extern "C" __global__ void __launch_bounds__(128, 4) intra(const __grid_constant__ Arguments a) {
-    const int T = a.T, N = a.N, H = a.H, HV = a.HV, gate = a.gate;
-    const void *g = a.g, *erase = a.erase;
+struct alignas(4 * PAIRS) Row { u32 x[PAIRS]; };  // of one token, what a lane holds
+struct alignas(4 * CHANNELS) WideRow { float x[CHANNELS]; };
+typedef float Factors[CHANNELS];
+
+DEVICE Row factor(const Factors& f) {
+    Row y;
+#pragma unroll
+    for (int p = 0; p < PAIRS; p++) y.x[p] = pack(f[2 * p], f[2 * p + 1]);
+    return y;
+}
+DEVICE Row times_row(Row x, Row f) {
+#pragma unroll
+    for (int p = 0; p < PAIRS; p++) x.x[p] = times(x.x[p], f.x[p]);
+    return x;
+}
+DEVICE void multiply(Factors& f, const Factors& by) {
+#pragma unroll
+    for (int x = 0; x < CHANNELS; x++) f[x] *= by[x];
+}
+
+// Products of d that the compiler has formed so far are not worth the registers that would keep them.
+DEVICE void forget(Factors (&d)[16]) {
+#ifndef WARP_ON_CPU
+#pragma unroll
+    for (int i = 0; i < 16; i++)
+#pragma unroll
+        for (int x = 0; x < CHANNELS; x++) asm volatile("" : "+f"(d[i][x]));
+#endif
+}
+
+// Sixteen tokens of k, erase and log-decay into registers, and of q into shared memory; zeros beyond the last token.
+template <bool ALL> DEVICE void load(const Arguments& a, Row (&k)[16], Row (&e)[16], Factors (&g)[16], const u16* q_at, const u16* k_at,
+                                     long long value_at, u16* q_to, int tokens) {
+    const unsigned long long key_step = (unsigned)(a.H * K), value_step = (unsigned)(a.HV * K);
+    Row q[16];
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+        if (!ALL) q[i] = k[i] = e[i] = Row{};
+        if (ALL || i < tokens) {
+            q[i] = *(const Row*)(q_at + key_step * i), k[i] = *(const Row*)(k_at + key_step * i);
+            if (ERASE) e[i] = *(const Row*)((const u16*)a.erase + value_at + value_step * i);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+        if (!ALL)
+#pragma unroll
+            for (int x = 0; x < CHANNELS; x++) g[i][x] = 0.0f;
+        if (ALL || i < tokens) {
+            if (a.wide_g) {
+                const WideRow y = *(const WideRow*)((const float*)a.g + value_at + value_step * i);
+#pragma unroll
+                for (int x = 0; x < CHANNELS; x++) g[i][x] = y.x[x];
+            } else {
+                const Row y = *(const Row*)((const u16*)a.g + value_at + value_step * i);
+#pragma unroll
+                for (int x = 0; x < CHANNELS; x++) g[i][x] = x % 2 ? high(y.x[x / 2]) : low(y.x[x / 2]);
+            }
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 16; i++) *(Row*)(q_to + i * PITCH) = q[i];
+}
+
+// Scores of the later halves against the earlier halves of all blocks of 2 S tokens: acc's rows are erase, then q.
+template <int S> DEVICE void level(float (&acc)[4], Factors (&d)[16], const Row (&k)[16], const Row* e, u16* rows,
+                                   const u16* raw_k, const u16* raw_q, int column, int lane) {
+    warp_barrier();  // what lay here has been read
+    forget(d);
+#pragma unroll
+    for (int b = 0; b < 16; b += 2 * S) {
+        Factors run;
+#pragma unroll
+        for (int x = 0; x < CHANNELS; x++) run[x] = 1.0f;
+#pragma unroll
+        for (int i = b + S; i < b + 2 * S; i++) {
+            const int to = (b / 2 + i - b - S) * PITCH + column;
+            if (ERASE == 2) *(Row*)(rows + to) = i > b + S ? times_row(e[i], factor(run)) : e[i];
+            multiply(run, d[i]);
+            const Row f = factor(run);
+            if (ERASE != 2) *(Row*)(rows + to) = times_row(ERASE ? e[i] : k[i], f);
+            *(Row*)(rows + 8 * PITCH + to) = times_row(*(const Row*)(raw_q + i * PITCH + column), f);
+        }
+        if (S > 1) {
+#pragma unroll
+            for (int x = 0; x < CHANNELS; x++) run[x] = 1.0f;
+#pragma unroll
+            for (int i = b + S - 1; i >= b; i--) {
+                *(Row*)(rows + (16 + b / 2 + i - b) * PITCH + column) = i < b + S - 1 ? times_row(k[i], factor(run)) : k[i];
+                if (i > b) multiply(run, d[i]);
+            }
+        }
+    }
+    warp_barrier();
+    const int from = column - CHANNELS * lane;
+    const u16* left = rows + lane % 16 * PITCH + from + lane / 16 * 8;
+    const u16* right = (S > 1 ? rows + (16 + lane % 8) * PITCH : raw_k + 2 * (lane % 8) * PITCH) + from + lane / 8 * 8;
+#pragma unroll
+    for (int step = 0; step < WIDTH / 16; step += 2) {
+        const Quad b = load_tiles(right + 16 * step);
+#pragma unroll
+        for (int y = 0; y < 2; y++) {
+            const Quad x = load_tiles(left + 16 * (step + y));
+            mma(acc, x.x[0], x.x[1], x.x[2], x.x[3], b.x[2 * y], b.x[2 * y + 1]);
+        }
+    }
+}
+
+// A level's scores, gathered by halves, to their places in A and P.
+template <int S> DEVICE void spread(const float (&acc)[4], float* L, u16* P, const float* e_scale, const float* q_scale, const float* k_norm, int r, int c) {
+#pragma unroll
+    for (int x = 0; x < 2; x++) {
+        const int at = 2 * c + x, i = r / S * 2 * S + S + r % S, j = at / S * 2 * S + at % S;
+        if (r / S == at / S) {
+            L[i * L_PITCH + j] = acc[x] * e_scale[i] * k_norm[j];
+            P[i * P_PITCH + j] = (u16)pack(acc[2 + x] * q_scale[i], 0.0f);
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(128, 3) intra(const __grid_constant__ Arguments a) {
+    const int H = a.H, HV = a.HV, gate = a.gate;
 #ifdef WARP_ON_CPU
     Smem& s = *(Smem*)cpu_shared;
 #else
     extern __shared__ __align__(16) char shared[];
     Smem& s = *(Smem*)shared;
 #endif
-    const int lane = threadIdx.x % 32, w = threadIdx.x / 32, r = lane / 4, c = lane % 4;
+    const int lane = threadIdx.x % 32, w = warp_index(), r = lane / 4, c = lane % 4;
     const int head = blockIdx.x % HV;
     const long long tile = blockIdx.x;
-    const Chunk at = find_chunk(blockIdx.x / HV, a.cu_seqlens, a.chunk_offsets, T, N, C);
+    const Chunk at = find_chunk(blockIdx.x / HV, a.cu_seqlens, a.chunk_offsets, a.T, a.N, C);
     if (at.count <= 0) return;
-
-    float beta[2];
-    const u16 *q_row[2], *k_row[2];
-    long long value_row[2];
-    bool inside[2];
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        int row = 16 * w + 8 * h + r;
-        inside[h] = row < at.count;
-        long long token = at.start + (inside[h] ? row : 0);
-        q_row[h] = a.q + (token * H + head / (HV / H)) * K + 8 * c;
-        k_row[h] = a.k + (token * H + head / (HV / H)) * K + 8 * c;
-        value_row[h] = (token * HV + head) * K + 8 * c;
-        beta[h] = 1.0f;
-        if (ERASE == 0) {
-            beta[h] = a.wide_erase ? ((const float*)erase)[token * HV + head] : one((const u16*)erase + token * HV + head);
-            if (gate) beta[h] = sigmoid(beta[h]);
-            if (!inside[h]) beta[h] = 0.0f;
+    const int tokens = at.count - 16 * w;  // of this warp, if it has 16
+    const long long first = at.start + (tokens > 0 ? 16 * w : 0);
+    float *e_scale = s.e_scale + 16 * w, *q_scale = s.q_scale + 16 * w, *k_norm = s.k_norm + 16 * w;  // of this warp's rows
+    if (lane < 16) {
+        float beta = lane < tokens;
+        if (ERASE == 0 && lane < tokens) {
+            const long long from = (first + lane) * HV + head;
+            beta = a.wide_erase ? ((const float*)a.erase)[from] : one((const u16*)a.erase + from);
+            if (gate) beta = sigmoid(beta);
         }
+        a.beta[tile * C + 16 * w + lane] = beta;
+        e_scale[lane] = ERASE ? 1.0f : beta, q_scale[lane] = a.scale, k_norm[lane] = 1.0f;
     }
-    const float rate = gate ? exp_(a.A_log[head]) : 0.0f;
+    u16 *rows = s.warp[w].rows, *my_k = s.k_until + 16 * w * PITCH, *my_end = s.k_end + 16 * w * PITCH;
 
-    float near[3][2][4] = {}, mid[4] = {};  // scores at levels 1, 2, 4 for each 8 rows, and at level 8: k rows, then q rows
-    float own[2] = {}, q_norm[2] = {}, k_norm[2] = {};
-    const bool late[3] = {(r & 1) != 0, (r & 2) != 0, (r & 4) != 0};
+    float near[4][4] = {};               // scores at levels 1, 2, 4, 8
+    float own[2][4] = {}, q_own[2][4] = {};  // of 8 tokens each: q and k against k; q against q
 #pragma unroll 1
-    for (int group = 0; group < GROUPS; group++) {
-        Quad q4[2], k4[2], e4[2], e_since[2], q_since[2], k_until[2];
-        float decay[2][8];
+    for (int pass = 0; pass < PASSES; pass++) {
+        const int column = pass * WIDTH + CHANNELS * lane;
+        Row k[16], e[16];  // q waits in shared memory; e is used with ERASE alone
+        Factors d[16];
+        {
+            const u16* q_at = a.q + (first * H + head / (HV / H)) * K + column;
+            const u16* k_at = a.k + (first * H + head / (HV / H)) * K + column;
+            const long long value_at = (first * HV + head) * K + column;
+            if (tokens >= 16) load<true>(a, k, e, d, q_at, k_at, value_at, my_end + column, tokens);
+            else load<false>(a, k, e, d, q_at, k_at, value_at, my_end + column, tokens);
+        }
+        if (gate) {
+            const float rate = exp_(a.A_log[head]);
+            float bias[CHANNELS];
 #pragma unroll
-        for (int h = 0; h < 2; h++) {
-            q4[h] = k4[h] = e4[h] = Quad{{0, 0, 0, 0}};
+            for (int x = 0; x < CHANNELS; x++) bias[x] = a.dt_bias[head * K + column + x];
 #pragma unroll
-            for (int x = 0; x < 8; x++) decay[h][x] = 0.0f;
-            if (inside[h]) {
-                q4[h] = *(const Quad*)(q_row[h] + 32 * group);
-                k4[h] = *(const Quad*)(k_row[h] + 32 * group);
-                if (ERASE) e4[h] = *(const Quad*)((const u16*)erase + value_row[h] + 32 * group);
-                if (a.wide_g) {
+            for (int i = 0; i < 16; i++)
 #pragma unroll
-                    for (int x = 0; x < 8; x += 4) {
-                        Quad g4 = *(const Quad*)((const float*)g + value_row[h] + 32 * group + x);
-#pragma unroll
-                        for (int y = 0; y < 4; y++) decay[h][x + y] = __uint_as_float(g4.x[y]);
-                    }
-                } else {
-                    Quad g4 = *(const Quad*)((const u16*)g + value_row[h] + 32 * group);
-#pragma unroll
-                    for (int x = 0; x < 4; x++) decay[h][2 * x] = low(g4.x[x]), decay[h][2 * x + 1] = high(g4.x[x]);
+                for (int x = 0; x < CHANNELS; x++) {
+                    const float y = d[i][x] + bias[x];
+                    d[i][x] = i >= tokens ? 0.0f : gate == 1 ? -rate * softplus(y) : a.floor * sigmoid(rate * y);
                 }
-                if (gate)
+        }
+        Factors total;
 #pragma unroll
-                    for (int x = 0; x < 8; x++) {
-                        float y = decay[h][x] + a.dt_bias[head * K + 32 * group + 8 * c + x];
-                        decay[h][x] = gate == 1 ? -rate * softplus(y) : a.floor * sigmoid(rate * y);
-                    }
-            }
+        for (int i = 0; i < 16; i++) {
 #pragma unroll
-            for (int x = 0; x < 8; x++) decay[h][x] = exp_(decay[h][x]);
+            for (int x = 0; x < CHANNELS; x++) d[i][x] = exp_(d[i][x]), total[x] = i ? total[x] * d[i][x] : d[i][x];
+            *(Row*)(my_k + i * PITCH + column) = k[i];
         }
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            float since[2][4], until[2][4], total[2][4], before[2][4];
-            u32 q2[2][2], k2[2][2], e2[2][2];
+        for (int x = 0; x < CHANNELS; x++) s.total[w * K + column + x] = total[x];
+        block_barrier();
+
+#pragma unroll
+        for (int step = 0; step < WIDTH / 16; step++) {
+            const int from = lane % 16 * PITCH + pass * WIDTH + 16 * step + lane / 16 * 8;
+            const Quad x = load_tiles(my_end + from), y = load_tiles(my_k + from);
 #pragma unroll
             for (int h = 0; h < 2; h++) {
+                mma(own[h], x.x[h], y.x[h], x.x[2 + h], y.x[2 + h], y.x[h], y.x[2 + h]);
+                if (gate) mma(q_own[h], x.x[h], 0, x.x[2 + h], 0, x.x[h], x.x[2 + h]);
+            }
+        }
+        if (pass == PASSES - 1 && c == r / 2)  // this lane holds the diagonals
 #pragma unroll
-                for (int p = 0; p < 2; p++) {
-                    q2[h][p] = q4[h].x[2 * half + p], k2[h][p] = k4[h].x[2 * half + p];
-                    e2[h][p] = ERASE ? e4[h].x[2 * half + p] : k2[h][p];
-                    own[h] += low(q2[h][p]) * low(k2[h][p]) + high(q2[h][p]) * high(k2[h][p]);
-                    if (gate) {
-                        q_norm[h] += low(q2[h][p]) * low(q2[h][p]) + high(q2[h][p]) * high(q2[h][p]);
-                        k_norm[h] += low(k2[h][p]) * low(k2[h][p]) + high(k2[h][p]) * high(k2[h][p]);
-                    }
-                }
-#pragma unroll
-                for (int x = 0; x < 4; x++) {
-                    since[h][x] = total[h][x] = decay[h][4 * half + x];
-                    until[h][x] = before[h][x] = 1.0f;  // before: as since, without the row's own decay
+            for (int h = 0; h < 2; h++) {
+                const int i = 8 * h + r;
+                s.own[16 * w + i] = r % 2 ? own[h][1] : own[h][0];
+                if (gate) {
+                    const float q_norm = rsqrt_((r % 2 ? q_own[h][1] : q_own[h][0]) + 1e-6f);
+                    k_norm[i] = rsqrt_((r % 2 ? own[h][3] : own[h][2]) + 1e-6f);
+                    e_scale[i] *= k_norm[i], q_scale[i] *= q_norm;
+                    if (a.norms) a.norms[tile * 2 * C + 16 * w + i] = q_norm, a.norms[tile * 2 * C + C + 16 * w + i] = k_norm[i];
                 }
             }
+        level<1>(near[0], d, k, e, rows, my_k, my_end, column, lane);
+        level<2>(near[1], d, k, e, rows, my_k, my_end, column, lane);
+        level<4>(near[2], d, k, e, rows, my_k, my_end, column, lane);
+        level<8>(near[3], d, k, e, rows, my_k, my_end, column, lane);
+        warp_barrier();
+        forget(d);
+
+        // The 16 tokens since their block's start and until its end; with the other blocks, since the chunk's and until its.
+        Factors before, after, run;
 #pragma unroll
-            for (int level = 0; level < 3; level++)
+        for (int x = 0; x < CHANNELS; x++) {
+            before[x] = after[x] = run[x] = 1.0f;
 #pragma unroll
-                for (int h = 0; h < 2; h++) {
-                    u32 key[2], query[2];  // key: of late rows erase, of early rows k
-#pragma unroll
-                    for (int p = 0; p < 2; p++) {
-                        u32 f = pack(late[level] ? since[h][2 * p] : until[h][2 * p], late[level] ? since[h][2 * p + 1] : until[h][2 * p + 1]);
-                        u32 fe = f;
-                        if (ERASE == 2)
-                            fe = pack(late[level] ? before[h][2 * p] : until[h][2 * p], late[level] ? before[h][2 * p + 1] : until[h][2 * p + 1]);
-                        key[p] = times(ERASE && late[level] ? e2[h][p] : k2[h][p], fe);
-                        query[p] = times(q2[h][p], f);
-                    }
-                    mma(near[level][h], key[0], query[0], key[1], query[1], key[0], key[1]);
-#pragma unroll
-                    for (int x = 0; x < 4; x++) {
-                        float other = swap_lanes(total[h][x], 4 << level);
-                        if (late[level]) since[h][x] *= other;
-                        if (ERASE == 2 && late[level]) before[h][x] *= other;
-                        if (!late[level]) until[h][x] *= other;
-                        total[h][x] *= other;
-                    }
-                }
-            u32 key[2], query[2], early[2];
-#pragma unroll
-            for (int p = 0; p < 2; p++) {
-                u32 f = pack(since[1][2 * p], since[1][2 * p + 1]);
-                early[p] = times(k2[0][p], pack(until[0][2 * p], until[0][2 * p + 1]));
-                key[p] = times(e2[1][p], ERASE == 2 ? pack(before[1][2 * p], before[1][2 * p + 1]) : f);
-                query[p] = times(q2[1][p], f);
+            for (int J = 0; J < 3; J++) {
+                if (J < w) before[x] *= s.total[J * K + column + x];
+                if (3 - J > w) after[x] *= s.total[(3 - J) * K + column + x];
             }
-            mma(mid, key[0], query[0], key[1], query[1], early[0], early[1]);
+        }
+        if (threadIdx.x < WIDTH) {
+            const int channel = pass * WIDTH + threadIdx.x;
+            const float f1 = s.total[K + channel], f2 = s.total[2 * K + channel];
+            s.between[channel] = (u16)pack(f1, 0.0f), s.between[K + channel] = (u16)pack(f2, 0.0f);
+            s.between[2 * K + channel] = (u16)pack(f1 * f2, 0.0f);
+            a.D[tile * K + channel] = s.total[channel] * f1 * f2 * s.total[3 * K + channel];
+        }
+        {
+            u16 *E = a.E + tile * C * K + 16 * w * 64, *Q = a.Q + tile * C * K + 16 * w * 64;
 #pragma unroll
-            for (int x = 0; x < 4; x++) {
-                since[1][x] *= total[0][x];
-                before[1][x] *= total[0][x];
-                until[0][x] *= total[1][x];
-                if (r == 0) s.total[w * K + 32 * group + 8 * c + 4 * half + x] = total[0][x] * total[1][x];
-            }
+            for (int i = 0; i < 16; i++) {
+                const int to = image(i, column / 8) + column % 8;
+                Factors f;
+                if (ERASE == 2) {
+                    *(Row*)(rows + i * PITCH + column) = times_row(e[i], factor(run));
 #pragma unroll
-            for (int h = 0; h < 2; h++)
-#pragma unroll
-                for (int p = 0; p < 2; p++) {
-                    const float* f = ERASE == 2 ? before[h] : since[h];
-                    e_since[h].x[2 * half + p] = pack(low(e2[h][p]) * f[2 * p], high(e2[h][p]) * f[2 * p + 1]);
-                    q_since[h].x[2 * half + p] = pack(low(q2[h][p]) * since[h][2 * p], high(q2[h][p]) * since[h][2 * p + 1]);
-                    k_until[h].x[2 * half + p] = pack(low(k2[h][p]) * until[h][2 * p], high(k2[h][p]) * until[h][2 * p + 1]);
+                    for (int x = 0; x < CHANNELS; x++) f[x] = run[x] * before[x];
+                    *(Row*)(E + to) = times_row(e[i], factor(f));
                 }
-        }
+                multiply(run, d[i]);
+                const Row since = factor(run);
+                if (ERASE != 2) *(Row*)(rows + i * PITCH + column) = times_row(ERASE ? e[i] : k[i], since);
+                const Row q = *(const Row*)(my_end + i * PITCH + column);
+                *(Row*)(rows + (16 + i) * PITCH + column) = times_row(q, since);
+                const float beta = e_scale[i], scale = q_scale[i];
+                Factors start;
 #pragma unroll
-        for (int h = 0; h < 2; h++) {
-            int row = 16 * w + 8 * h + r;
-            *(Quad*)(s.rows + row * K + 8 * swizzled(row, 4 * group + c)) = k_until[h];
-            s.block[w].since[group][0][h][lane] = e_since[h];
-            s.block[w].since[group][1][h][lane] = q_since[h];
-        }
-    }
-    float e_scale[2], q_scale[2];  // what a row's scores are multiplied by, beside the column's k_norm
+                for (int x = 0; x < CHANNELS; x++) start[x] = run[x] * before[x], f[x] = start[x] * beta;
+                if (ERASE != 2) *(Row*)(E + to) = times_row(ERASE ? e[i] : k[i], factor(f));
 #pragma unroll
-    for (int h = 0; h < 2; h++) {
-        own[h] = quad_sum(own[h]);
-        q_norm[h] = gate ? rsqrt_(quad_sum(q_norm[h]) + 1e-6f) : 1.0f;
-        k_norm[h] = gate ? rsqrt_(quad_sum(k_norm[h]) + 1e-6f) : 1.0f;
-        int row = 16 * w + 8 * h + r;
-        if (c == 0) {
-            s.k_norm[row] = k_norm[h];
-            if (gate && a.norms) a.norms[tile * 2 * C + row] = q_norm[h], a.norms[tile * 2 * C + C + row] = k_norm[h];
+                for (int x = 0; x < CHANNELS; x++) f[x] = start[x] * scale;
+                *(Row*)(Q + to) = times_row(q, factor(f));
+            }
         }
-        e_scale[h] = ERASE ? 1.0f : beta[h] * k_norm[h];
-        q_scale[h] = q_norm[h] * a.scale;
+        warp_barrier();  // all lanes have read q
+#pragma unroll
+        for (int x = 0; x < CHANNELS; x++) run[x] = 1.0f;
+#pragma unroll
+        for (int i = 15; i >= 0; i--) {
+            Factors f;
+            *(Row*)(my_k + i * PITCH + column) = times_row(k[i], factor(run));
+#pragma unroll
+            for (int x = 0; x < CHANNELS; x++) f[x] = run[x] * after[x];
+            const Row end = times_row(k[i], factor(f));
+#pragma unroll
+            for (int p = 0; p < PAIRS; p++) {
+                const int channel = column + 2 * p;
+                *(u32*)(my_end + i * PITCH + channel / 32 * 32 + channel % 8 / 2 * 8 + channel % 32 / 8 * 2) = end.x[p];
+            }
+            multiply(run, d[i]);
+        }
     }
     block_barrier();
 
-    // Blocks of 16 against earlier ones: since this block's start, times whole blocks between, times until that one's end.
+    // Blocks of 16 against earlier ones.
     float far[3][2][2][4] = {};
-#pragma unroll 1
-    for (int group = 0; group < GROUPS; group++) {
-        Quad e4[2], q4[2];
-        float f[8];
-        u32 f2[4];
-#pragma unroll
-        for (int h = 0; h < 2; h++) e4[h] = s.block[w].since[group][0][h][lane], q4[h] = s.block[w].since[group][1][h][lane];
-#pragma unroll
-        for (int x = 0; x < 8; x++) f[x] = 1.0f;
-#pragma unroll
-        for (int p = 0; p < 4; p++) f2[p] = pack(1.0f, 1.0f);
+#pragma unroll 2
+    for (int step = 0; step < K / 16; step++) {
+        const int from = lane % 16 * PITCH + 16 * step + lane / 16 * 8;
+        const Quad e = load_tiles(rows + from), q = load_tiles(rows + 16 * PITCH + from);
 #pragma unroll
         for (int J = 2; J >= 0; J--)
             if (J < w) {
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    const int p = 2 * half;
-                    u32 e2[4] = {times(e4[0].x[p], f2[p]), times(e4[1].x[p], f2[p]), times(e4[0].x[p + 1], f2[p + 1]), times(e4[1].x[p + 1], f2[p + 1])};
-                    u32 q2[4] = {times(q4[0].x[p], f2[p]), times(q4[1].x[p], f2[p]), times(q4[0].x[p + 1], f2[p + 1]), times(q4[1].x[p + 1], f2[p + 1])};
-#pragma unroll
-                    for (int n = 0; n < 2; n++) {
-                        int row = 16 * J + 8 * n + r;
-                        const u32* b = (const u32*)(s.rows + row * K + 8 * swizzled(row, 4 * group + c)) + p;
-                        mma(far[J][0][n], e2[0], e2[1], e2[2], e2[3], b[0], b[1]);
-                        mma(far[J][1][n], q2[0], q2[1], q2[2], q2[3], b[0], b[1]);
-                    }
+                Quad k = load_tiles(s.k_until + (16 * J + lane % 8 + lane / 16 * 8) * PITCH + 16 * step + lane / 8 % 2 * 8);
+                if (J < w - 1) {
+                    const u16* f = s.between + (w == 2 ? 0 : J == 1 ? 1 : 2) * K + 16 * step + 2 * c;
+                    const u32 f0 = *(const u32*)f, f1 = *(const u32*)(f + 8);
+                    k.x[0] = times(k.x[0], f0), k.x[1] = times(k.x[1], f1), k.x[2] = times(k.x[2], f0), k.x[3] = times(k.x[3], f1);
                 }
 #pragma unroll
-                for (int x = 0; x < 8; x++) f[x] *= s.total[J * K + 32 * group + 8 * c + x];
-#pragma unroll
-                for (int p = 0; p < 4; p++) f2[p] = pack(f[2 * p], f[2 * p + 1]);
+                for (int n = 0; n < 2; n++) {
+                    mma(far[J][0][n], e.x[0], e.x[1], e.x[2], e.x[3], k.x[2 * n], k.x[2 * n + 1]);
+                    mma(far[J][1][n], q.x[0], q.x[1], q.x[2], q.x[3], k.x[2 * n], k.x[2 * n + 1]);
+                }
             }
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            Quad e_out, q_out;
-#pragma unroll
-            for (int p = 0; p < 4; p++) {
-                e_out.x[p] = pack(low(e4[h].x[p]) * (f[2 * p] * e_scale[h]), high(e4[h].x[p]) * (f[2 * p + 1] * e_scale[h]));
-                q_out.x[p] = pack(low(q4[h].x[p]) * (f[2 * p] * q_scale[h]), high(q4[h].x[p]) * (f[2 * p + 1] * q_scale[h]));
-            }
-            long long out = tile * C * K + image(16 * w + 8 * h + r, 4 * group + c);
-            *(Quad*)(a.E + out) = e_out;
-            *(Quad*)(a.Q + out) = q_out;
-        }
     }
 
-    // A and P go to shared memory, each warp its 16 rows.
-    warp_barrier();  // all lanes have read their decayed rows; A and P lie over them
-    u32* P2 = (u32*)s.block[w].P;
-    float* L = s.block[w].L;
+    // A and P go to shared memory, each warp its 16 rows. P has no k_norm: M^T brings it.
+    warp_barrier();  // all lanes have read their rows; A and P lie over them
+    float* L = s.warp[w].L;
+    u16* P = s.warp[w].P;
+    *(Quad*)(P + lane / 2 * P_PITCH + 16 * w + lane % 2 * 8) = Quad{};
+    if (w % 2 == 0) *(Quad*)(P + lane / 2 * P_PITCH + 16 * w + 16 + lane % 2 * 8) = Quad{};
+    {
+        const float es[2] = {e_scale[r], e_scale[r + 8]}, qs[2] = {q_scale[r], q_scale[r + 8]};
 #pragma unroll
-    for (int J = 0; J < 4; J++)
+        for (int J = 0; J < 3; J++)
+            if (J < w)
 #pragma unroll
-        for (int n = 0; n < 2; n++)
+                for (int n = 0; n < 2; n++) {
+                    const int j = 16 * J + 8 * n + 2 * c;
+                    const float n0 = s.k_norm[j], n1 = s.k_norm[j + 1];
 #pragma unroll
-            for (int h = 0; h < 2; h++) {
-                int j = 16 * J + 8 * n + 2 * c;
-                float A[2] = {0.0f, 0.0f}, p[2] = {0.0f, 0.0f};
-                if (J < w) {
-#pragma unroll
-                    for (int x = 0; x < 2; x++) A[x] = far[J % 3][0][n][2 * h + x], p[x] = far[J % 3][1][n][2 * h + x];
-                } else if (J == w && h == 1 && n == 0) {
-#pragma unroll
-                    for (int x = 0; x < 2; x++) A[x] = mid[x], p[x] = mid[2 + x];
-                } else if (J == w && h == n) {
-#pragma unroll
-                    for (int x = 0; x < 2; x++) {
-                        int apart = r ^ (2 * c + x);
-                        if (r > 2 * c + x) {
-                            A[x] = apart & 4 ? near[2][h][x] : apart & 2 ? near[1][h][x] : near[0][h][x];
-                            p[x] = apart & 4 ? near[2][h][2 + x] : apart & 2 ? near[1][h][2 + x] : near[0][h][2 + x];
-                        }
-                        if (apart == 0) p[x] = own[h];
+                    for (int h = 0; h < 2; h++) {
+                        float* to = L + (8 * h + r) * L_PITCH + j;
+                        to[0] = far[J][0][n][2 * h] * es[h] * n0, to[1] = far[J][0][n][2 * h + 1] * es[h] * n1;
+                        *(u32*)(P + (8 * h + r) * P_PITCH + j) = pack(far[J][1][n][2 * h] * qs[h], far[J][1][n][2 * h + 1] * qs[h]);
                     }
                 }
-                float n0 = s.k_norm[j], n1 = s.k_norm[j + 1];
-                L[(8 * h + r) * L_STRIDE + j] = A[0] * e_scale[h] * n0;
-                L[(8 * h + r) * L_STRIDE + j + 1] = A[1] * e_scale[h] * n1;
-                P2[((8 * h + r) * P_STRIDE + j) / 2] = pack(p[0] * q_scale[h] * n0, p[1] * q_scale[h] * n1);
-            }
+    }
+    warp_barrier();
+    spread<1>(near[0], L + 16 * w, P + 16 * w, e_scale, q_scale, k_norm, r, c);
+    spread<2>(near[1], L + 16 * w, P + 16 * w, e_scale, q_scale, k_norm, r, c);
+    spread<4>(near[2], L + 16 * w, P + 16 * w, e_scale, q_scale, k_norm, r, c);
+    spread<8>(near[3], L + 16 * w, P + 16 * w, e_scale, q_scale, k_norm, r, c);
+    if (lane < 16) P[lane * P_PITCH + 16 * w + lane] = (u16)pack(s.own[16 * w + lane] * q_scale[lane], 0.0f);
     warp_barrier();
 
     // M of the warp's own 16 x 16 block, by substitution: a column per lane.
     {
         float* block = L + 16 * w;
-        int column = lane % 16;
+        const int column = lane % 16;
         float m[16];
 #pragma unroll
         for (int i = 0; i < 16; i++) {
-            float sum = i == column ? 1.0f : 0.0f;
+            float sum[2] = {i == column ? 1.0f : 0.0f, 0.0f};
 #pragma unroll
-            for (int t = 0; t < i; t++) sum -= block[i * L_STRIDE + t] * m[t];
-            m[i] = sum;
+            for (int t = 0; t < i; t += 4) {
+                const Quad row = *(const Quad*)(block + i * L_PITCH + t);
+#pragma unroll
+                for (int y = 0; y < 4; y++)
+                    if (t + y < i) sum[y % 2] -= __uint_as_float(row.x[y]) * m[t + y];
+            }
+            m[i] = sum[0] + sum[1];
         }
         warp_barrier();
         if (lane < 16)
 #pragma unroll
-            for (int i = 0; i < 16; i++) block[i * L_STRIDE + column] = m[i];
+            for (int i = 0; i < 16; i++) block[i * L_PITCH + column] = m[i];
     }
-    block_barrier();  // all have read `rows` as k_until, too
-
-    // k until the chunk's end, its pairs laid out as columns of tiles: column 2c + x of tile 4 group + p.
-#pragma unroll 1
-    for (int group = 0; group < GROUPS; group++) {
-        float f[8];
-#pragma unroll
-        for (int x = 0; x < 8; x++) {
-            int at = 32 * group + 8 * c + x;
-            f[x] = 1.0f;
-            for (int J = 1; J < 4; J++)
-                if (J > w) f[x] *= s.total[J * K + at];
-        }
-        Quad k4[2];
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            int row = 16 * w + 8 * h + r;
-            k4[h] = *(const Quad*)(s.rows + row * K + 8 * swizzled(row, 4 * group + c));
-        }
-        warp_barrier();
-#pragma unroll
-        for (int h = 0; h < 2; h++)
-#pragma unroll
-            for (int p = 0; p < 4; p++) {
-                int row = 16 * w + 8 * h + r;
-                u32 pair = pack(low(k4[h].x[p]) * f[2 * p] * k_norm[h], high(k4[h].x[p]) * f[2 * p + 1] * k_norm[h]);
-                *(u32*)(s.rows + row * K + 8 * swizzled(row, 4 * group + p) + 2 * c) = pair;
-            }
-        warp_barrier();
-    }
-    for (int x = threadIdx.x; x < K; x += 128)
-        a.D[tile * K + x] = s.total[x] * s.total[K + x] * s.total[2 * K + x] * s.total[3 * K + x];
     block_barrier();
 
     // Block row w of M^T: M_Iw^T = -(sum_t M_tw^T A_It^T) M_II^T. Every product's result is the next one's first operand.
@@ -362,7 +420,7 @@ extern "C" __global__ void __launch_bounds__(128, 4) intra(const __grid_constant
                 for (int n = 0; n < 2; n++)
 #pragma unroll
                     for (int x = 0; x < 4; x++)
-                        m[I][n][x] = s.block[I].L[(8 * n + 2 * c + x % 2) * L_STRIDE + 16 * I + r + 8 * (x / 2)];
+                        m[I][n][x] = s.warp[I].L[(8 * n + 2 * c + x % 2) * L_PITCH + 16 * I + r + 8 * (x / 2)];
             if (I > w) {
                 float sum[2][4] = {};
 #pragma unroll
@@ -372,14 +430,14 @@ extern "C" __global__ void __launch_bounds__(128, 4) intra(const __grid_constant
                         for (int n = 0; n < 2; n++)
 #pragma unroll
                             for (int step = 0; step < 2; step++) {
-                                const float* b = s.block[I].L + (8 * n + r) * L_STRIDE + 16 * t + 8 * step + 2 * c;
+                                const float* b = s.warp[I].L + (8 * n + r) * L_PITCH + 16 * t + 8 * step + 2 * c;
                                 mma_tf32(sum[n], m[t][step][0], m[t][step][2], m[t][step][1], m[t][step][3], b[0], b[1]);
                             }
 #pragma unroll
                 for (int n = 0; n < 2; n++)
 #pragma unroll
                     for (int step = 0; step < 2; step++) {
-                        const float* b = s.block[I].L + (8 * n + r) * L_STRIDE + 16 * I + 8 * step + 2 * c;
+                        const float* b = s.warp[I].L + (8 * n + r) * L_PITCH + 16 * I + 8 * step + 2 * c;
                         mma_tf32(m[I][n], sum[step][0], sum[step][2], sum[step][1], sum[step][3], -b[0], -b[1]);
                     }
             }
@@ -391,20 +449,26 @@ extern "C" __global__ void __launch_bounds__(128, 4) intra(const __grid_constant
 #pragma unroll
                     for (int h = 0; h < 2; h++)
                         *(u32*)(a.M + tile * C * C + image(16 * w + 8 * h + r, 2 * I + n) + 2 * c) = m2[I][2 * n + h];
+            if (gate && I >= w)  // from here on k's norm comes with M
+#pragma unroll
+                for (int n = 0; n < 2; n++) {
+                    const float n0 = s.k_norm[16 * I + 8 * n + 2 * c], n1 = s.k_norm[16 * I + 8 * n + 2 * c + 1];
+                    m2[I][2 * n] = pack(m[I][n][0] * n0, m[I][n][1] * n1), m2[I][2 * n + 1] = pack(m[I][n][2] * n0, m[I][n][3] * n1);
+                }
         }
     }
 
-    // W = M^T k_until, rows of block w.
+    // W = M^T k_end, rows of block w.
+    const u16* columns = s.k_end + lane % 16 * PITCH + lane / 16 * 8;
 #pragma unroll 1
-    for (int group = 0; group < GROUPS; group++) {
+    for (int group = 0; group < K / 32; group++) {
         float out[4][4] = {};
 #pragma unroll
         for (int I = 0; I < 4; I++)
             if (I >= w)
 #pragma unroll
                 for (int p = 0; p < 4; p += 2) {
-                    int row = 16 * I + lane % 16;
-                    Quad b = load_tiles_transposed(s.rows + row * K + 8 * swizzled(row, 4 * group + p + lane / 16));
+                    const Quad b = load_tiles_transposed(columns + 16 * I * PITCH + 32 * group + 8 * p);
                     mma(out[p], m2[I][0], m2[I][1], m2[I][2], m2[I][3], b.x[0], b.x[1]);
                     mma(out[p + 1], m2[I][0], m2[I][1], m2[I][2], m2[I][3], b.x[2], b.x[3]);
                 }
@@ -417,17 +481,19 @@ extern "C" __global__ void __launch_bounds__(128, 4) intra(const __grid_constant
         }
     }
     // (P M)^T = M^T P^T, rows of block w.
-#pragma unroll 1
+#pragma unroll
     for (int group = 0; group < 2; group++) {
         float out[4][4] = {};
+        const int l = lane % 8, half = lane / 8 % 2;  // of the columns; lanes from 16 on read the odd tiles
 #pragma unroll
         for (int I = 0; I < 4; I++)
             if (I >= w && I < 2 * group + 2)
 #pragma unroll
-                for (int p = 0; p < 4; p++) {
-                    const int row = 8 * (r / 2) + 2 * p + r % 2;  // of 32
-                    const u32* b = (const u32*)s.block[2 * group + row / 16].P + (row % 16 * P_STRIDE + 16 * I + 2 * c) / 2;
-                    mma(out[p], m2[I][0], m2[I][1], m2[I][2], m2[I][3], b[0], b[4]);
+                for (int p = 0; p < 4; p += 2) {
+                    const int row = 8 * (l / 2) + 2 * (p + lane / 16) + l % 2;  // of 32
+                    const Quad b = load_tiles(s.warp[2 * group + row / 16].P + row % 16 * P_PITCH + 16 * I + 8 * half);
+                    mma(out[p], m2[I][0], m2[I][1], m2[I][2], m2[I][3], b.x[0], b.x[1]);
+                    mma(out[p + 1], m2[I][0], m2[I][1], m2[I][2], m2[I][3], b.x[2], b.x[3]);
                 }
 #pragma unroll
         for (int h = 0; h < 2; h++) {
