@@ -322,7 +322,7 @@ def answer_losses(
     half = torch.autocast("cuda", torch.bfloat16) if device.startswith("cuda") and reader is None else nullcontext()
     with half:
         hidden_BTD = model.model(asked.tokens)[0] if reader is None else reader(model, asked.tokens)
-        logits_NA = model.lm_head(hidden_BTD.flatten(0, 1)[asked.place]).float()
+        logits_NA = model.lm_head(hidden_BTD.flatten(0, 1).index_select(0, asked.place)).float()
         losses_N = F.cross_entropy(logits_NA, asked.target, reduction="none")
     return losses_N, logits_NA.detach().argmax(-1) == asked.target
 

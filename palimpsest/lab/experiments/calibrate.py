@@ -4,14 +4,13 @@ from collections.abc import Sequence
 
 from palimpsest.lab.contestants import CONTESTANTS, Size
 from palimpsest.lab.experiment import Experiment, Record, Verdict
-from palimpsest.lab.experiments.fig4 import QUICK, QUICK_RATE, QUICK_RUN, tasks
+from palimpsest.lab.experiments.fig4 import QUICK_RATE, QUICK_RUN, quick_tasks, tasks
 from palimpsest.lab.plots import figure, learning_curves, legend_below, style
 from palimpsest.lab.spread import Table
 from palimpsest.lab.training import Training
 
 RATES = (QUICK_RATE, QUICK_RATE / 2)
 SETTING = ("length", "vocabulary", "lr")
-EASIER = {**QUICK, "vocab_size": 256, "pairs_share": 16}
 
 
 def points(scale: str) -> list:
@@ -21,8 +20,8 @@ def points(scale: str) -> list:
         settings = [(task, QUICK_RATE) for task in tasks(16, 24, 4)]
     else:  # the first points are those of fig4 itself
         shared = QUICK_RUN
-        settings = [(task, lr) for lr in RATES for length in (256, 512, 1024) for task in tasks(length, **QUICK)]
-        settings += [(task, QUICK_RATE) for task in tasks(256, **EASIER)]
+        settings = [(task, lr) for lr in RATES for length in (256, 512, 1024) for task in quick_tasks(length)]
+        settings += [(task, QUICK_RATE) for task in tasks(256, 256, 64, pairs_share=16)]
     return [
         Calibration(Training(who=CONTESTANTS["kda"], train=(task,), lr=lr, **shared))  # type: ignore[arg-type]
         for task, lr in settings
