@@ -260,7 +260,7 @@ class Tally:
         total = sum(self.work.values())
         done = sum(self.work[i] * share for i, share in self.share.items())
         elapsed = time.monotonic() - self.began
-        eta = elapsed * (total - done) / done if done else None
+        eta = elapsed * (total - done) / done if done > 0.002 * total else None  # a guess from less misleads
         return {"done": done / total if total else 1.0, "elapsed": elapsed, "eta": eta}
 
 
