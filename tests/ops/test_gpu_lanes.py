@@ -33,8 +33,8 @@ CHAIN = (
     "",
 )
 GRADIENT = (
-    "q k erase g A_log dt_bias write norms E M d_out d_write memories d_memories dq dk dv dg d_erase dA_log d_bias "
-    "cu_seqlens chunk_offsets", "T N H HV V", "scale floor", "gate wide_g wide_e",
+    "q k erase g A_log dt_bias write norms M R d_out d_write memories d_memories dq dk dv dg d_erase dA_log d_bias "
+    "cu_seqlens chunk_offsets", "T N H HV", "scale floor", "gate wide_g wide_e",
 )  # fmt: skip
 
 
@@ -111,7 +111,8 @@ class Kernels:
 
     def backward(self, d_out, d_state):
         x = self.x
-        self.walk("save", {**x, "out": 0})
+        dv = torch.full_like(x["write"], torch.nan)  # holds R until each tile of it is read
+        self.walk("save", {**x, "out": dv})
         nan = lambda like: torch.full_like(like, torch.nan)
         d_write, d_first = nan(x["write"]), nan(x["state"])
         reverse = {
@@ -126,10 +127,11 @@ class Kernels:
         heads = (*x["write"].shape[:3], K)
         gradients = dict(
             d_out=d_out, d_write=d_write, dq=torch.full(heads, torch.nan, dtype=torch.bfloat16),
-            dk=torch.full(heads, torch.nan, dtype=torch.bfloat16), dv=nan(x["write"]), dg=nan(x["g"]), d_erase=nan(x["erase"]),
+            dk=torch.full(heads, torch.nan, dtype=torch.bfloat16), dv=dv, R=dv, dg=nan(x["g"]), d_erase=nan(x["erase"]),
             dA_log=torch.zeros(self.tiles // x["HV"], x["HV"]), d_bias=torch.zeros(self.tiles // x["HV"], x["HV"], 4, K),
         )  # fmt: skip
-        self.run("gradient", "gradient", GRADIENT, 256, (self.tiles, 1), {**x, **gradients}, self.kind)
+        gated = "_gated" if x["gate"] else ""
+        self.run("gradient", f"gradient_{x['V']}{gated}", GRADIENT, 256, (self.tiles, 1), {**x, **gradients}, self.kind)
         dq, dk = (gradients[name].float().unflatten(2, (x["H"], -1)).sum(3) for name in ("dq", "dk"))
         dv = d_write if self.kind else gradients["dv"]
         parameters = (gradients["dA_log"].sum(0), gradients["d_bias"].sum((0, 2)))

@@ -31,7 +31,7 @@ struct Arguments {
     const float *D, *beta;  // beta: per tile, 0 beyond the last token
     const u16* rows;        // write, or the output's gradient: [tokens, HV, V]
     const float* state;     // [sequences, HV, K, V]; going back, the gradient of the last one
-    u16* out;               // [tokens, HV, V]: the output; going back, the gradient of write
+    u16* out;               // [tokens, HV, V]: the output, or R = write - E S; going back, the gradient of write
     float* state_out;
     u16* memories;
     const int *cu_seqlens, *chunk_offsets;
@@ -202,6 +202,7 @@ template <int MODE, int GROUPS> DEVICE void walk(const Arguments& a) {
                 for (int step = 0; step < K / 16; step++) wgmma<false, false>(o, S2 + 4 * step, by_columns(g.Q, step));
                 wgmma_commit();
             }
+            if (MODE == SAVE) put_rows<PITCH>(g.rows + 16 * w, fresh, a.out + out_from + chunk * C * out_pitch, out_pitch, min(C, tokens - chunk * C), lane);
             wgmma_wait<0>();
             if (MODE == SAVE && lane == 0) arrive(&s.empty[x]);
         } else {

@@ -14,13 +14,13 @@ from torch import Tensor
 from palimpsest.ops.cuda.launch import Kernel, kernel
 
 C = 64  # tokens in a chunk
-_INTRA, _CHAIN, _GRADIENT = "16P4i2f3i", "13P3i", "23P5i2f3i"
+_INTRA, _CHAIN, _GRADIENT = "16P4i2f3i", "13P3i", "23P4i2f3i"
 _SHARED = {
     "intra": {64: 48512, 128: 73472},
     "chain_1": {64: 130048, 128: 203776},
     "chain_2": {64: 154624, 128: 228352},
-    "gradient": {64: 98816, 128: 98816},
-}  # bytes
+    "gradient": {64: 89632, 128: 114208},
+}  # bytes; of gradient, by value channels
 TWO_GROUPS_FROM = 40  # sequences x value heads
 
 
@@ -47,6 +47,11 @@ class Plan(NamedTuple):
         else:
             file, shared = f"{name}_{dtype}_{self.K}_{self.erase}", _SHARED[name]
         return kernel(file, name, fields, threads, shared[self.K], self.q.get_device())
+
+    def gradient(self, gated: bool) -> Kernel:
+        file = f"gradient_{'bf16' if self.q.dtype == torch.bfloat16 else 'fp16'}_{self.K}_{self.erase}"
+        name = f"gradient_{self.V}_gated" if gated else f"gradient_{self.V}"
+        return kernel(file, name, _GRADIENT, 256, _SHARED["gradient"][self.V], self.q.get_device())
 
 
 def plan_of(q: Tensor, v: Tensor, erase: Tensor, cu_seqlens: Tensor | None, exclusive: bool) -> Plan:
@@ -129,30 +134,31 @@ def backward(
     plan = plan_of(q, v, erase, cu_seqlens, exclusive)
     tiles = intra(plan, k, g, erase, A_log, dt_bias, scale, floor, gate, save=True)
     memories = torch.empty(plan.chunks, plan.HV, plan.V, plan.K, dtype=q.dtype, device=q.device)
-    chain(plan, "save", tiles, v, state, None, None, memories)
+    dv = torch.empty_like(v)  # holds R = write - E S until each tile of it is read
+    chain(plan, "save", tiles, v, state, dv, None, memories)
     d_write, d_memories, d_state_in = torch.empty_like(v), torch.empty_like(memories), torch.empty_like(state)
     chain(plan, "reverse", tiles, d_out, d_state, d_write, d_state_in, d_memories)
 
     dq, dk = (x.new_empty(*v.shape[:3], plan.K) for x in (q, k))
-    dg, d_erase, dv = torch.empty_like(g), torch.empty_like(erase), d_write if plan.erase else torch.empty_like(v)
+    dg, d_erase = torch.empty_like(g), torch.empty_like(erase)
     dA_log = d_bias = q.new_empty(0)
     if gate:  # chunks that a packed batch does not have add nothing
         dA_log = torch.zeros(plan.chunks, plan.HV, dtype=torch.float32, device=q.device)
         d_bias = torch.zeros(plan.chunks, plan.HV, 4, plan.K, dtype=torch.float32, device=q.device)
     if plan.chunks:
-        plan.kernel("gradient", _GRADIENT, 256).launch(
+        plan.gradient(gate > 0).launch(
             (plan.chunks * plan.HV, 1),
             q.data_ptr(), k.data_ptr(), erase.data_ptr(), g.data_ptr(), _at(A_log), _at(dt_bias), v.data_ptr(), tiles.norms,
-            tiles.E, tiles.M, d_out.data_ptr(), d_write.data_ptr(), memories.data_ptr(), d_memories.data_ptr(),
+            tiles.M, dv.data_ptr(), d_out.data_ptr(), d_write.data_ptr(), memories.data_ptr(), d_memories.data_ptr(),
             dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), dg.data_ptr(), d_erase.data_ptr(), _at(dA_log), _at(d_bias),
-            plan.cu_seqlens, plan.chunk_offsets, plan.T, plan.sequences, plan.H, plan.HV, plan.V, scale, floor,
+            plan.cu_seqlens, plan.chunk_offsets, plan.T, plan.sequences, plan.H, plan.HV, scale, floor,
             gate, g.dtype == torch.float32, erase.dtype == torch.float32,
         )  # fmt: skip
     if plan.HV > plan.H:
         dq, dk = (x.unflatten(2, (plan.H, -1)).sum(3) for x in (dq, dk))
     if gate:
         dA_log, d_bias = dA_log.sum(0).to(like[2].dtype), d_bias.sum((0, 2)).to(like[3].dtype)
-    return dq, dk, dv, dg.to(like[0].dtype), d_erase.to(like[1].dtype), d_state_in, dA_log, d_bias
+    return dq, dk, d_write if plan.erase else dv, dg.to(like[0].dtype), d_erase.to(like[1].dtype), d_state_in, dA_log, d_bias
 
 
 def _readable(q, k, v, log_decay, erase, state, A_log, dt_bias):
