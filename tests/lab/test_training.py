@@ -109,16 +109,24 @@ def test_a_batch_that_asks_nothing_teaches_nothing():
     assert result(point)["rows"][0]["steps"] == 3
 
 
-def test_an_evaluation_counts_answers_sequences_and_slices():
+def test_an_untrained_model_knows_nothing():
     model = build(CONTESTANTS["kda"], SIZE, 256)
     found = evaluate(model, draw_test(Text(length=64), 2, 2, "cpu"), "cpu")
-    assert found["bits"] == pytest.approx(8, abs=0.3)  # an untrained model knows nothing of 256 bytes
-    model, test = build(CONTESTANTS["kda"], SIZE, 16), draw_test(POINT.train[0], 4, 3, "cpu")
-    found = evaluate(model, test, "cpu")
-    right = [(model(b.tokens).logits.argmax(-1) == b.labels) | ~b.scored for b in test.batches]
-    assert found["exact"] == pytest.approx(sum(int(r.all(1).sum()) for r in right) / 12)
+    assert found["bits"] == pytest.approx(8, abs=0.3)
+
+
+def test_a_sequence_is_exact_if_all_its_answers_are_right(monkeypatch):
+    some_right = lambda model, asked, *_: (torch.zeros(len(asked.place)), asked.place % 48 % 5 > 0)
+    monkeypatch.setattr("palimpsest.lab.training.answer_losses", some_right)
+    test = draw_test(MQAR(length=16, vocab_size=16, pairs=2), 4, 3, "cpu")
+    found = evaluate(build(CONTESTANTS["kda"], SIZE, 16), test, "cpu")
+    places = torch.arange(64).view(4, 16) % 48 % 5 > 0
+    right = torch.cat([places | ~b.scored for b in test.batches])
     answers = sum(int(b.scored.sum()) for b in test.batches)
-    assert found["accuracy"] == pytest.approx(1 - sum(int((~r).sum()) for r in right) / answers)
+    assert answers == 12 * 2
+    assert 0 < found["exact"] < found["accuracy"] < 1
+    assert found["exact"] == pytest.approx(right.all(1).double().mean().item())
+    assert found["accuracy"] == pytest.approx(1 - int((~right).sum()) / answers)
     slices = found["slices"]["gap"]
     assert sum(n for _, n in slices.values()) == answers
     assert sum(ok * n for ok, n in slices.values()) / answers == pytest.approx(found["accuracy"])
