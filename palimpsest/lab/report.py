@@ -80,26 +80,22 @@ def _measures(folder: Path) -> dict[tuple[str, str], Spread]:
     values: dict[tuple[str, str], list[float]] = {}
     for record in records:
         for row in record.result["rows"]:
-            label = _words(record.label) | {k: v for k, v in row.items() if isinstance(v, str) or k in COORDINATES}
+            where = {k: v for k, v in row.items() if isinstance(v, str) or k in COORDINATES}
+            label = _words(record.label | where)
             for name, value in row.items():
                 if name not in COORDINATES and isinstance(value, int | float) and not isinstance(value, bool):
                     values.setdefault((title(label), name), []).append(float(value))
     return {key: Spread(tuple(v)) for key, v in values.items()}
 
 
-COORDINATES = (
-    "test",
-    "test_length",
-    "tokens",
-    "context",
-    "layer",
-    "head",
-    "step",
-)  # columns that say where, not how much
+# Columns that say where, not how much.
+COORDINATES = ("test", "test_length", "tokens", "context", "layer", "head", "step")
 
 
-def _words(label: Row) -> Row:
-    return {k: v for k, v in label.items() if k != "seed"}
+def _words(row: Row) -> Row:
+    """What a row is of, without its seed and without saying the same twice."""
+    known = {"seed", "test"} | {f"test_{k}" for k in ("task", "length") if row.get(k) == row.get(f"test_{k}")}
+    return {k: v for k, v in row.items() if k not in known}
 
 
 def _duration(seconds: float) -> str:
