@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from palimpsest.lab.experiment import Record, Row, Table, Verdict
 from palimpsest.lab.plots import FAINT, band, figure, learning_curves, legend_below, style
-from palimpsest.lab.spread import Spread, contestants_table, grid
+from palimpsest.lab.spread import Spread, contestants_table, diverged, grid
 
 PERCENT: Callable[[float], str] = lambda x: f"{100 * x:.1f}"
 
@@ -83,6 +83,7 @@ def versus(baseline: str, others: Mapping[str, str]) -> Callable[[Sequence[Recor
             ]
             because.append(f"{test}: {baseline} at {measure.text(base)} is {'; '.join(parts)}." if parts else "")
         outcome = "shown" if better and better > 2 * worse else "not shown" if worse > better else "undecided"
+        because += diverged(records)
         because.append("Level means that the ranges over seeds overlap; one seed cannot tell.")
         return Verdict(outcome, [b for b in because if b], (results_table(found), contestants_table(records)))
 

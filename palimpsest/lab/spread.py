@@ -78,6 +78,20 @@ def against(a: str, one: Spread, b: str, other: Spread) -> str:
     return f"{a} and {b} differ by {points:.1f} points, less than their seeds do"
 
 
+def diverged(records: Iterable[Record]) -> list[str]:
+    """A sentence on runs whose loss was no number in the end, if there are any."""
+    runs: dict[tuple, list[bool]] = {}
+    for record in records:
+        row = record.rows[0]
+        runs.setdefault((row["contestant"], row["task"], row["length"]), []).append(row["diverged"])
+    words = [
+        f"{who} on {task} {n} ({sum(ended)} of {len(ended)} runs)"
+        for (who, task, n), ended in runs.items()
+        if any(ended)
+    ]
+    return [f"Diverged: {', '.join(words)}."] if words else []
+
+
 def grid(title: str, cells: dict[tuple[str, str], str], corner: str) -> Table:
     """A table from (row, column) -> text, in order of appearance."""
     rows, columns = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))

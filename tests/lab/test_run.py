@@ -25,7 +25,7 @@ from palimpsest.lab.run import (
     run,
     title,
 )
-from palimpsest.lab.spread import Spread, against, tuned
+from palimpsest.lab.spread import Spread, against, diverged, tuned
 
 RECIPE = '''
 """An experiment whose points take no time."""
@@ -372,6 +372,13 @@ def test_a_difference_within_the_seeds_is_called_so():
     assert "in every seed" in against("A", Spread((0.8, 0.9)), "B", Spread((0.6, 0.7)))
     assert "in one seed" in against("A", Spread((0.9,)), "B", Spread((0.1,)))
     assert "both solve it" in against("A", Spread((0.99, 1.0)), "B", Spread((1.0, 1.0)))
+
+
+def test_runs_that_diverged_are_told():
+    ended = lambda who, seed, lost: replace(record(who, seed, 0.5), result={"rows": [{"diverged": lost}]})
+    runs = [ended("kda", 0, False), ended("bare", 0, True), ended("bare", 1, False)]
+    assert diverged(runs) == ["Diverged: bare on t 8 (1 of 2 runs)."]
+    assert diverged(runs[:1]) == []
 
 
 def test_compare_puts_common_points_side_by_side(tmp_path):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from palimpsest.lab.contestants import CONTESTANTS, PAPER_SIZE, Size
 from palimpsest.lab.experiment import Experiment, Record, Verdict
 from palimpsest.lab.plots import band, figure, learning_curves, legend_below, sliced, style
-from palimpsest.lab.spread import against, contestants_table, grid, tuned
+from palimpsest.lab.spread import against, contestants_table, diverged, grid, tuned
 from palimpsest.lab.tasks import MQAR, Palindrome, Stack
 from palimpsest.lab.training import Training
 
@@ -93,6 +93,7 @@ def judge(records: Sequence[Record]) -> Verdict:
         low = ", ".join(f"{task} {100 * spread.low:.1f} %" for task, spread in reached.items())
         every = "every task" if reached and all(s.low >= 0.99 for s in reached.values()) else "not every task"
         because.append(f"At length {shortest} KDA solves {every} (lowest seed: {low}).")
+    because += diverged(records)
     because.append(
         "The paper begins at length 256, where it has the Mamba-2-like memory fail first; these lengths are shorter."
         if _short(records)

@@ -6,7 +6,7 @@ from palimpsest.lab.contestants import Contestant, Size
 from palimpsest.lab.experiment import Experiment, Record, Verdict
 from palimpsest.lab.plots import needle_map
 from palimpsest.lab.ranking import Measure, best, draw_lengths, results_table
-from palimpsest.lab.spread import contestants_table
+from palimpsest.lab.spread import contestants_table, diverged
 from palimpsest.lab.tasks import Needle, Text
 from palimpsest.lab.training import Training
 
@@ -62,7 +62,7 @@ def judge(records: Sequence[Record]) -> Verdict:
             if length != lengths[0]:
                 shown, reverse = shown + up, reverse + down
     outcome = "shown" if shown and not reverse else "not shown" if reverse and not shown else "undecided"
-    return Verdict(outcome, because, (results_table(found), contestants_table(records)))
+    return Verdict(outcome, because + diverged(records), (results_table(found), contestants_table(records)))
 
 
 EXPERIMENT = Experiment(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from palimpsest.lab.contestants import CONTESTANTS, Size
 from palimpsest.lab.experiment import Experiment, Record, Verdict
 from palimpsest.lab.ranking import Measure, best, draw_lengths, results_table
-from palimpsest.lab.spread import contestants_table
+from palimpsest.lab.spread import contestants_table, diverged
 from palimpsest.lab.tasks import StateTracking
 from palimpsest.lab.training import Training
 
@@ -82,7 +82,7 @@ def judge(records: Sequence[Record]) -> Verdict:
                 if length == tests[-1]:
                     shown, reverse = shown + a.above(b), reverse + b.above(a)
     outcome = "shown" if shown and not reverse else "not shown" if reverse else "undecided"
-    return Verdict(outcome, because, (results_table(found), contestants_table(records)))
+    return Verdict(outcome, because + diverged(records), (results_table(found), contestants_table(records)))
 
 
 EXPERIMENT = Experiment(
