@@ -14,20 +14,20 @@ import pytest
 import torch
 
 from palimpsest.ops import gates, reference
-from palimpsest.ops.cuda import build
+from palimpsest.ops.cuda import build, delta_memory
 from palimpsest.testing import CASES, Case, assert_within_budget, judge
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to play the lanes")
 C, K = 64, 128
 INTRA = (
-    "q k erase g A_log dt_bias E Q W P D beta M norms cu_seqlens chunk_offsets",
+    "q k erase g A_log dt_bias tiles M norms cu_seqlens chunk_offsets",
     "T N H HV",
     "scale floor",
     "gate wide_g wide_e",
 )
 CHAIN = (
-    "E Q W P D beta rows state out state_out memories cu_seqlens chunk_offsets",
+    "tiles rows state out state_out memories cu_seqlens chunk_offsets",
     "T HV V",
     "",
     "",
@@ -48,13 +48,13 @@ def lanes(tmp_path_factory):
     """Compile one kernel file as C++ and return a function that runs one of its kernels on tensors."""
     folder, libraries = tmp_path_factory.mktemp("lanes"), {}
 
-    def run(file, kernel, fields, threads, grid, values, erase=0):
-        key = file, kernel, erase
+    def run(file, kernel, fields, threads, grid, *values, erase=0):
+        key, structure = (file, kernel, erase), ("Arguments", "Both")[len(values) - 1]
         if key not in libraries:
             source, library = folder / f"{kernel}{erase}.cpp", folder / f"{kernel}{erase}.so"
             source.write_text(
-                f'#include "{HERE}/warp_on_cpu.h"\n#include "{build.ROOM}/{file}.cu"\nstatic Arguments a;\n'
-                f'extern "C" void run(Arguments* x, int bx, int by)'
+                f'#include "{HERE}/warp_on_cpu.h"\n#include "{build.ROOM}/{file}.cu"\n'
+                f'static {structure} a;\nextern "C" void run({structure}* x, int bx, int by)'
                 f" {{ a = *x; cpu_run(bx, by, {threads}, [] {{ {kernel}(a); }}); }}"
             )
             command = ["g++", "-O1", "-w", "-fPIC", "-shared", f"-DERASE={erase}", str(source), "-o", str(library)]
@@ -63,11 +63,12 @@ def lanes(tmp_path_factory):
         pointers, ints, floats, flags = (names.split() for names in fields)
         types = [(x, ctypes.c_void_p) for x in pointers] + [(x, ctypes.c_int) for x in ints]
         types += [(x, ctypes.c_float) for x in floats] + [(x, ctypes.c_int) for x in flags]
-        arguments = type("Arguments", (ctypes.Structure,), {"_fields_": types})()
-        for name, _ in types:
-            value = values.get(name, 0)
-            setattr(arguments, name, value.data_ptr() if isinstance(value, torch.Tensor) else value)
-        libraries[key].run(ctypes.byref(arguments), *grid)
+        arguments = (type("Arguments", (ctypes.Structure,), {"_fields_": types}) * len(values))()
+        for one, given in zip(arguments, values):
+            for name, _ in types:
+                value = given.get(name, 0)
+                setattr(one, name, value.data_ptr() if isinstance(value, torch.Tensor) else value)
+        libraries[key].run(arguments, *grid)
 
     return run
 
@@ -93,26 +94,24 @@ class Kernels:
             q=q, k=k, erase=erase, g=g, A_log=A_log, dt_bias=dt_bias, write=v, rows=v, state=state, cu_seqlens=cu_seqlens,
             strength=erase if erase.ndim == 3 else 0, chunk_offsets=offsets, T=T, N=N, H=H, HV=HV, V=V, scale=scale,
             floor=floor, gate=gate, wide_g=g.dtype == wide, wide_e=erase.dtype == wide, wide_strength=erase.dtype == wide,
-            E=nan(self.tiles, C, K), Q=nan(self.tiles, C, K), W=nan(self.tiles, C, K), P=nan(self.tiles, C, C),
-            M=nan(self.tiles, C, C), D=nan(self.tiles, K, dtype=wide), beta=nan(self.tiles, C, dtype=wide), norms=nan(self.tiles, 2, C, dtype=wide),
+            tiles=nan(self.tiles, delta_memory.TILE[K] // 4, dtype=wide), M=nan(self.tiles, C, C), norms=nan(self.tiles, 2, C, dtype=wide),
             memories=nan(self.tiles, V, K), d_memories=nan(self.tiles, V, K), out=nan(*v.shape),
             state_out=nan(*state.shape, dtype=wide),
         )  # fmt: skip
         self.x = {name: 0 if value is None else value for name, value in x.items()}
-        run("intra", "intra", INTRA, 128, (self.tiles, 1), self.x, self.kind)
+        run("intra", "intra_gated" if gate else "intra", INTRA, 128, (self.tiles, 1), self.x, erase=self.kind)
 
-    def walk(self, mode, x):
-        threads = 384 if self.groups == 2 else 160
-        self.run("chain", f"chain_{mode}_{self.groups}", CHAIN, threads, self.grid, x)
+    def walk(self, *walks):
+        threads, name = 384 if self.groups == 2 else 160, ("forward", "both")[len(walks) - 1]
+        self.run("chain", f"chain_{name}_{self.groups}", CHAIN, threads, (self.grid[0], len(walks)), *walks)
 
     def forward(self):
-        self.walk("forward", self.x)
+        self.walk(self.x)
         return self.x["out"], self.x["state_out"]
 
     def backward(self, d_out, d_state):
         x = self.x
         dv = torch.full_like(x["write"], torch.nan)  # holds R until each tile of it is read
-        self.walk("save", {**x, "out": dv})
         nan = lambda like: torch.full_like(like, torch.nan)
         d_write, d_first = nan(x["write"]), nan(x["state"])
         reverse = {
@@ -123,7 +122,7 @@ class Kernels:
             "state_out": d_first,
             "memories": x["d_memories"],
         }
-        self.walk("reverse", reverse)
+        self.walk({**x, "out": dv}, reverse)
         heads = (*x["write"].shape[:3], K)
         gradients = dict(
             d_out=d_out, d_write=d_write, dq=torch.full(heads, torch.nan, dtype=torch.bfloat16),
@@ -131,7 +130,7 @@ class Kernels:
             dA_log=torch.zeros(self.tiles // x["HV"], x["HV"]), d_bias=torch.zeros(self.tiles // x["HV"], x["HV"], 4, K),
         )  # fmt: skip
         gated = "_gated" if x["gate"] else ""
-        self.run("gradient", f"gradient_{x['V']}{gated}", GRADIENT, 256, (self.tiles, 1), {**x, **gradients}, self.kind)
+        self.run("gradient", f"gradient_{x['V']}{gated}", GRADIENT, 256, (self.tiles, 1), {**x, **gradients}, erase=self.kind)
         dq, dk = (gradients[name].float().unflatten(2, (x["H"], -1)).sum(3) for name in ("dq", "dk"))
         dv = d_write if self.kind else gradients["dv"]
         parameters = (gradients["dA_log"].sum(0), gradients["d_bias"].sum((0, 2)))
@@ -269,8 +268,6 @@ def test_the_shipped_code_is_that_of_these_sources():
 
 @pytest.mark.parametrize(("fields", "packed"), [(INTRA, "_INTRA"), (CHAIN, "_CHAIN"), (GRADIENT, "_GRADIENT")])
 def test_arguments_are_packed_as_the_kernels_read_them(fields, packed):
-    from palimpsest.ops.cuda import delta_memory
-
     kinds = zip(fields, (ctypes.c_void_p, ctypes.c_int, ctypes.c_float, ctypes.c_int))
     types = [(name, kind) for names, kind in kinds for name in names.split()]
     values = [float(x) if kind is ctypes.c_float else x + 1 for x, (_, kind) in enumerate(types)]

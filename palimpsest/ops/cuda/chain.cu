@@ -3,7 +3,7 @@
 // Grid     (sequence x value head, 64 GROUPS value channels): GROUPS times four warps that compute, one that copies ahead.
 //          Two groups read a chunk's tiles once for 128 value channels; one leaves work for twice as many multiprocessors.
 // Holds    S transposed in fragments, fp32: always the first operand of a product, so no number of it ever moves. The
-//          tiles E, Q, W, P lie in memory exactly as the tensor cores read them: a chunk is five plain copies.
+//          tiles E, W, Q, P lie in memory exactly as the tensor cores read them: a chunk is one plain copy.
 // Saves    the memory before (after, going back) each chunk, as fragments: [tile, 16 value channels, 16 key channels,
 //          lane, 4], which gradient.cu reads as it lies.
 #include "hopper.cuh"
@@ -17,18 +17,15 @@ template <int GROUPS> constexpr int COPIERS = GROUPS == 1 ? 1 : 4;  // warps
 
 template <int GROUPS> struct alignas(1024) Stage {
     static constexpr int PITCH = 64 * GROUPS + 8;
-    u16 E[C * K], Q[C * K], W[C * K], P[C * C];
+    Tile<K> tile;
     u16 rows[C * PITCH];  // of `write`, or of the output's gradient; then of the results on their way out
-    float D[K];
-    float beta[C];
 };
 template <int GROUPS> struct Smem {
     Stage<GROUPS> stage[STAGES];
     u64 full[STAGES], empty[STAGES];
 };
 struct Arguments {
-    const u16 *E, *Q, *W, *P;
-    const float *D, *beta;  // beta: per tile, 0 beyond the last token
+    const Tile<K>* tiles;   // their strengths are 0 beyond the last token
     const u16* rows;        // write, or the output's gradient: [tokens, HV, V]
     const float* state;     // [sequences, HV, K, V]; going back, the gradient of the last one
     u16* out;               // [tokens, HV, V]: the output, or R = write - E S; going back, the gradient of write
@@ -72,7 +69,7 @@ template <int N> DEVICE void fade(float (&S)[N], const float* D, int c) {
     }
 }
 
-template <int MODE, int GROUPS> DEVICE void walk(const Arguments& a) {
+template <int MODE, int GROUPS> DEVICE void walk(const Arguments& a, const int part) {
 #ifdef WARP_ON_CPU
     Smem<GROUPS>& s = *(Smem<GROUPS>*)cpu_shared;
 #else
@@ -104,21 +101,23 @@ template <int MODE, int GROUPS> DEVICE void walk(const Arguments& a) {
         if (GROUPS == 2) fewer_registers<40>();
         constexpr int PIECES = 8 * GROUPS, SHARE = C / COPIERS<GROUPS>, DOWN = 32 / PIECES;  // pieces of a row, rows of a warp, rows at once
         const int copier = w - 4 * GROUPS, piece = lane % PIECES, row = copier * SHARE + lane / PIECES;
-        const long long pitch = (long long)HV * V, rows_at = (start + row) * pitch + head * V + 64 * GROUPS * blockIdx.y + 8 * piece;
+        const long long pitch = (long long)HV * V, rows_at = (start + row) * pitch + head * V + 64 * GROUPS * part + 8 * piece;
         for (int i = 0; i < chunks; i++) {
             const int chunk = MODE == REVERSE ? chunks - 1 - i : i, x = i % STAGES, count = min(C, tokens - chunk * C);
             const long long tile = (first + chunk) * HV + head;
             Stage<GROUPS>& g = s.stage[x];
             wait(&s.empty[x], (i / STAGES + 1) & 1);
             if (copier == 0 && lane == 0) {
-                const int big = MODE == SAVE ? 2 : 3, small = MODE == REVERSE ? 0 : 4 * C;
-                arrive_expecting(&s.full[x], big * 2 * C * K + (MODE == SAVE ? 0 : 2 * C * C) + 4 * K + small);
-                bulk_copy(g.E, a.E + tile * C * K, 2 * C * K, &s.full[x]);
-                bulk_copy(g.W, a.W + tile * C * K, 2 * C * K, &s.full[x]);
-                if (MODE != SAVE) bulk_copy(g.Q, a.Q + tile * C * K, 2 * C * K, &s.full[x]);
-                if (MODE != SAVE) bulk_copy(g.P, a.P + tile * C * C, 2 * C * C, &s.full[x]);
-                bulk_copy(g.D, a.D + tile * K, 4 * K, &s.full[x]);
-                if (MODE != REVERSE) bulk_copy(g.beta, a.beta + tile * C, 4 * C, &s.full[x]);
+                const Tile<K>& from = a.tiles[tile];
+                if (MODE == SAVE) {
+                    constexpr int BEGIN = 2 * sizeof from.E, END = sizeof from.D + sizeof from.beta;
+                    arrive_expecting(&s.full[x], BEGIN + END);
+                    bulk_copy(g.tile.E, from.E, BEGIN, &s.full[x]);
+                    bulk_copy(g.tile.D, from.D, END, &s.full[x]);
+                } else {
+                    arrive_expecting(&s.full[x], sizeof from);
+                    bulk_copy(&g.tile, &from, sizeof from, &s.full[x]);
+                }
             }
             const u16* from = a.rows + rows_at + chunk * C * pitch;
             u16* to = g.rows + row * PITCH + 8 * piece;
@@ -135,7 +134,7 @@ template <int MODE, int GROUPS> DEVICE void walk(const Arguments& a) {
     } else {
     if (GROUPS == 2) more_registers<232>();
     float S[S_REGS];
-    const int v = 64 * GROUPS * blockIdx.y + 16 * w + r;
+    const int v = 64 * GROUPS * part + 16 * w + r;
     const long long state_at = (long long)blockIdx.x * K * V;
 #pragma unroll
     for (int x = 0; x < S_REGS; x++)
@@ -143,10 +142,10 @@ template <int MODE, int GROUPS> DEVICE void walk(const Arguments& a) {
 
     float o[32] = {};  // of FORWARD: a chunk's output is finished, and leaves, while the next one's products run
     u32 fresh2[16] = {};
-    const long long out_from = (start * HV + head) * V + 64 * GROUPS * blockIdx.y + 16 * w, out_pitch = (long long)HV * V;
+    const long long out_from = (start * HV + head) * V + 64 * GROUPS * part + 16 * w, out_pitch = (long long)HV * V;
     const auto multiply_fresh = [&](int chunk) {  // o += fresh P
 #pragma unroll
-        for (int step = 0; step < 4; step++) wgmma<true, false>(o, fresh2 + 4 * step, by_rows(s.stage[chunk % STAGES].P, step));
+        for (int step = 0; step < 4; step++) wgmma<true, false>(o, fresh2 + 4 * step, by_rows(s.stage[chunk % STAGES].tile.P, step));
     };
     const auto put_output = [&](int chunk) {
         u16* staging = s.stage[chunk % STAGES].rows + 16 * w;
@@ -163,10 +162,10 @@ template <int MODE, int GROUPS> DEVICE void walk(const Arguments& a) {
         if (MODE != FORWARD)
 #pragma unroll
             for (int y = 0; y < K / 16; y++)
-                *(Quad*)(a.memories + ((tile * (V / 16) + 4 * GROUPS * blockIdx.y + w) * (K / 16) + y) * 256 + 8 * lane) =
+                *(Quad*)(a.memories + ((tile * (V / 16) + 4 * GROUPS * part + w) * (K / 16) + y) * 256 + 8 * lane) =
                     Quad{{S2[4 * y], S2[4 * y + 1], S2[4 * y + 2], S2[4 * y + 3]}};
         wait(&s.full[x], (i / STAGES) & 1);
-        fade(S, g.D, c);
+        fade(S, g.tile.D, c);
 
         if (MODE != REVERSE) {
             float fresh[32];
@@ -176,13 +175,13 @@ template <int MODE, int GROUPS> DEVICE void walk(const Arguments& a) {
 #pragma unroll
                 for (int y = 0; y < 4; y++) {
                     const int m = 2 * step + y % 2, token = 8 * m + 2 * c;
-                    fresh[4 * m + y / 2 * 2] = g.beta[token] * low(rows.x[y]);
-                    fresh[4 * m + y / 2 * 2 + 1] = g.beta[token + 1] * high(rows.x[y]);
+                    fresh[4 * m + y / 2 * 2] = g.tile.beta[token] * low(rows.x[y]);
+                    fresh[4 * m + y / 2 * 2 + 1] = g.tile.beta[token + 1] * high(rows.x[y]);
                 }
             }
             wgmma_fence();
 #pragma unroll
-            for (int step = 0; step < K / 16; step++) wgmma<false, true>(fresh, S2 + 4 * step, by_columns(g.E, step));
+            for (int step = 0; step < K / 16; step++) wgmma<false, true>(fresh, S2 + 4 * step, by_columns(g.tile.E, step));
             if (MODE == FORWARD) multiply_fresh(i + STAGES - 1);  // of the chunk before; before the first, nobody takes it
             wgmma_commit();
             wgmma_wait<0>();
@@ -190,7 +189,7 @@ template <int MODE, int GROUPS> DEVICE void walk(const Arguments& a) {
             for (int y = 0; y < 16; y++) fresh2[y] = pack(fresh[2 * y], fresh[2 * y + 1]);
             wgmma_fence();
 #pragma unroll
-            for (int step = 0; step < 4; step++) wgmma<true, false>(S, fresh2 + 4 * step, by_rows(g.W, step));
+            for (int step = 0; step < 4; step++) wgmma<true, false>(S, fresh2 + 4 * step, by_rows(g.tile.W, step));
             wgmma_commit();
             if (MODE == FORWARD) {
                 if (i > 0) put_output(i - 1);
@@ -199,7 +198,7 @@ template <int MODE, int GROUPS> DEVICE void walk(const Arguments& a) {
                 settle(o);
                 wgmma_fence();
 #pragma unroll
-                for (int step = 0; step < K / 16; step++) wgmma<false, false>(o, S2 + 4 * step, by_columns(g.Q, step));
+                for (int step = 0; step < K / 16; step++) wgmma<false, false>(o, S2 + 4 * step, by_columns(g.tile.Q, step));
                 wgmma_commit();
             }
             if (MODE == SAVE) put_rows<PITCH>(g.rows + 16 * w, fresh, a.out + out_from + chunk * C * out_pitch, out_pitch, min(C, tokens - chunk * C), lane);
@@ -218,13 +217,13 @@ template <int MODE, int GROUPS> DEVICE void walk(const Arguments& a) {
             for (int y = 0; y < 32; y++) dw[y] = 0.0f;
             wgmma_fence();
 #pragma unroll
-            for (int step = 0; step < K / 16; step++) wgmma<false, false>(dw, S2 + 4 * step, by_columns(g.W, step));
+            for (int step = 0; step < K / 16; step++) wgmma<false, false>(dw, S2 + 4 * step, by_columns(g.tile.W, step));
 #pragma unroll
-            for (int step = 0; step < 4; step++) wgmma<false, false>(dw, rows2 + 4 * step, by_columns(g.P, step));
+            for (int step = 0; step < 4; step++) wgmma<false, false>(dw, rows2 + 4 * step, by_columns(g.tile.P, step));
             wgmma_commit();
             wgmma_fence();
 #pragma unroll
-            for (int step = 0; step < 4; step++) wgmma<true, false>(S, rows2 + 4 * step, by_rows(g.Q, step));
+            for (int step = 0; step < 4; step++) wgmma<true, false>(S, rows2 + 4 * step, by_rows(g.tile.Q, step));
             wgmma_commit();
             wgmma_wait<1>();
             u32 dw2[16];
@@ -232,7 +231,7 @@ template <int MODE, int GROUPS> DEVICE void walk(const Arguments& a) {
             for (int y = 0; y < 16; y++) dw2[y] = pack(dw[2 * y], dw[2 * y + 1]);
             wgmma_fence();
 #pragma unroll
-            for (int step = 0; step < 4; step++) wgmma<true, true>(S, dw2 + 4 * step, by_rows(g.E, step));
+            for (int step = 0; step < 4; step++) wgmma<true, true>(S, dw2 + 4 * step, by_rows(g.tile.E, step));
             wgmma_commit();
             put_rows<PITCH>(g.rows + 16 * w, dw, a.out + out_from + chunk * C * out_pitch, out_pitch, min(C, tokens - chunk * C), lane);
             wgmma_wait<0>();
@@ -253,11 +252,18 @@ template <int MODE, int GROUPS> DEVICE void walk(const Arguments& a) {
     }
 }
 
+#define THREADS(groups) (groups == 1 ? 160 : 384)
 #define KERNEL(name, mode, groups) \
-    extern "C" __global__ void __launch_bounds__(groups == 1 ? 160 : 384, 1) name(const __grid_constant__ Arguments a) { walk<mode, groups>(a); }
+    extern "C" __global__ void __launch_bounds__(THREADS(groups), 1) name(const __grid_constant__ Arguments a) { walk<mode, groups>(a, blockIdx.y); }
 KERNEL(chain_forward_1, FORWARD, 1)
 KERNEL(chain_forward_2, FORWARD, 2)
-KERNEL(chain_save_1, SAVE, 1)
-KERNEL(chain_save_2, SAVE, 2)
-KERNEL(chain_reverse_1, REVERSE, 1)
-KERNEL(chain_reverse_2, REVERSE, 2)
+
+// The two walks of the backward pass need nothing of each other: where multiprocessors are left over, they go side by side.
+struct Both { Arguments save, reverse; };
+#define BOTH(name, groups)                                                                                               \
+    extern "C" __global__ void __launch_bounds__(THREADS(groups), 1) name(const __grid_constant__ Both a) {              \
+        const int parts = a.save.V / (64 * groups);                                                                      \
+        if (blockIdx.y < parts) walk<REVERSE, groups>(a.reverse, blockIdx.y); else walk<SAVE, groups>(a.save, blockIdx.y - parts); \
+    }
+BOTH(chain_both_1, 1)
+BOTH(chain_both_2, 2)

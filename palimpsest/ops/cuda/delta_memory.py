@@ -1,7 +1,7 @@
 """The delta memory on Hopper: which kernels run in which order, on which workspaces.
 
 forward    intra -> chain_forward
-backward   intra (again, nothing of it is kept) -> chain_save -> chain_reverse -> gradient
+backward   intra (again, nothing of it is kept) -> chain_both -> gradient
 
 Letters  B sequences, T tokens, H key heads, HV value heads, K key channels, V value channels, N packed sequences.
 """
@@ -14,14 +14,14 @@ from torch import Tensor
 from palimpsest.ops.cuda.launch import Kernel, kernel
 
 C = 64  # tokens in a chunk
-_INTRA, _CHAIN, _GRADIENT = "16P4i2f3i", "13P3i", "23P4i2f3i"
-_SHARED = {
+_INTRA, _CHAIN, _GRADIENT = "11P4i2f3i", "8P3i", "23P4i2f3i"
+_SHARED = {  # bytes, by key channels; of chain also by groups, of gradient by value channels
     "intra": {64: 48512, 128: 73472},
-    "chain_1": {64: 130048, 128: 203776},
-    "chain_2": {64: 154624, 128: 228352},
+    "chain": {(1, 64): 130048, (1, 128): 203776, (2, 64): 154624, (2, 128): 228352},
     "gradient": {64: 89632, 128: 114208},
-}  # bytes; of gradient, by value channels
-TWO_GROUPS_FROM = 40  # sequences x value heads
+}
+TILE = {64: 33280, 128: 58112}  # bytes of what intra.cu leaves of a chunk: struct Tile of warp.cuh
+MULTIPROCESSORS = 132
 
 
 class Plan(NamedTuple):
@@ -40,18 +40,9 @@ class Plan(NamedTuple):
     erase: int  # 0 strength, 1 vector, 2 vector that reads before its own decay
     keep: tuple  # tensors whose addresses are above
 
-    def kernel(self, name: str, fields: str, threads: int, groups: int = 0) -> Kernel:
+    def kernel(self, file: str, name: str, fields: str, threads: int, shared: int) -> Kernel:
         dtype = "bf16" if self.q.dtype == torch.bfloat16 else "fp16"
-        if groups:
-            file, name, shared = f"chain_{dtype}_{self.K}", f"chain_{name}_{groups}", _SHARED[f"chain_{groups}"]
-        else:
-            file, shared = f"{name}_{dtype}_{self.K}_{self.erase}", _SHARED[name]
-        return kernel(file, name, fields, threads, shared[self.K], self.q.get_device())
-
-    def gradient(self, gated: bool) -> Kernel:
-        file = f"gradient_{'bf16' if self.q.dtype == torch.bfloat16 else 'fp16'}_{self.K}_{self.erase}"
-        name = f"gradient_{self.V}_gated" if gated else f"gradient_{self.V}"
-        return kernel(file, name, _GRADIENT, 256, _SHARED["gradient"][self.V], self.q.get_device())
+        return kernel(f"{file}_{dtype}_{self.K}", name, fields, threads, shared, self.q.get_device())
 
 
 def plan_of(q: Tensor, v: Tensor, erase: Tensor, cu_seqlens: Tensor | None, exclusive: bool) -> Plan:
@@ -71,19 +62,14 @@ class Tiles(NamedTuple):
     """The workspaces of intra.cu, in one allocation; addresses."""
 
     memory: Tensor
-    E: int
-    Q: int
-    W: int
-    P: int
+    tiles: int
     M: int
-    D: int
-    beta: int
     norms: int
 
 
 def intra(plan: Plan, k, g, erase, A_log, dt_bias, scale, floor, gate, save) -> Tiles:
     tiles = plan.chunks * plan.HV
-    sizes = [2 * C * plan.K] * 3 + [2 * C * C, 2 * C * C * save, 4 * plan.K, 4 * C, 8 * C * (save and gate > 0)]
+    sizes = [TILE[plan.K], 2 * C * C * save, 8 * C * (save and gate > 0)]
     memory = torch.empty(tiles * sum(sizes), dtype=torch.uint8, device=k.device)
     at, addresses = memory.data_ptr(), []
     for size in sizes:
@@ -91,27 +77,31 @@ def intra(plan: Plan, k, g, erase, A_log, dt_bias, scale, floor, gate, save) -> 
         at += tiles * size
     result = Tiles(memory, *addresses)
     if tiles:
-        plan.kernel("intra", _INTRA, 128).launch(
+        name = "intra_gated" if gate else "intra"
+        plan.kernel(f"intra_{plan.erase}", name, _INTRA, 128, _SHARED["intra"][plan.K]).launch(
             (tiles, 1),
             plan.q.data_ptr(), k.data_ptr(), erase.data_ptr(), g.data_ptr(), _at(A_log), _at(dt_bias),
-            result.E, result.Q, result.W, result.P, result.D, result.beta, result.M, result.norms,
-            plan.cu_seqlens, plan.chunk_offsets, plan.T, plan.sequences, plan.H, plan.HV, scale, floor,
+            *result[1:], plan.cu_seqlens, plan.chunk_offsets, plan.T, plan.sequences, plan.H, plan.HV, scale, floor,
             gate, g.dtype == torch.float32, erase.dtype == torch.float32,
         )  # fmt: skip
     return result
 
 
-def chain(plan: Plan, mode: str, tiles: Tiles, rows, state, out, state_out, memories) -> None:
-    """One walk. Two groups of warps share a head's tiles once there are heads enough to fill the GPU with both."""
+def chain(plan: Plan, tiles: Tiles, *walks: tuple) -> None:
+    """One walk forth, or the two of a backward side by side, each `rows, state, out, state_out, memories`.
+
+    Two groups of warps share a head's tiles once one for each would be more than there are multiprocessors.
+    """
     if not plan.sequences:
         return
-    heads = plan.sequences * plan.HV
-    groups = 2 if plan.V == 128 and heads > TWO_GROUPS_FROM else 1
-    plan.kernel(mode, _CHAIN, 384 if groups == 2 else 160, groups).launch(
-        (heads, plan.V // (64 * groups)),
-        tiles.E, tiles.Q, tiles.W, tiles.P, tiles.D, tiles.beta, rows.data_ptr(), state.data_ptr(),
-        _at(out), _at(state_out), _at(memories), plan.cu_seqlens, plan.chunk_offsets, plan.T, plan.HV, plan.V,
-    )  # fmt: skip
+    heads, parts = plan.sequences * plan.HV, plan.V // 64
+    groups = 2 if parts == 2 and heads * parts * len(walks) > MULTIPROCESSORS else 1
+    name = ("chain_forward", "chain_both")[len(walks) - 1]
+    shared = plan.cu_seqlens, plan.chunk_offsets, plan.T, plan.HV, plan.V
+    arguments = [x for walk in walks for x in (tiles.tiles, *map(_at, walk), *shared)]
+    plan.kernel("chain", f"{name}_{groups}", "4x".join([_CHAIN] * len(walks)), (160, 384)[groups - 1], _SHARED["chain"][groups, plan.K]).launch(
+        (heads, parts // groups * len(walks)), *arguments
+    )
 
 
 def forward(q, k, v, log_decay, erase, state, scale, cu_seqlens, A_log, dt_bias, gate, floor, exclusive):
@@ -120,7 +110,7 @@ def forward(q, k, v, log_decay, erase, state, scale, cu_seqlens, A_log, dt_bias,
     plan = plan_of(q, v, erase, cu_seqlens, exclusive)
     tiles = intra(plan, k, g, erase, A_log, dt_bias, scale, floor, gate, save=False)
     out, state_out = torch.empty_like(v), torch.empty_like(state)
-    chain(plan, "forward", tiles, v, state, out, state_out, None)
+    chain(plan, tiles, (v, state, out, state_out, None))
     return out, state_out
 
 
@@ -135,9 +125,8 @@ def backward(
     tiles = intra(plan, k, g, erase, A_log, dt_bias, scale, floor, gate, save=True)
     memories = torch.empty(plan.chunks, plan.HV, plan.V, plan.K, dtype=q.dtype, device=q.device)
     dv = torch.empty_like(v)  # holds R = write - E S until each tile of it is read
-    chain(plan, "save", tiles, v, state, dv, None, memories)
     d_write, d_memories, d_state_in = torch.empty_like(v), torch.empty_like(memories), torch.empty_like(state)
-    chain(plan, "reverse", tiles, d_out, d_state, d_write, d_state_in, d_memories)
+    chain(plan, tiles, (v, state, dv, None, memories), (d_out, d_state, d_write, d_state_in, d_memories))
 
     dq, dk = (x.new_empty(*v.shape[:3], plan.K) for x in (q, k))
     dg, d_erase = torch.empty_like(g), torch.empty_like(erase)
@@ -146,7 +135,8 @@ def backward(
         dA_log = torch.zeros(plan.chunks, plan.HV, dtype=torch.float32, device=q.device)
         d_bias = torch.zeros(plan.chunks, plan.HV, 4, plan.K, dtype=torch.float32, device=q.device)
     if plan.chunks:
-        plan.gradient(gate > 0).launch(
+        name = f"gradient_{plan.V}_gated" if gate else f"gradient_{plan.V}"
+        plan.kernel(f"gradient_{plan.erase}", name, _GRADIENT, 256, _SHARED["gradient"][plan.V]).launch(
             (plan.chunks * plan.HV, 1),
             q.data_ptr(), k.data_ptr(), erase.data_ptr(), g.data_ptr(), _at(A_log), _at(dt_bias), v.data_ptr(), tiles.norms,
             tiles.M, dv.data_ptr(), d_out.data_ptr(), d_write.data_ptr(), memories.data_ptr(), d_memories.data_ptr(),

@@ -41,8 +41,7 @@ struct Arguments {
     const u16 *q, *k;
     const void *erase, *g;
     const float *A_log, *dt_bias;
-    u16 *E, *Q, *W, *P;
-    float *D, *beta;
+    Tile<K>* tiles;
     u16* M;
     float* norms;
     const int *cu_seqlens, *chunk_offsets;
@@ -160,19 +159,19 @@ template <int S> DEVICE void level(float (&acc)[4], Factors (&d)[16], const Row 
 }
 
 // A level's scores, gathered by halves, to their places in A and P.
-template <int S> DEVICE void spread(const float (&acc)[4], float* L, u16* P, const float* e_scale, const float* q_scale, const float* k_norm, int r, int c) {
+template <int S, bool GATED> DEVICE void spread(const float (&acc)[4], float* L, u16* P, const float* e_scale, const float* q_scale, const float* k_norm, int r, int c) {
 #pragma unroll
     for (int x = 0; x < 2; x++) {
         const int at = 2 * c + x, i = r / S * 2 * S + S + r % S, j = at / S * 2 * S + at % S;
         if (r / S == at / S) {
-            L[i * L_PITCH + j] = acc[x] * e_scale[i] * k_norm[j];
+            L[i * L_PITCH + j] = acc[x] * e_scale[i] * (GATED ? k_norm[j] : 1.0f);
             P[i * P_PITCH + j] = (u16)pack(acc[2 + x] * q_scale[i], 0.0f);
         }
     }
 }
 
-extern "C" __global__ void __launch_bounds__(128, 3) intra(const __grid_constant__ Arguments a) {
-    const int H = a.H, HV = a.HV, gate = a.gate;
+template <bool GATED> DEVICE void prepare(const Arguments& a) {
+    const int H = a.H, HV = a.HV;
 #ifdef WARP_ON_CPU
     Smem& s = *(Smem*)cpu_shared;
 #else
@@ -184,6 +183,7 @@ extern "C" __global__ void __launch_bounds__(128, 3) intra(const __grid_constant
     const long long tile = blockIdx.x;
     const Chunk at = find_chunk(blockIdx.x / HV, a.cu_seqlens, a.chunk_offsets, a.T, a.N, C);
     if (at.count <= 0) return;
+    Tile<K>& out = a.tiles[tile];
     const int tokens = at.count - 16 * w;  // of this warp, if it has 16
     const long long first = at.start + (tokens > 0 ? 16 * w : 0);
     float *e_scale = s.e_scale + 16 * w, *q_scale = s.q_scale + 16 * w, *k_norm = s.k_norm + 16 * w;  // of this warp's rows
@@ -192,9 +192,9 @@ extern "C" __global__ void __launch_bounds__(128, 3) intra(const __grid_constant
         if (ERASE == 0 && lane < tokens) {
             const long long from = (first + lane) * HV + head;
             beta = a.wide_erase ? ((const float*)a.erase)[from] : one((const u16*)a.erase + from);
-            if (gate) beta = sigmoid(beta);
+            if (GATED) beta = sigmoid(beta);
         }
-        a.beta[tile * C + 16 * w + lane] = beta;
+        out.beta[16 * w + lane] = beta;
         e_scale[lane] = ERASE ? 1.0f : beta, q_scale[lane] = a.scale, k_norm[lane] = 1.0f;
     }
     u16 *rows = s.warp[w].rows, *my_k = s.k_until + 16 * w * PITCH, *my_end = s.k_end + 16 * w * PITCH;
@@ -213,7 +213,7 @@ extern "C" __global__ void __launch_bounds__(128, 3) intra(const __grid_constant
             if (tokens >= 16) load<true>(a, k, e, d, q_at, k_at, value_at, my_end + column, tokens);
             else load<false>(a, k, e, d, q_at, k_at, value_at, my_end + column, tokens);
         }
-        if (gate) {
+        if (GATED) {
             const float rate = exp_(a.A_log[head]);
             float bias[CHANNELS];
 #pragma unroll
@@ -223,7 +223,7 @@ extern "C" __global__ void __launch_bounds__(128, 3) intra(const __grid_constant
 #pragma unroll
                 for (int x = 0; x < CHANNELS; x++) {
                     const float y = d[i][x] + bias[x];
-                    d[i][x] = i >= tokens ? 0.0f : gate == 1 ? -rate * softplus(y) : a.floor * sigmoid(rate * y);
+                    d[i][x] = i >= tokens ? 0.0f : a.gate == 1 ? -rate * softplus(y) : a.floor * sigmoid(rate * y);
                 }
         }
         Factors total;
@@ -244,7 +244,7 @@ extern "C" __global__ void __launch_bounds__(128, 3) intra(const __grid_constant
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 mma(own[h], x.x[h], y.x[h], x.x[2 + h], y.x[2 + h], y.x[h], y.x[2 + h]);
-                if (gate) mma(q_own[h], x.x[h], 0, x.x[2 + h], 0, x.x[h], x.x[2 + h]);
+                if (GATED) mma(q_own[h], x.x[h], 0, x.x[2 + h], 0, x.x[h], x.x[2 + h]);
             }
         }
         if (pass == PASSES - 1 && c == r / 2)  // this lane holds the diagonals
@@ -252,7 +252,7 @@ extern "C" __global__ void __launch_bounds__(128, 3) intra(const __grid_constant
             for (int h = 0; h < 2; h++) {
                 const int i = 8 * h + r;
                 s.own[16 * w + i] = r % 2 ? own[h][1] : own[h][0];
-                if (gate) {
+                if (GATED) {
                     const float q_norm = rsqrt_((r % 2 ? q_own[h][1] : q_own[h][0]) + 1e-6f);
                     k_norm[i] = rsqrt_((r % 2 ? own[h][3] : own[h][2]) + 1e-6f);
                     e_scale[i] *= k_norm[i], q_scale[i] *= q_norm;
@@ -282,19 +282,19 @@ extern "C" __global__ void __launch_bounds__(128, 3) intra(const __grid_constant
             const float f1 = s.total[K + channel], f2 = s.total[2 * K + channel];
             s.between[channel] = (u16)pack(f1, 0.0f), s.between[K + channel] = (u16)pack(f2, 0.0f);
             s.between[2 * K + channel] = (u16)pack(f1 * f2, 0.0f);
-            a.D[tile * K + channel] = s.total[channel] * f1 * f2 * s.total[3 * K + channel];
+            out.D[channel] = s.total[channel] * f1 * f2 * s.total[3 * K + channel];
         }
         {
-            u16 *E = a.E + tile * C * K + 16 * w * 64, *Q = a.Q + tile * C * K + 16 * w * 64;
+            const int at_column = image(16 * w, column / 64 * 8) + column % 8, turn = column / 8 % 8 * 8;
 #pragma unroll
             for (int i = 0; i < 16; i++) {
-                const int to = image(i, column / 8) + column % 8;
+                u16 *E = out.E + at_column + (i % 8 * 8 ^ turn) + 64 * i, *Q = E + (out.Q - out.E);
                 Factors f;
                 if (ERASE == 2) {
                     *(Row*)(rows + i * PITCH + column) = times_row(e[i], factor(run));
 #pragma unroll
                     for (int x = 0; x < CHANNELS; x++) f[x] = run[x] * before[x];
-                    *(Row*)(E + to) = times_row(e[i], factor(f));
+                    *(Row*)E = times_row(e[i], factor(f));
                 }
                 multiply(run, d[i]);
                 const Row since = factor(run);
@@ -305,10 +305,10 @@ extern "C" __global__ void __launch_bounds__(128, 3) intra(const __grid_constant
                 Factors start;
 #pragma unroll
                 for (int x = 0; x < CHANNELS; x++) start[x] = run[x] * before[x], f[x] = start[x] * beta;
-                if (ERASE != 2) *(Row*)(E + to) = times_row(ERASE ? e[i] : k[i], factor(f));
+                if (ERASE != 2) *(Row*)E = times_row(ERASE ? e[i] : k[i], factor(f));
 #pragma unroll
                 for (int x = 0; x < CHANNELS; x++) f[x] = start[x] * scale;
-                *(Row*)(Q + to) = times_row(q, factor(f));
+                *(Row*)Q = times_row(q, factor(f));
             }
         }
         warp_barrier();  // all lanes have read q
@@ -333,28 +333,33 @@ extern "C" __global__ void __launch_bounds__(128, 3) intra(const __grid_constant
 
     // Blocks of 16 against earlier ones.
     float far[3][2][2][4] = {};
-#pragma unroll 2
-    for (int step = 0; step < K / 16; step++) {
-        const int from = lane % 16 * PITCH + 16 * step + lane / 16 * 8;
-        const Quad e = load_tiles(rows + from), q = load_tiles(rows + 16 * PITCH + from);
+    {
+        const u16 *left = rows + lane % 16 * PITCH + lane / 16 * 8, *right = s.k_until + (lane % 8 + lane / 16 * 8) * PITCH + lane / 8 % 2 * 8;
+        const u16 *f1 = s.between + (w == 3) * K + 2 * c, *f0 = s.between + (w == 3) * 2 * K + 2 * c;  // for J = 1, for J = 0
 #pragma unroll
-        for (int J = 2; J >= 0; J--)
-            if (J < w) {
-                Quad k = load_tiles(s.k_until + (16 * J + lane % 8 + lane / 16 * 8) * PITCH + 16 * step + lane / 8 % 2 * 8);
-                if (J < w - 1) {
-                    const u16* f = s.between + (w == 2 ? 0 : J == 1 ? 1 : 2) * K + 16 * step + 2 * c;
-                    const u32 f0 = *(const u32*)f, f1 = *(const u32*)(f + 8);
-                    k.x[0] = times(k.x[0], f0), k.x[1] = times(k.x[1], f1), k.x[2] = times(k.x[2], f0), k.x[3] = times(k.x[3], f1);
-                }
+        for (int step = 0; step < K / 16; step++)
+            if (w > 0) {
+                const Quad e = load_tiles(left + 16 * step), q = load_tiles(left + 16 * PITCH + 16 * step);
 #pragma unroll
-                for (int n = 0; n < 2; n++) {
-                    mma(far[J][0][n], e.x[0], e.x[1], e.x[2], e.x[3], k.x[2 * n], k.x[2 * n + 1]);
-                    mma(far[J][1][n], q.x[0], q.x[1], q.x[2], q.x[3], k.x[2 * n], k.x[2 * n + 1]);
-                }
+                for (int J = 2; J >= 0; J--)
+                    if (J < w) {
+                        Quad k = load_tiles(right + 16 * J * PITCH + 16 * step);
+                        if (J < w - 1) {
+                            const u16* f = (J ? f1 : f0) + 16 * step;
+                            const u32 x = *(const u32*)f, y = *(const u32*)(f + 8);
+                            k.x[0] = times(k.x[0], x), k.x[1] = times(k.x[1], y), k.x[2] = times(k.x[2], x), k.x[3] = times(k.x[3], y);
+                        }
+#pragma unroll
+                        for (int n = 0; n < 2; n++) {
+                            mma(far[J][0][n], e.x[0], e.x[1], e.x[2], e.x[3], k.x[2 * n], k.x[2 * n + 1]);
+                            mma(far[J][1][n], q.x[0], q.x[1], q.x[2], q.x[3], k.x[2 * n], k.x[2 * n + 1]);
+                        }
+                    }
             }
     }
 
-    // A and P go to shared memory, each warp its 16 rows. P has no k_norm: M^T brings it.
+    // A and P go to shared memory, each warp its 16 rows; -A of other blocks, rounded to tf32, as M asks for it. P has no
+    // k_norm: M^T brings it.
     warp_barrier();  // all lanes have read their rows; A and P lie over them
     float* L = s.warp[w].L;
     u16* P = s.warp[w].P;
@@ -368,34 +373,35 @@ extern "C" __global__ void __launch_bounds__(128, 3) intra(const __grid_constant
 #pragma unroll
                 for (int n = 0; n < 2; n++) {
                     const int j = 16 * J + 8 * n + 2 * c;
-                    const float n0 = s.k_norm[j], n1 = s.k_norm[j + 1];
+                    const float n0 = GATED ? s.k_norm[j] : 1.0f, n1 = GATED ? s.k_norm[j + 1] : 1.0f;
 #pragma unroll
                     for (int h = 0; h < 2; h++) {
                         float* to = L + (8 * h + r) * L_PITCH + j;
-                        to[0] = far[J][0][n][2 * h] * es[h] * n0, to[1] = far[J][0][n][2 * h + 1] * es[h] * n1;
+                        const float A0 = far[J][0][n][2 * h] * es[h], A1 = far[J][0][n][2 * h + 1] * es[h];
+                        to[0] = tf32(-(GATED ? A0 * n0 : A0)), to[1] = tf32(-(GATED ? A1 * n1 : A1));
                         *(u32*)(P + (8 * h + r) * P_PITCH + j) = pack(far[J][1][n][2 * h] * qs[h], far[J][1][n][2 * h + 1] * qs[h]);
                     }
                 }
     }
     warp_barrier();
-    spread<1>(near[0], L + 16 * w, P + 16 * w, e_scale, q_scale, k_norm, r, c);
-    spread<2>(near[1], L + 16 * w, P + 16 * w, e_scale, q_scale, k_norm, r, c);
-    spread<4>(near[2], L + 16 * w, P + 16 * w, e_scale, q_scale, k_norm, r, c);
-    spread<8>(near[3], L + 16 * w, P + 16 * w, e_scale, q_scale, k_norm, r, c);
+    spread<1, GATED>(near[0], L + 16 * w, P + 16 * w, e_scale, q_scale, k_norm, r, c);
+    spread<2, GATED>(near[1], L + 16 * w, P + 16 * w, e_scale, q_scale, k_norm, r, c);
+    spread<4, GATED>(near[2], L + 16 * w, P + 16 * w, e_scale, q_scale, k_norm, r, c);
+    spread<8, GATED>(near[3], L + 16 * w, P + 16 * w, e_scale, q_scale, k_norm, r, c);
     if (lane < 16) P[lane * P_PITCH + 16 * w + lane] = (u16)pack(s.own[16 * w + lane] * q_scale[lane], 0.0f);
     warp_barrier();
 
-    // M of the warp's own 16 x 16 block, by substitution: a column per lane.
+    // M of the warp's own 16 x 16 block: of both its 8 x 8 blocks by substitution, a column per lane; then -M_22 A_21 M_11.
     {
         float* block = L + 16 * w;
-        const int column = lane % 16;
-        float m[16];
+        const int column = lane % 8;
+        float *half = block + lane / 8 % 2 * (8 * L_PITCH + 8), m[8];
 #pragma unroll
-        for (int i = 0; i < 16; i++) {
+        for (int i = 0; i < 8; i++) {
             float sum[2] = {i == column ? 1.0f : 0.0f, 0.0f};
 #pragma unroll
             for (int t = 0; t < i; t += 4) {
-                const Quad row = *(const Quad*)(block + i * L_PITCH + t);
+                const Quad row = *(const Quad*)(half + i * L_PITCH + t);
 #pragma unroll
                 for (int y = 0; y < 4; y++)
                     if (t + y < i) sum[y % 2] -= __uint_as_float(row.x[y]) * m[t + y];
@@ -405,22 +411,30 @@ extern "C" __global__ void __launch_bounds__(128, 3) intra(const __grid_constant
         warp_barrier();
         if (lane < 16)
 #pragma unroll
-            for (int i = 0; i < 16; i++) block[i * L_PITCH + column] = m[i];
+            for (int i = 0; i < 8; i++) half[i * L_PITCH + column] = tf32(m[i]);
+        warp_barrier();
+        float x[4] = {}, y[4] = {};
+        const float *M11 = block + 2 * c * L_PITCH + r, *A21 = block + (8 + r) * L_PITCH + 2 * c, *M22 = A21 + 8;
+        mma_tf32(x, M11[0], 0.0f, M11[L_PITCH], 0.0f, tf32(A21[0]), tf32(A21[1]));
+        mma_tf32(y, tf32(-x[0]), 0.0f, tf32(-x[1]), 0.0f, M22[0], M22[1]);
+        float* M21 = block + (8 + 2 * c) * L_PITCH + r;
+        M21[0] = tf32(y[0]), M21[L_PITCH] = tf32(y[1]), block[lane / 4 * L_PITCH + 8 + 2 * c] = 0.0f, block[lane / 4 * L_PITCH + 9 + 2 * c] = 0.0f;
     }
     block_barrier();
 
     // Block row w of M^T: M_Iw^T = -(sum_t M_tw^T A_It^T) M_II^T. Every product's result is the next one's first operand.
     u32 m2[4][4] = {};
     {
-        float m[4][2][4] = {};
+        float m[4][2][4] = {}, rounded[4][2][4];
+        const float *straight = s.warp[0].L + r * L_PITCH + 2 * c, *turned = s.warp[0].L + 2 * c * L_PITCH + r;
+        constexpr int NEXT = sizeof(Warp) / 4;  // from the rows of one block to those of the next
 #pragma unroll
         for (int I = 0; I < 4; I++) {
             if (I == w)
 #pragma unroll
                 for (int n = 0; n < 2; n++)
 #pragma unroll
-                    for (int x = 0; x < 4; x++)
-                        m[I][n][x] = s.warp[I].L[(8 * n + 2 * c + x % 2) * L_PITCH + 16 * I + r + 8 * (x / 2)];
+                    for (int x = 0; x < 4; x++) m[I][n][x] = turned[I * NEXT + (8 * n + x % 2) * L_PITCH + 16 * I + 8 * (x / 2)];
             if (I > w) {
                 float sum[2][4] = {};
 #pragma unroll
@@ -430,17 +444,24 @@ extern "C" __global__ void __launch_bounds__(128, 3) intra(const __grid_constant
                         for (int n = 0; n < 2; n++)
 #pragma unroll
                             for (int step = 0; step < 2; step++) {
-                                const float* b = s.warp[I].L + (8 * n + r) * L_PITCH + 16 * t + 8 * step + 2 * c;
-                                mma_tf32(sum[n], m[t][step][0], m[t][step][2], m[t][step][1], m[t][step][3], b[0], b[1]);
+                                const float *b = straight + I * NEXT + 8 * n * L_PITCH + 16 * t + 8 * step, (&x)[4] = rounded[t][step];
+                                mma_tf32(sum[n], x[0], x[2], x[1], x[3], b[0], b[1]);
                             }
 #pragma unroll
-                for (int n = 0; n < 2; n++)
+                for (int step = 0; step < 2; step++) {
 #pragma unroll
-                    for (int step = 0; step < 2; step++) {
-                        const float* b = s.warp[I].L + (8 * n + r) * L_PITCH + 16 * I + 8 * step + 2 * c;
-                        mma_tf32(m[I][n], sum[step][0], sum[step][2], sum[step][1], sum[step][3], -b[0], -b[1]);
+                    for (int x = 0; x < 4; x++) sum[step][x] = tf32(sum[step][x]);
+#pragma unroll
+                    for (int n = 0; n < 2; n++) {
+                        const float* b = straight + I * NEXT + 8 * n * L_PITCH + 16 * I + 8 * step;
+                        mma_tf32(m[I][n], sum[step][0], sum[step][2], sum[step][1], sum[step][3], b[0], b[1]);
                     }
+                }
             }
+#pragma unroll
+            for (int n = 0; n < 2; n++)
+#pragma unroll
+                for (int x = 0; x < 4; x++) rounded[I][n][x] = tf32(m[I][n][x]);
             m2[I][0] = pack(m[I][0][0], m[I][0][1]), m2[I][1] = pack(m[I][0][2], m[I][0][3]);
             m2[I][2] = pack(m[I][1][0], m[I][1][1]), m2[I][3] = pack(m[I][1][2], m[I][1][3]);
             if (a.M)
@@ -448,8 +469,8 @@ extern "C" __global__ void __launch_bounds__(128, 3) intra(const __grid_constant
                 for (int n = 0; n < 2; n++)
 #pragma unroll
                     for (int h = 0; h < 2; h++)
-                        *(u32*)(a.M + tile * C * C + image(16 * w + 8 * h + r, 2 * I + n) + 2 * c) = m2[I][2 * n + h];
-            if (gate && I >= w)  // from here on k's norm comes with M
+                        *(u32*)(a.M + tile * C * C + (16 * w + r) * 64 + 512 * h + ((2 * I + n) ^ r) * 8 + 2 * c) = m2[I][2 * n + h];
+            if (GATED && I >= w)  // from here on k's norm comes with M
 #pragma unroll
                 for (int n = 0; n < 2; n++) {
                     const float n0 = s.k_norm[16 * I + 8 * n + 2 * c], n1 = s.k_norm[16 * I + 8 * n + 2 * c + 1];
@@ -460,30 +481,30 @@ extern "C" __global__ void __launch_bounds__(128, 3) intra(const __grid_constant
 
     // W = M^T k_end, rows of block w.
     const u16* columns = s.k_end + lane % 16 * PITCH + lane / 16 * 8;
-#pragma unroll 1
+#pragma unroll
     for (int group = 0; group < K / 32; group++) {
-        float out[4][4] = {};
+        float x[4][4] = {};
 #pragma unroll
         for (int I = 0; I < 4; I++)
             if (I >= w)
 #pragma unroll
                 for (int p = 0; p < 4; p += 2) {
                     const Quad b = load_tiles_transposed(columns + 16 * I * PITCH + 32 * group + 8 * p);
-                    mma(out[p], m2[I][0], m2[I][1], m2[I][2], m2[I][3], b.x[0], b.x[1]);
-                    mma(out[p + 1], m2[I][0], m2[I][1], m2[I][2], m2[I][3], b.x[2], b.x[3]);
+                    mma(x[p], m2[I][0], m2[I][1], m2[I][2], m2[I][3], b.x[0], b.x[1]);
+                    mma(x[p + 1], m2[I][0], m2[I][1], m2[I][2], m2[I][3], b.x[2], b.x[3]);
                 }
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             Quad o;
 #pragma unroll
-            for (int p = 0; p < 4; p++) o.x[p] = pack(out[p][2 * h], out[p][2 * h + 1]);
-            *(Quad*)(a.W + tile * C * K + image(16 * w + 8 * h + r, 4 * group + c)) = o;
+            for (int p = 0; p < 4; p++) o.x[p] = pack(x[p][2 * h], x[p][2 * h + 1]);
+            *(Quad*)(out.W + image(16 * w + 8 * h + r, 4 * group + c)) = o;
         }
     }
     // (P M)^T = M^T P^T, rows of block w.
 #pragma unroll
     for (int group = 0; group < 2; group++) {
-        float out[4][4] = {};
+        float x[4][4] = {};
         const int l = lane % 8, half = lane / 8 % 2;  // of the columns; lanes from 16 on read the odd tiles
 #pragma unroll
         for (int I = 0; I < 4; I++)
@@ -492,15 +513,20 @@ extern "C" __global__ void __launch_bounds__(128, 3) intra(const __grid_constant
                 for (int p = 0; p < 4; p += 2) {
                     const int row = 8 * (l / 2) + 2 * (p + lane / 16) + l % 2;  // of 32
                     const Quad b = load_tiles(s.warp[2 * group + row / 16].P + row % 16 * P_PITCH + 16 * I + 8 * half);
-                    mma(out[p], m2[I][0], m2[I][1], m2[I][2], m2[I][3], b.x[0], b.x[1]);
-                    mma(out[p + 1], m2[I][0], m2[I][1], m2[I][2], m2[I][3], b.x[2], b.x[3]);
+                    mma(x[p], m2[I][0], m2[I][1], m2[I][2], m2[I][3], b.x[0], b.x[1]);
+                    mma(x[p + 1], m2[I][0], m2[I][1], m2[I][2], m2[I][3], b.x[2], b.x[3]);
                 }
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             Quad o;
 #pragma unroll
-            for (int p = 0; p < 4; p++) o.x[p] = pack(out[p][2 * h], out[p][2 * h + 1]);
-            *(Quad*)(a.P + tile * C * C + image(16 * w + 8 * h + r, 4 * group + c)) = o;
+            for (int p = 0; p < 4; p++) o.x[p] = pack(x[p][2 * h], x[p][2 * h + 1]);
+            *(Quad*)(out.P + image(16 * w + 8 * h + r, 4 * group + c)) = o;
         }
     }
 }
+
+extern "C" __global__ void __launch_bounds__(128, 3) intra(const __grid_constant__ Arguments a) { prepare<false>(a); }
+#if ERASE == 0
+extern "C" __global__ void __launch_bounds__(128, 3) intra_gated(const __grid_constant__ Arguments a) { prepare<true>(a); }
+#endif

@@ -44,12 +44,12 @@ DEVICE void mma_half(float (&d)[4], u32 a0, u32 a1, u32 b0) {
     asm volatile("mma.sync.aligned.m16n8k8.row.col.f32." MMA_TYPE "." MMA_TYPE ".f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(b0));
 }
-DEVICE u32 tf32(float x) { return __float_as_uint(x) + 0x1000u; }  // rounded; the product drops the 13 low bits
-// d[16 x 8] += a[16 x 8] b[8 x 8] in tf32. a: (r, c), (r + 8, c), (r, c + 4), (r + 8, c + 4); b: rows c, c + 4 of column r.
+DEVICE float tf32(float x) { return __uint_as_float(__float_as_uint(x) + 0x1000u); }  // rounded, once a product drops the 13 low bits
+// d[16 x 8] += a[16 x 8] b[8 x 8] of numbers that went through tf32(). a: (r, c), (r + 8, c), (r, c + 4), (r + 8, c + 4); b: rows c, c + 4 of column r.
 DEVICE void mma_tf32(float (&d)[4], float a0, float a1, float a2, float a3, float b0, float b1) {
     asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(tf32(a0)), "r"(tf32(a1)), "r"(tf32(a2)), "r"(tf32(a3)), "r"(tf32(b0)), "r"(tf32(b1)));
+        : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(a2)), "r"(__float_as_uint(a3)), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
 }
 DEVICE float swap_lanes(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 // The transpose of an 8 x 8 tile of 16-bit numbers held as (r, 2c), (r, 2c + 1).
@@ -90,6 +90,13 @@ DEVICE int swizzled(int row, int at) { return at ^ (((row & 1) << 2) | ((row >> 
 // Where the 16-byte piece `at` of a row lies in a tile of 64 rows, counted in numbers: pieces of 64 columns side by side,
 // 128-byte rows, swizzled as the tensor cores want them. Workspaces are kept so, and a tile is one contiguous copy.
 DEVICE int image(int row, int at) { return at / 8 * 4096 + row * 64 + ((at % 8) ^ (row % 8)) * 8; }
+
+// What intra.cu leaves of a chunk for the walks, in images and rows: E, W, Q [64, K], P [64, 64], decays [K], strengths [64].
+// One contiguous copy; the walk that needs no output takes the first two and the last two.
+template <int K> struct Tile {
+    u16 E[64 * K], W[64 * K], Q[64 * K], P[64 * 64];
+    float D[K], beta[64];
+};
 
 struct Chunk { long long start; int count; };  // first token; tokens, <= 0 if there is nothing to do
 
