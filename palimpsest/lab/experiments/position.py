@@ -56,9 +56,9 @@ def judge(records: Sequence[Record]) -> Verdict:
             up, down = (nope.above(rope), rope.above(nope)) if m.larger else (rope.above(nope), nope.above(rope))
             where = "at the length of training" if length == lengths[0] else f"at {length // lengths[0]} times that"
             verdict = "NoPE is ahead" if up else "RoPE is ahead" if down else "the seeds' ranges overlap"
-            because.append(
-                f"{task} {where}: NoPE {m.text(nope)}, RoPE {m.text(rope)} {m.unit}; {verdict}.".replace("% %", "%")
-            )
+            verdict = "neither finds any" if m.larger and nope.high == rope.high == 0 else verdict
+            unit = "" if m.unit == "%" else f" {m.unit}"
+            because.append(f"{task} {where}: NoPE {m.text(nope)}, RoPE {m.text(rope)}{unit}; {verdict}.")
             if length != lengths[0]:
                 shown, reverse = shown + up, reverse + down
     outcome = "shown" if shown and not reverse else "not shown" if reverse and not shown else "undecided"
