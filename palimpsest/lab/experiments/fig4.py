@@ -187,6 +187,7 @@ EXPERIMENT = Experiment(
         "Vocabulary, pairs and tokens a step are equal for all contestants; the paper does not give its own. Sequences are new "
         "every step. Accuracy is over all answers asked for on held-out sequences, and the peak is the best evaluation of a run, "
         "which ends early at 99.5 %; the paper plots training accuracy. MQAR is in the paper's form: pairs, separator, queries. "
-        "AdamW, warm-up and linear decay."
+        "AdamW, warm-up and linear decay. The quick forms have one learning rate for all, one at which KDA learns (`calibrate`); "
+        "the full form has the paper's four and takes the best for each contestant."
     ),
 )
