@@ -18,7 +18,7 @@ _INTRA, _CHAIN, _GRADIENT = "11P4i2f3i", "8P3i", "23P4i2f3i"
 _SHARED = {  # bytes, by key channels; of chain also by groups, of gradient by value channels
     "intra": {64: 48512, 128: 73472},
     "chain": {(1, 64): 130048, (1, 128): 203776, (2, 64): 154624, (2, 128): 228352},
-    "gradient": {64: 89632, 128: 114208},
+    "gradient": {64: 90144, 128: 114720},
 }
 TILE = {64: 33280, 128: 58112}  # bytes of what intra.cu leaves of a chunk: struct Tile of warp.cuh
 MULTIPROCESSORS = 132

@@ -66,6 +66,7 @@ template <int V> struct Smem {
     };
     u16 dP[C * PITCH], dA[C * PITCH];
     Quad level[4][2][32];  // first operands of each warp's levels 4 and 8
+    u32 pairs[16][8];      // dP and dA of four tokens' (1, 0), (2, 0), (2, 1), (3, 0), (3, 1), (3, 2)
     float beta[C], d_beta[3][C], q_along[2][C], k_along[2][C], dA_log[8];
 };
 
@@ -92,6 +93,16 @@ template <int S> DEVICE Quad level_operands(const u16* dP, const u16* dA, int r,
         x.x[2 + z] = turned[z][0] | (u32)turned[z][1] << 16;
     }
     return x;
+}
+
+// Decays of four tokens: each since the first one, after `start`; and from each to the last one, and on by `end`.
+DEVICE void rows_of_four(Two (&since)[4], Two (&until)[4], const Two (&decay)[4], const Two& start, const Two& end) {
+#pragma unroll
+    for (int x = 0; x < 2; x++) {
+        since[0].x[x] = start.x[x] * decay[0].x[x], until[3].x[x] = end.x[x];
+#pragma unroll
+        for (int i = 0; i < 3; i++) since[i + 1].x[x] = since[i].x[x] * decay[i + 1].x[x], until[2 - i].x[x] = until[3 - i].x[x] * decay[3 - i].x[x];
+    }
 }
 
 // 16 rows of 16 sums, from fragments to the lanes of four tokens.
@@ -235,22 +246,18 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
     }
     block_barrier();
 
-    u32 pairs[6];  // dP and dA of this lane's tokens (1, 0), (2, 0), (2, 1), (3, 0), (3, 1), (3, 2)
     {
         const u16 *dP = s.dP + 16 * w * (PITCH + 1), *dA = s.dA + 16 * w * (PITCH + 1);
         s.level[w][z][lane] = z ? level_operands<8>(dP, dA, r, c) : level_operands<4>(dP, dA, r, c);
-#pragma unroll
-        for (int i = 1; i < 4; i++)
-#pragma unroll
-            for (int j = 0; j < i; j++) {
-                const int from = (4 * t8 + i) * PITCH + 4 * t8 + j;
-                pairs[i * (i - 1) / 2 + j] = dP[from] | (u32)dA[from] << 16;
-            }
+        if (z == 0 && l8 < 6) {
+            const int i = l8 < 1 ? 1 : l8 < 3 ? 2 : 3, from = (4 * t8 + i) * PITCH + 4 * t8 + l8 - i * (i - 1) / 2;
+            s.pairs[4 * w + t8][l8] = dP[from] | (u32)dA[from] << 16;
+        }
     }
     const float rate = GATED ? exp_(a.A_log[head]) : 0.0f;
     const int row = 16 * w + 4 * t8;  // the first of this lane's four tokens
     const int key_head = head / (HV / a.H);
-    const unsigned long long key_step = (unsigned)(a.H * K), gate_step = (unsigned)(HV * K);
+    const unsigned key_step = a.H * K, gate_step = HV * K;
     const long long key_at = (at.start + row) * key_step + key_head * K + 2 * l8, gate_at = (at.start + row) * gate_step + head * K + 2 * l8;
     float d_beta[4] = {}, q_along[4] = {}, k_along[4] = {}, dA_log = 0.0f;
     const bool odd = t8 % 2, second = t8 >= 2;  // of groups of four tokens: in 8, and of eights: in 16
@@ -278,8 +285,8 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
         for (int i = 0; i < 4; i++) {
             q[i] = k[i] = e[i] = 0, decay[i] = {{0.0f, 0.0f}};
             if (row + i < at.count) {
-                q[i] = pair_at(a.q + key_at + i * key_step + 16 * step), k[i] = pair_at(a.k + key_at + i * key_step + 16 * step);
-                const long long from = gate_at + i * gate_step + 16 * step;
+                q[i] = pair_at(a.q + key_at + (unsigned long long)key_step * i + 16 * step), k[i] = pair_at(a.k + key_at + (unsigned long long)key_step * i + 16 * step);
+                const long long from = gate_at + (unsigned long long)gate_step * i + 16 * step;
                 if (ERASE) e[i] = pair_at((const u16*)a.erase + from);
                 decay[i] = a.wide_g ? *(const Two*)((const float*)a.g + from) : halves(pair_at((const u16*)a.g + from));
             }
@@ -304,11 +311,13 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
         }
         group_barrier(z);
         float dq[2][4] = {}, de[2][4] = {}, dk[2][4] = {};  // do h, dw h, fresh dS
+#pragma unroll 1
+        for (int half = 0; half < V / 64; half++)
 #pragma unroll
-        for (int y = 0; y < V / 16; y++) {
-                const int from = y / 4 * 4096 + my_rows + ((2 * y % 8) ^ turn) * 8;
+            for (int y = 0; y < 4; y++) {
+                const int from = half * 4096 + my_rows + ((2 * y) ^ turn) * 8;
                 const Quad x = load_tiles(s.d_out + from), dw = load_tiles(s.d_write + from), u = load_tiles(s.fresh + from);
-                const Quad b = ex.memory[0][y][lane], d = ex.memory[1][y][lane];
+                const Quad b = ex.memory[0][4 * half + y][lane], d = ex.memory[1][4 * half + y][lane];
 #pragma unroll
                 for (int n = 0; n < 2; n++) {
                     mma(dq[n], x.x[0], x.x[1], x.x[2], x.x[3], b.x[2 * n], b.x[2 * n + 1]);
@@ -319,7 +328,7 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
 
         // Decays: since the start of blocks of 4, 8, 16 tokens and until their end; `wide`: what level 4 and level 8 ask for.
         u32 wide[2][4];
-        Two since[4], until[4];
+        Two start = {{1.0f, 1.0f}}, end = {{1.0f, 1.0f}};  // of this lane's four in the 16: decay before them, and after
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             if (GATED && row + i < at.count) {
@@ -337,41 +346,47 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
         }
         {
             float four[2], eight[2];
-            Two total;
-#pragma unroll
-            for (int x = 0; x < 2; x++) {
-                const float d1 = decay[1].x[x], d3 = decay[3].x[x], d23 = decay[2].x[x] * d3;
-                since[0].x[x] = decay[0].x[x], since[1].x[x] = decay[0].x[x] * d1;
-                since[2].x[x] = since[1].x[x] * decay[2].x[x], four[x] = since[3].x[x] = since[1].x[x] * d23;
-                until[0].x[x] = d1 * d23, until[1].x[x] = d23, until[2].x[x] = d3, until[3].x[x] = 1.0f;
-            }
+            Two since[4], until[4], total;
+            rows_of_four(since, until, decay, start, end);
+            four[0] = since[3].x[0], four[1] = since[3].x[1];
 #pragma unroll
             for (int i = 0; i < 4; i++) wide[0][i] = pack(odd ? since[i].x[0] : until[i].x[0], odd ? since[i].x[1] : until[i].x[1]);
 #pragma unroll
             for (int x = 0; x < 2; x++) {
-                const float other = swap_lanes(four[x], 8), start = odd ? other : 1.0f, end = odd ? 1.0f : other;
+                const float other = swap_lanes(four[x], 8);
                 eight[x] = four[x] * other;
-#pragma unroll
-                for (int i = 0; i < 4; i++) since[i].x[x] *= start, until[i].x[x] *= end;
+                if (odd) start.x[x] = other; else end.x[x] = other;
             }
 #pragma unroll
-            for (int i = 0; i < 4; i++) wide[1][i] = pack(second ? since[i].x[0] : until[i].x[0], second ? since[i].x[1] : until[i].x[1]);
+            for (int i = 0; i < 4; i++) {
+                float by[2];
+#pragma unroll
+                for (int x = 0; x < 2; x++) by[x] = second ? since[i].x[x] * start.x[x] : until[i].x[x] * end.x[x];
+                wide[1][i] = pack(by[0], by[1]);
+            }
 #pragma unroll
             for (int x = 0; x < 2; x++) {
-                const float other = swap_lanes(eight[x], 16), start = second ? other : 1.0f, end = second ? 1.0f : other;
+                const float other = swap_lanes(eight[x], 16);
                 total.x[x] = eight[x] * other;
-#pragma unroll
-                for (int i = 0; i < 4; i++) since[i].x[x] *= start, until[i].x[x] *= end;
+                if (second) start.x[x] *= other; else end.x[x] *= other;
             }
             group_barrier(z);  // all have read the memory; the rows lie over it
             if (t8 == 0) *(Two*)(ex.total[w] + 2 * l8) = total;
+            rows_of_four(since, until, decay, start, end);
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const u32 factor = pack(since[i].x[0], since[i].x[1]);
+                const int to = (row + i) * X_PITCH + 2 * l8;
+                *(u32*)(ex.q_since + to) = times(q[i], factor), *(u32*)(ex.e_since + to) = times(e[i], factor);
+                *(u32*)(ex.k_until + to) = times(k[i], pack(until[i].x[0], until[i].x[1]));
+            }
         }
+        u32 alive = 0;  // a bit for each decay that is not zero; the decays themselves wait in shared memory
+        Two* parked = (Two*)(scratch.sums + 16 * X_PITCH) + lane;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const u32 factor = pack(since[i].x[0], since[i].x[1]);
-            const int to = (row + i) * X_PITCH + 2 * l8;
-            *(u32*)(ex.q_since + to) = times(q[i], factor), *(u32*)(ex.e_since + to) = times(e[i], factor);
-            *(u32*)(ex.k_until + to) = times(k[i], pack(until[i].x[0], until[i].x[1]));
+            alive |= (decay[i].x[0] != 0.0f ? 1u << 2 * i : 0u) | (decay[i].x[1] != 0.0f ? 2u << 2 * i : 0u);
+            if (i) parked[32 * (i - 1)] = decay[i];
         }
         group_barrier(z);
 
@@ -418,7 +433,10 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
         // its later end, less what begins here; `to_end`: what this token leaves to the chunk's end.
         Two q_sum[4], e_sum[4], k_sum[4], passed[4], to_end[4];
         {
-            Two after = {{1.0f, 1.0f}};
+            Two after = {{1.0f, 1.0f}}, since[4], until[4];
+#pragma unroll
+            for (int i = 1; i < 4; i++) decay[i] = parked[32 * (i - 1)];
+            rows_of_four(since, until, decay, start, end);
 #pragma unroll
             for (int I = 1; I < 4; I++)
                 if (I > w) {
@@ -452,7 +470,7 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
 #pragma unroll
             for (int i = j + 1; i < 4; i++) {
                 const Two qi = halves(q[i]), ei = halves(e[i]);
-                const float P = low(pairs[i * (i - 1) / 2 + j]), A = high(pairs[i * (i - 1) / 2 + j]);
+                const float P = low(s.pairs[4 * w + t8][i * (i - 1) / 2 + j]), A = high(s.pairs[4 * w + t8][i * (i - 1) / 2 + j]);
 #pragma unroll
                 for (int x = 0; x < 2; x++) {
                     run.x[x] *= decay[i].x[x], factor.x[x] *= decay[i].x[x];
@@ -559,7 +577,7 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
 #pragma unroll
                 for (int x = 0; x < 2; x++) {
                     const float sum = dg[i].x[x] + ahead.x[x] + behind.x[x] + all.x[x] * kept.x[x];
-                    dg[i].x[x] = decay[i].x[x] != 0.0f ? sum : 0.0f;  // nothing passes where nothing is kept
+                    dg[i].x[x] = alive >> (2 * i + x) & 1 ? sum : 0.0f;  // nothing passes where nothing is kept
                 }
         }
 
@@ -568,7 +586,7 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
         for (int i = 0; i < 4; i++) {
             const Two q2 = halves(q[i]), k2 = halves(k[i]);
             const float own = one(s.dP + (row + i) * (PITCH + 1)), beta = ERASE ? 1.0f : s.beta[row + i];
-            const long long to = gate_at + i * gate_step + 16 * step;
+            const long long to = gate_at + (unsigned long long)gate_step * i + 16 * step;
 #pragma unroll
             for (int x = 0; x < 2; x++) {
                 q_sum[i].x[x] += own * k2.x[x], k_sum[i].x[x] += own * q2.x[x];
@@ -642,7 +660,7 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
                 const float qa = s.q_along[0][row + i] + s.q_along[1][row + i], ka = s.k_along[0][row + i] + s.k_along[1][row + i];
 #pragma unroll 1
                 for (int x = z * (K / 32); x < (z + 1) * (K / 32); x++) {  // the same lane wrote these
-                    const long long from = key_at + i * key_step + 16 * x, to = gate_at + i * gate_step + 16 * x;
+                    const long long from = key_at + (unsigned long long)key_step * i + 16 * x, to = gate_at + (unsigned long long)gate_step * i + 16 * x;
                     u32 q = pair_at(a.q + from), k = pair_at(a.k + from), dq = pair_at(a.dq + to), dk = pair_at(a.dk + to);
                     *(u32*)(a.dq + to) = pack(qn * (low(dq) - qa * qn * low(q)), qn * (high(dq) - qa * qn * high(q)));
                     *(u32*)(a.dk + to) = pack(kn * (low(dk) - ka * kn * low(k)), kn * (high(dk) - ka * kn * high(k)));
