@@ -226,6 +226,16 @@ def test_points_run_in_processes_side_by_side(tmp_path):
 
 
 @pytest.mark.timeout(240)
+def test_long_points_are_begun_first(tmp_path):
+    text = RECIPE.replace("def work(self): return 1.0", "def work(self): return float(1 + self.number)")
+    (tmp_path / "uneven.py").write_text(text.replace("PAUSE, BROKEN, POINTS = 0.0", "PAUSE, BROKEN, POINTS = 0.2"))
+    run(load_experiment(str(tmp_path / "uneven.py")), "tiny", tmp_path / "out", device="cpu", workers=2)
+    numbers = [line["label"]["number"] for line in read_lines(tmp_path / "out" / "results.jsonl")]
+    assert set(numbers[:3]) <= {3, 2}  # neighbours may end in any order
+    assert set(numbers[-3:]) <= {1, 0}
+
+
+@pytest.mark.timeout(240)
 def test_ctrl_c_ends_the_workers_too(tmp_path):
     recipe(tmp_path, "slow.py", PAUSE=0.4)
     code = (

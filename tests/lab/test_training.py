@@ -103,6 +103,16 @@ def test_answers_are_told_from_the_text_around_them():
     assert sorted(asked.place.tolist()) == list(range(400))
 
 
+def test_a_gpu_copies_batches_by_itself(monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self)
+    batch = POINT.train[0].draw(2, Key("train", 0, 0))
+    question(batch, "cpu")
+    assert pinned == []
+    assert question(batch, "cuda:1").tokens is pinned[0]
+    assert len(pinned) == 3
+
+
 def test_a_batch_that_asks_nothing_teaches_nothing():
     quiet = Stack(length=6, stacks=64, elements=4)  # a push, and hardly ever its pop
     point = replace(POINT, train=(quiet,), tests=(replace(quiet, length=300),), tokens_per_step=6, steps=3)
