@@ -129,15 +129,16 @@ class Decode:
         best = dict.fromkeys(self.contexts, math.inf)
         spread: dict[int, list[float]] = {context: [] for context in self.contexts}
         counts = dict.fromkeys(self.contexts, min(self.steps, 3))
-        for round_ in range(self.rounds + 1):  # the first one warms up, and tells how many steps fit a round
+        for round_ in range(-2, self.rounds):  # the first warms up and compiles, the second tells how many steps fit
             for context in self.contexts:
                 seconds = timed(lambda context=context: step(context), counts[context], device)
-                if round_:
+                if round_ == -1:
+                    counts[context] = max(min(self.steps, round(ROUND / seconds)), 1)
+                if round_ >= 0:
                     best[context] = min(best[context], seconds)
                     spread[context].append(seconds)
-                else:
-                    counts[context] = max(min(self.steps, round(ROUND / seconds)), 1)
-                tell(round_ / (self.rounds + 1), f"{context:,} tokens: {1e3 * seconds:.3g} ms a token")
+                share = (round_ + 2) / (self.rounds + 2)
+                tell(share, f"{context:,} tokens: {1e3 * seconds:.3g} ms a token")
         rows = [
             {
                 "context": c,

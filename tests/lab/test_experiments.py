@@ -6,6 +6,7 @@ import pytest
 
 from palimpsest.cli import run as command
 from palimpsest.lab.command import _Lines
+from palimpsest.lab.cost import Decode, Shape
 from palimpsest.lab.experiment import NAMES, load_experiment
 from palimpsest.lab.run import read_records
 from palimpsest.lab.training import Training
@@ -96,3 +97,17 @@ def test_points_that_fail_end_in_an_exit_code_of_one(tmp_path, capsys, monkeypat
     assert said.err.count("ZeroDivisionError") == 3
     assert "3 points failed; the same command tries them again" in said.err
     assert said.out == ""
+
+
+def test_what_compiles_at_first_is_measured_as_often_as_the_rest(monkeypatch):
+    taken: list[int] = []
+
+    def timed(call, count, device):
+        taken.append(count)
+        return 9.0 if len(taken) == 1 else 1e-3
+
+    monkeypatch.setattr("palimpsest.lab.cost.timed", timed)
+    shape = Shape(hidden_size=16, heads=1, head_dim=8, latent=8, positions=4)
+    found = Decode(layer="kda", shape=shape, contexts=(64, 256), rounds=2, steps=50).run("cpu", lambda *_: None)
+    assert taken == [3, 3, 3, 3, 50, 50, 50, 50]
+    assert [row["milliseconds"] for row in found["rows"]] == [1.0, 1.0]
