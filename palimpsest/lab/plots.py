@@ -127,7 +127,7 @@ def legend_below(found: Any, axes: Sequence[Any]) -> None:
     """One legend for all axes, under the figure."""
     seen = dict(pair[::-1] for each in axes for pair in zip(*each.get_legend_handles_labels()))
     if seen:
-        widest = 0.7 + 0.09 * max(map(len, seen))  # inches of an entry, about
+        widest = 0.5 + 0.07 * max(map(len, seen))  # inches of an entry, about
         columns = max(min(len(seen), 6, int(found.get_figwidth() / widest)), 1)
         found.legend(seen.values(), seen, loc="outside lower center", ncols=columns, frameon=False)
 

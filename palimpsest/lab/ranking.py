@@ -66,6 +66,9 @@ def versus(baseline: str, others: Mapping[str, str]) -> Callable[[Sequence[Recor
             measure, base = Measure(test.rpartition(" ")[0]), found.get((test, baseline))
             if base is None:
                 continue
+            if measure.larger and all(spread.high == 0 for (t, _), spread in found.items() if t == test):
+                because.append(f"{test}: nobody has any right.")
+                continue
             ahead, behind, level = [], [], []
             for who, words in others.items():
                 other = found.get((test, who))

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from palimpsest.lab.experiment import Experiment, Record, Verdict, load_experiment
+from palimpsest.lab.ranking import versus
 from palimpsest.lab.report import compare
 from palimpsest.lab.run import (
     InterruptedSweep,
@@ -407,3 +408,14 @@ def test_compare_puts_common_points_side_by_side(tmp_path):
 def test_a_title_reads_as_a_line():
     assert title({"a": 1, "b": "x"}) == "a 1, b x"
     assert Verdict("shown", ()).tables == ()
+
+
+def test_a_test_that_nobody_passes_is_said_in_three_words():
+    rows = [
+        {"test_task": "needle", "test_length": 8, "exact": 0.0, "parameters": 1, "state_numbers": 1, "diverged": False}
+    ]
+    runs = [replace(record(who, seed, 0.0), result={"rows": rows}) for who in ("a", "b") for seed in (0, 1)]
+    runs = [replace(r, label=r.label | {"task": "needle"}) for r in runs]
+    verdict = versus("a", {"b": "the other"})(runs)
+    assert verdict.outcome == "undecided"
+    assert verdict.because[0] == "needle 8: nobody has any right."
