@@ -83,7 +83,6 @@ static inline void mma(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, uns
     }
 }
 static inline void mma_half(float (&d)[4], unsigned a0, unsigned a1, unsigned b0) { mma(d, a0, a1, 0, 0, b0, 0); }
-static inline float tf32(float x) { return __uint_as_float(__float_as_uint(x) + 0x1000); }
 static inline float cpu_tf32(float x) { return __uint_as_float(__float_as_uint(x) & ~0x1fffu); }
 static inline void mma_tf32(float (&d)[4], float a0, float a1, float a2, float a3, float b0, float b1) {
     Slot m;

@@ -16,7 +16,7 @@ from palimpsest.ops.cuda.launch import Kernel, kernel
 C = 64  # tokens in a chunk
 _INTRA, _CHAIN, _GRADIENT = "11P4i2f3i", "8P3i", "23P4i2f3i"
 _SHARED = {  # bytes, by key channels; of chain also by groups, of gradient by value channels
-    "intra": {64: 48512, 128: 73472},
+    "intra": {64: 39296, 128: 56064},
     "chain": {(1, 64): 130048, (1, 128): 203776, (2, 64): 154624, (2, 128): 228352},
     "gradient": {64: 90144, 128: 114720},
 }

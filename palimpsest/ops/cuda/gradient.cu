@@ -67,7 +67,8 @@ template <int V> struct Smem {
     u16 dP[C * PITCH], dA[C * PITCH];
     Quad level[4][2][32];  // first operands of each warp's levels 4 and 8
     u32 pairs[16][8];      // dP and dA of four tokens' (1, 0), (2, 0), (2, 1), (3, 0), (3, 1), (3, 2)
-    float beta[C], d_beta[3][C], q_along[2][C], k_along[2][C], dA_log[8];
+    int unused;  // whether a strength is 0
+    float beta[C], d_beta[4][C], q_along[2][C], k_along[2][C], dA_log[8];
 };
 
 DEVICE u32 pair_at(const u16* p) { return *(const u32*)p; }
@@ -159,7 +160,9 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
         }
         s.beta[threadIdx.x] = beta;
     }
+    if (threadIdx.x == 0) s.unused = 0;
     block_barrier();
+    if (ERASE == 0 && threadIdx.x < C && s.beta[threadIdx.x] == 0.0f) s.unused = 1;
 
     // Tiles of 16 rows and 16 columns of an image: pieces 2 y and 2 y + 1 of 8 lie at (2 y ^ turn).
     const int my_rows = (16 * w + lane % 16) * 64, turn = lane / 16 ^ l8;           // rows down the lanes, then columns
@@ -229,9 +232,10 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
                         const int row = 16 * w + 8 * i + r, j = 16 * J + 8 * n + 2 * c;
                         const float x0 = j + z <= row ? factor * x[n][2 * i] : 0.0f, x1 = j + 1 + z <= row ? factor * x[n][2 * i + 1] : 0.0f;
                         *(u32*)(out + row * PITCH + j) = pack(x0, x1);
+                        if (ERASE == 0 && z && J == w && i == n && c == r / 2) s.d_beta[3][row] = r % 2 ? x[n][2 * i + 1] : x[n][2 * i];  // dw . fresh
                     }
             }
-        if (ERASE == 0 && z) {  // the diagonals of products of 8 rows with 8 rows
+        if (ERASE == 0 && z && s.unused) {  // the diagonals of products of 8 rows with 8 rows
             float x[2][4] = {};
 #pragma unroll
             for (int n = 0; n < 2; n++) {
@@ -239,7 +243,7 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
                 const u16* from = a.write + (at.start + (inside ? 16 * w + 8 * n + r : 0)) * value_step + head * V + 2 * c;
 #pragma unroll
                 for (int y = 0; y < V / 16; y++)
-                        mma(x[n], d[y].x[0], d[y].x[1], d[y].x[2], d[y].x[3], inside ? pair_at(from + 16 * y) : 0, inside ? pair_at(from + 16 * y + 8) : 0);
+                    mma(x[n], d[y].x[0], d[y].x[1], d[y].x[2], d[y].x[3], inside ? pair_at(from + 16 * y) : 0, inside ? pair_at(from + 16 * y + 8) : 0);
             }
             if (c == r / 2) s.d_beta[2][16 * w + r] = r % 2 ? x[0][1] : x[0][0], s.d_beta[2][16 * w + 8 + r] = r % 2 ? x[1][3] : x[1][2];
         }
@@ -643,7 +647,8 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
     block_barrier();
     if (ERASE == 0 && threadIdx.x < at.count) {
         const long long to = (at.start + threadIdx.x) * HV + head;
-        float d = s.d_beta[0][threadIdx.x] + s.d_beta[1][threadIdx.x] + s.d_beta[2][threadIdx.x], b = s.beta[threadIdx.x];
+        const float b = s.beta[threadIdx.x];  // fresh = beta x what a strength of 1 would write; where it is 0, the long way
+        float d = b != 0.0f ? s.d_beta[3][threadIdx.x] / b : s.d_beta[0][threadIdx.x] + s.d_beta[1][threadIdx.x] + s.d_beta[2][threadIdx.x];
         if (GATED) d *= b * (1.0f - b);
         if (a.wide_erase) ((float*)a.d_erase)[to] = d; else ((u16*)a.d_erase)[to] = (u16)(pack(d, 0.0f) & 0xffffu);
     }

@@ -1,6 +1,6 @@
 // Everything of a chunk that does not need the memory; what intra.py of the Triton room computes, letter for letter.
 //
-// Grid     (chunk x value head), 4 warps; warp w holds 16 tokens, each lane all of them in a few channels. So products of
+// Grid     (chunk x value head), 4 warps; warp w holds 16 tokens, each lane all of them in two channels. So products of
 //          decays stay in a lane, and no lane ever waits for another one's.
 // Tree     pairs of tokens meet in the smallest aligned block of 2, 4, 8 or 16 that holds both: the later half decayed since
 //          that half began, the earlier one until it ended. Every factor is a product of decays, never a difference of sums.
@@ -15,13 +15,12 @@
 #ifndef KEY_DIM
 #define KEY_DIM 128
 #endif
-constexpr int C = 64, K = KEY_DIM, CHANNELS = ERASE ? 2 : K / 32, PAIRS = CHANNELS / 2;  // of a lane at a time
-constexpr int WIDTH = 32 * CHANNELS, PASSES = K / WIDTH;
+constexpr int C = 64, K = KEY_DIM, WIDTH = 64, PASSES = K / WIDTH;  // 64 channels at a time, two of them a lane's
 constexpr int PITCH = K + 8, L_PITCH = 72, P_PITCH = 72;
 
 struct Warp {
     union {
-        u16 rows[32 * PITCH];  // a level's halves; then erase and q since the block's start
+        u16 rows[32 * PITCH];  // q; then a level's halves; then erase and q since the block's start
         struct {
             float L[16 * L_PITCH];  // then rows of A, and of M on its diagonal; and of P
             u16 P[16 * P_PITCH];
@@ -30,8 +29,7 @@ struct Warp {
 };
 struct Smem {
     Warp warp[4];
-    u16 k_until[C * PITCH];  // k; then k until its block's end
-    u16 k_end[C * PITCH];    // q; then k until the chunk's end, its pairs laid out as columns of tiles
+    u16 k_until[C * PITCH];  // k; then k until its block's end; then until the chunk's, its pairs laid out as columns of tiles
     float total[4 * K];      // decay of each block of 16
     u16 between[3 * K];      // of block 1, of block 2, of both
     float e_scale[C], q_scale[C], k_norm[C], own[C];
@@ -50,101 +48,74 @@ struct Arguments {
     int gate, wide_g, wide_erase;
 };
 
-struct alignas(4 * PAIRS) Row { u32 x[PAIRS]; };  // of one token, what a lane holds
-struct alignas(4 * CHANNELS) WideRow { float x[CHANNELS]; };
-typedef float Factors[CHANNELS];
+struct alignas(8) Two { float x[2]; };
 
-DEVICE Row factor(const Factors& f) {
-    Row y;
-#pragma unroll
-    for (int p = 0; p < PAIRS; p++) y.x[p] = pack(f[2 * p], f[2 * p + 1]);
-    return y;
-}
-DEVICE Row times_row(Row x, Row f) {
-#pragma unroll
-    for (int p = 0; p < PAIRS; p++) x.x[p] = times(x.x[p], f.x[p]);
-    return x;
-}
-DEVICE void multiply(Factors& f, const Factors& by) {
-#pragma unroll
-    for (int x = 0; x < CHANNELS; x++) f[x] *= by[x];
-}
+DEVICE u32 factor(Two f) { return pack(f.x[0], f.x[1]); }
+DEVICE Two product(Two f, Two by) { return {{f.x[0] * by.x[0], f.x[1] * by.x[1]}}; }
+DEVICE Two product(Two f, float by) { return {{f.x[0] * by, f.x[1] * by}}; }
+DEVICE u32 pair_at(const u16* p) { return *(const u32*)p; }
+DEVICE void put(u16* p, u32 x) { *(u32*)p = x; }
+constexpr Two NOTHING_FADES = {{1.0f, 1.0f}};
 
 // Products of d that the compiler has formed so far are not worth the registers that would keep them.
-DEVICE void forget(Factors (&d)[16]) {
+DEVICE void forget(Two (&d)[16]) {
 #ifndef WARP_ON_CPU
 #pragma unroll
-    for (int i = 0; i < 16; i++)
-#pragma unroll
-        for (int x = 0; x < CHANNELS; x++) asm volatile("" : "+f"(d[i][x]));
+    for (int i = 0; i < 16; i++) asm volatile("" : "+f"(d[i].x[0]), "+f"(d[i].x[1]));
 #endif
 }
 
-// Sixteen tokens of k, erase and log-decay into registers, and of q into shared memory; zeros beyond the last token.
-template <bool ALL> DEVICE void load(const Arguments& a, Row (&k)[16], Row (&e)[16], Factors (&g)[16], const u16* q_at, const u16* k_at,
-                                     long long value_at, u16* q_to, int tokens) {
-    const unsigned long long key_step = (unsigned)(a.H * K), value_step = (unsigned)(a.HV * K);
-    Row q[16];
+// Two channels of sixteen tokens: q, k, erase and log-decay, each from its first token on; zeros beyond the last token.
+// Steps in bytes, so that an address is one multiplication.
+template <bool ALL, bool WIDE, bool KEYS> DEVICE void load(const Arguments& a, u32 (&q)[16], u32 (&k)[16], u32 (&e)[16], Two (&g)[16], long long key_at,
+                                                long long value_at, int tokens) {
+    typedef unsigned long long u64;
+    const unsigned key_step = 2 * a.H * K, value_step = 2 * a.HV * K, g_step = (WIDE ? 4 : 2) * a.HV * K;
+    const char *q_at = (const char*)(a.q + key_at), *k_at = (const char*)(a.k + key_at);
+    const char *e_at = (const char*)a.erase + 2 * value_at, *g_at = (const char*)a.g + (WIDE ? 4 : 2) * value_at;
 #pragma unroll
     for (int i = 0; i < 16; i++) {
-        if (!ALL) q[i] = k[i] = e[i] = Row{};
+        if (!ALL && KEYS) q[i] = k[i] = 0;
+        if (!ALL) e[i] = 0, g[i] = {{0.0f, 0.0f}};
         if (ALL || i < tokens) {
-            q[i] = *(const Row*)(q_at + key_step * i), k[i] = *(const Row*)(k_at + key_step * i);
-            if (ERASE) e[i] = *(const Row*)((const u16*)a.erase + value_at + value_step * i);
-        }
-    }
-#pragma unroll
-    for (int i = 0; i < 16; i++) {
-        if (!ALL)
-#pragma unroll
-            for (int x = 0; x < CHANNELS; x++) g[i][x] = 0.0f;
-        if (ALL || i < tokens) {
-            if (a.wide_g) {
-                const WideRow y = *(const WideRow*)((const float*)a.g + value_at + value_step * i);
-#pragma unroll
-                for (int x = 0; x < CHANNELS; x++) g[i][x] = y.x[x];
+            if (KEYS) q[i] = *(const u32*)(q_at + (u64)key_step * i), k[i] = *(const u32*)(k_at + (u64)key_step * i);
+            if (ERASE) e[i] = *(const u32*)(e_at + (u64)value_step * i);
+            if (WIDE) {
+                g[i] = *(const Two*)(g_at + (u64)g_step * i);
             } else {
-                const Row y = *(const Row*)((const u16*)a.g + value_at + value_step * i);
-#pragma unroll
-                for (int x = 0; x < CHANNELS; x++) g[i][x] = x % 2 ? high(y.x[x / 2]) : low(y.x[x / 2]);
+                const u32 y = *(const u32*)(g_at + (u64)g_step * i);
+                g[i] = {{low(y), high(y)}};
             }
         }
     }
-#pragma unroll
-    for (int i = 0; i < 16; i++) *(Row*)(q_to + i * PITCH) = q[i];
 }
 
 // Scores of the later halves against the earlier halves of all blocks of 2 S tokens: acc's rows are erase, then q.
-template <int S> DEVICE void level(float (&acc)[4], Factors (&d)[16], const Row (&k)[16], const Row* e, u16* rows,
-                                   const u16* raw_k, const u16* raw_q, int column, int lane) {
+template <int S> DEVICE void level(float (&acc)[4], Two (&d)[16], const u32 (&q)[16], const u32 (&k)[16], const u32 (&e)[16], u16* rows,
+                                   const u16* raw_k, int column, int lane) {
     warp_barrier();  // what lay here has been read
     forget(d);
 #pragma unroll
     for (int b = 0; b < 16; b += 2 * S) {
-        Factors run;
-#pragma unroll
-        for (int x = 0; x < CHANNELS; x++) run[x] = 1.0f;
+        Two run = NOTHING_FADES;
 #pragma unroll
         for (int i = b + S; i < b + 2 * S; i++) {
-            const int to = (b / 2 + i - b - S) * PITCH + column;
-            if (ERASE == 2) *(Row*)(rows + to) = i > b + S ? times_row(e[i], factor(run)) : e[i];
-            multiply(run, d[i]);
-            const Row f = factor(run);
-            if (ERASE != 2) *(Row*)(rows + to) = times_row(ERASE ? e[i] : k[i], f);
-            *(Row*)(rows + 8 * PITCH + to) = times_row(*(const Row*)(raw_q + i * PITCH + column), f);
+            u16* to = rows + (b / 2 + i - b - S) * PITCH + column;
+            if (ERASE == 2) put(to, i > b + S ? times(e[i], factor(run)) : e[i]);
+            run = product(run, d[i]);
+            const u32 f = factor(run);
+            if (ERASE != 2) put(to, times(ERASE ? e[i] : k[i], f));
+            put(to + 8 * PITCH, times(q[i], f));
         }
-        if (S > 1) {
+        run = NOTHING_FADES;
 #pragma unroll
-            for (int x = 0; x < CHANNELS; x++) run[x] = 1.0f;
-#pragma unroll
-            for (int i = b + S - 1; i >= b; i--) {
-                *(Row*)(rows + (16 + b / 2 + i - b) * PITCH + column) = i < b + S - 1 ? times_row(k[i], factor(run)) : k[i];
-                if (i > b) multiply(run, d[i]);
-            }
+        for (int i = b + S - 1; i >= b && S > 1; i--) {
+            put(rows + (16 + b / 2 + i - b) * PITCH + column, i < b + S - 1 ? times(k[i], factor(run)) : k[i]);
+            if (i > b) run = product(run, d[i]);
         }
     }
     warp_barrier();
-    const int from = column - CHANNELS * lane;
+    const int from = column - 2 * lane;
     const u16* left = rows + lane % 16 * PITCH + from + lane / 16 * 8;
     const u16* right = (S > 1 ? rows + (16 + lane % 8) * PITCH : raw_k + 2 * (lane % 8) * PITCH) + from + lane / 8 * 8;
 #pragma unroll
@@ -154,6 +125,20 @@ template <int S> DEVICE void level(float (&acc)[4], Factors (&d)[16], const Row 
         for (int y = 0; y < 2; y++) {
             const Quad x = load_tiles(left + 16 * (step + y));
             mma(acc, x.x[0], x.x[1], x.x[2], x.x[3], b.x[2 * y], b.x[2 * y + 1]);
+        }
+    }
+}
+
+// Products of each token's q and k with its own k, and of its q with itself: diagonals of 8 x 8.
+template <bool GATED> DEVICE void own_products(float (&own)[2][4], float (&q_own)[2][4], const u16* q, const u16* k, int from, int lane) {
+#pragma unroll
+    for (int step = 0; step < WIDTH / 16; step++) {
+        const int at = lane % 16 * PITCH + from + 16 * step + lane / 16 * 8;
+        const Quad x = load_tiles(q + at), y = load_tiles(k + at);
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            mma(own[h], x.x[h], y.x[h], x.x[2 + h], y.x[2 + h], y.x[h], y.x[2 + h]);
+            if (GATED) mma(q_own[h], x.x[h], 0, x.x[2 + h], 0, x.x[h], x.x[2 + h]);
         }
     }
 }
@@ -197,86 +182,82 @@ template <bool GATED> DEVICE void prepare(const Arguments& a) {
         out.beta[16 * w + lane] = beta;
         e_scale[lane] = ERASE ? 1.0f : beta, q_scale[lane] = a.scale, k_norm[lane] = 1.0f;
     }
-    u16 *rows = s.warp[w].rows, *my_k = s.k_until + 16 * w * PITCH, *my_end = s.k_end + 16 * w * PITCH;
+    u16 *rows = s.warp[w].rows, *my_k = s.k_until + 16 * w * PITCH;
+    const long long key_row = (first * H + head / (HV / H)) * K + 2 * lane, value_row = (first * HV + head) * K + 2 * lane;
 
-    float near[4][4] = {};               // scores at levels 1, 2, 4, 8
+    float near[4][4] = {};                   // scores at levels 1, 2, 4, 8
     float own[2][4] = {}, q_own[2][4] = {};  // of 8 tokens each: q and k against k; q against q
-#pragma unroll 1
-    for (int pass = 0; pass < PASSES; pass++) {
-        const int column = pass * WIDTH + CHANNELS * lane;
-        Row k[16], e[16];  // q waits in shared memory; e is used with ERASE alone
-        Factors d[16];
-        {
-            const u16* q_at = a.q + (first * H + head / (HV / H)) * K + column;
-            const u16* k_at = a.k + (first * H + head / (HV / H)) * K + column;
-            const long long value_at = (first * HV + head) * K + column;
-            if (tokens >= 16) load<true>(a, k, e, d, q_at, k_at, value_at, my_end + column, tokens);
-            else load<false>(a, k, e, d, q_at, k_at, value_at, my_end + column, tokens);
-        }
-        if (GATED) {
-            const float rate = exp_(a.A_log[head]);
-            float bias[CHANNELS];
+    if (GATED) {                             // norms of whole rows come first
 #pragma unroll
-            for (int x = 0; x < CHANNELS; x++) bias[x] = a.dt_bias[head * K + column + x];
+        for (int i = 0; i < 16; i++)
 #pragma unroll
-            for (int i = 0; i < 16; i++)
-#pragma unroll
-                for (int x = 0; x < CHANNELS; x++) {
-                    const float y = d[i][x] + bias[x];
-                    d[i][x] = i >= tokens ? 0.0f : a.gate == 1 ? -rate * softplus(y) : a.floor * sigmoid(rate * y);
-                }
-        }
-        Factors total;
-#pragma unroll
-        for (int i = 0; i < 16; i++) {
-#pragma unroll
-            for (int x = 0; x < CHANNELS; x++) d[i][x] = exp_(d[i][x]), total[x] = i ? total[x] * d[i][x] : d[i][x];
-            *(Row*)(my_k + i * PITCH + column) = k[i];
-        }
-#pragma unroll
-        for (int x = 0; x < CHANNELS; x++) s.total[w * K + column + x] = total[x];
-        block_barrier();
-
-#pragma unroll
-        for (int step = 0; step < WIDTH / 16; step++) {
-            const int from = lane % 16 * PITCH + pass * WIDTH + 16 * step + lane / 16 * 8;
-            const Quad x = load_tiles(my_end + from), y = load_tiles(my_k + from);
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                mma(own[h], x.x[h], y.x[h], x.x[2 + h], y.x[2 + h], y.x[h], y.x[2 + h]);
-                if (GATED) mma(q_own[h], x.x[h], 0, x.x[2 + h], 0, x.x[h], x.x[2 + h]);
+            for (int pass = 0; pass < PASSES; pass++) {
+                const unsigned long long from = key_row + (unsigned long long)(unsigned)(H * K) * i + pass * WIDTH;
+                put(rows + i * PITCH + pass * WIDTH + 2 * lane, i < tokens ? pair_at(a.q + from) : 0);
+                put(my_k + i * PITCH + pass * WIDTH + 2 * lane, i < tokens ? pair_at(a.k + from) : 0);
             }
-        }
-        if (pass == PASSES - 1 && c == r / 2)  // this lane holds the diagonals
+        warp_barrier();
+#pragma unroll
+        for (int pass = 0; pass < PASSES; pass++) own_products<true>(own, q_own, rows, my_k, pass * WIDTH, lane);
+        if (c == r / 2)  // this lane holds the diagonals
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 const int i = 8 * h + r;
-                s.own[16 * w + i] = r % 2 ? own[h][1] : own[h][0];
-                if (GATED) {
-                    const float q_norm = rsqrt_((r % 2 ? q_own[h][1] : q_own[h][0]) + 1e-6f);
-                    k_norm[i] = rsqrt_((r % 2 ? own[h][3] : own[h][2]) + 1e-6f);
-                    e_scale[i] *= k_norm[i], q_scale[i] *= q_norm;
-                    if (a.norms) a.norms[tile * 2 * C + 16 * w + i] = q_norm, a.norms[tile * 2 * C + C + 16 * w + i] = k_norm[i];
-                }
+                const float q_norm = rsqrt_((r % 2 ? q_own[h][1] : q_own[h][0]) + 1e-6f);
+                k_norm[i] = rsqrt_((r % 2 ? own[h][3] : own[h][2]) + 1e-6f);
+                e_scale[i] *= k_norm[i], q_scale[i] *= q_norm;
+                if (a.norms) a.norms[tile * 2 * C + 16 * w + i] = q_norm, a.norms[tile * 2 * C + C + 16 * w + i] = k_norm[i];
             }
-        level<1>(near[0], d, k, e, rows, my_k, my_end, column, lane);
-        level<2>(near[1], d, k, e, rows, my_k, my_end, column, lane);
-        level<4>(near[2], d, k, e, rows, my_k, my_end, column, lane);
-        level<8>(near[3], d, k, e, rows, my_k, my_end, column, lane);
+        warp_barrier();
+    }
+#pragma unroll 1
+    for (int pass = 0; pass < PASSES; pass++) {
+        const int column = pass * WIDTH + 2 * lane;
+        u32 q[16], k[16], e[16];  // e with ERASE alone
+        Two d[16];
+        const long long key_at = key_row + pass * WIDTH, value_at = value_row + pass * WIDTH;
+        if (tokens < 16) {
+            if (a.wide_g) load<false, true, !GATED>(a, q, k, e, d, key_at, value_at, tokens); else load<false, false, !GATED>(a, q, k, e, d, key_at, value_at, tokens);
+        } else {
+            if (a.wide_g) load<true, true, !GATED>(a, q, k, e, d, key_at, value_at, 16); else load<true, false, !GATED>(a, q, k, e, d, key_at, value_at, 16);
+        }
+        if (GATED) {  // q and k are here already
+#pragma unroll
+            for (int i = 0; i < 16; i++) q[i] = pair_at(rows + i * PITCH + column), k[i] = pair_at(my_k + i * PITCH + column);
+            const float rate = exp_(a.A_log[head]);
+            const Two bias = *(const Two*)(a.dt_bias + head * K + column);
+#pragma unroll
+            for (int i = 0; i < 16; i++)
+#pragma unroll
+                for (int x = 0; x < 2; x++) {
+                    const float y = d[i].x[x] + bias.x[x];
+                    d[i].x[x] = i >= tokens ? 0.0f : a.gate == 1 ? -rate * softplus(y) : a.floor * sigmoid(rate * y);
+                }
+        }
+        // A block's whole decay: a product of many numbers near 1 drifts, so slow ones come from the sum of logarithms.
+        Two total = NOTHING_FADES, sum = {{0.0f, 0.0f}};
+#pragma unroll
+        for (int i = 0; i < 16; i++) {
+            sum.x[0] += d[i].x[0], sum.x[1] += d[i].x[1];
+            d[i] = {{exp_(d[i].x[0]), exp_(d[i].x[1])}};
+            total = product(total, d[i]);
+            if (!GATED) put(my_k + i * PITCH + column, k[i]), put(rows + i * PITCH + column, q[i]);
+        }
+#pragma unroll
+        for (int x = 0; x < 2; x++)
+            if (sum.x[x] > -1.0f) total.x[x] = careful_exp(sum.x[x]);
+        *(Two*)(s.total + w * K + column) = total;
+        block_barrier();
+
+        if (!GATED) own_products<false>(own, q_own, rows, my_k, pass * WIDTH, lane);
+        level<1>(near[0], d, q, k, e, rows, my_k, column, lane);
+        level<2>(near[1], d, q, k, e, rows, my_k, column, lane);
+        level<4>(near[2], d, q, k, e, rows, my_k, column, lane);
+        level<8>(near[3], d, q, k, e, rows, my_k, column, lane);
         warp_barrier();
         forget(d);
 
-        // The 16 tokens since their block's start and until its end; with the other blocks, since the chunk's and until its.
-        Factors before, after, run;
-#pragma unroll
-        for (int x = 0; x < CHANNELS; x++) {
-            before[x] = after[x] = run[x] = 1.0f;
-#pragma unroll
-            for (int J = 0; J < 3; J++) {
-                if (J < w) before[x] *= s.total[J * K + column + x];
-                if (3 - J > w) after[x] *= s.total[(3 - J) * K + column + x];
-            }
-        }
+        // The 16 tokens since their block's start and until its end; with the other blocks, since the chunk's.
         if (threadIdx.x < WIDTH) {
             const int channel = pass * WIDTH + threadIdx.x;
             const float f1 = s.total[K + channel], f2 = s.total[2 * K + channel];
@@ -285,50 +266,33 @@ template <bool GATED> DEVICE void prepare(const Arguments& a) {
             out.D[channel] = s.total[channel] * f1 * f2 * s.total[3 * K + channel];
         }
         {
-            const int at_column = image(16 * w, column / 64 * 8) + column % 8, turn = column / 8 % 8 * 8;
+            Two run = NOTHING_FADES, start = NOTHING_FADES;
+#pragma unroll
+            for (int J = 0; J < 3; J++)
+                if (J < w) start = product(start, *(const Two*)(s.total + J * K + column));
+            const int at_column = image(16 * w, pass * 8) + column % 8, turn = column / 8 % 8 * 8;
 #pragma unroll
             for (int i = 0; i < 16; i++) {
-                u16 *E = out.E + at_column + (i % 8 * 8 ^ turn) + 64 * i, *Q = E + (out.Q - out.E);
-                Factors f;
-                if (ERASE == 2) {
-                    *(Row*)(rows + i * PITCH + column) = times_row(e[i], factor(run));
-#pragma unroll
-                    for (int x = 0; x < CHANNELS; x++) f[x] = run[x] * before[x];
-                    *(Row*)E = times_row(e[i], factor(f));
-                }
-                multiply(run, d[i]);
-                const Row since = factor(run);
-                if (ERASE != 2) *(Row*)(rows + i * PITCH + column) = times_row(ERASE ? e[i] : k[i], since);
-                const Row q = *(const Row*)(my_end + i * PITCH + column);
-                *(Row*)(rows + (16 + i) * PITCH + column) = times_row(q, since);
-                const float beta = e_scale[i], scale = q_scale[i];
-                Factors start;
-#pragma unroll
-                for (int x = 0; x < CHANNELS; x++) start[x] = run[x] * before[x], f[x] = start[x] * beta;
-                if (ERASE != 2) *(Row*)E = times_row(ERASE ? e[i] : k[i], factor(f));
-#pragma unroll
-                for (int x = 0; x < CHANNELS; x++) f[x] = start[x] * scale;
-                *(Row*)Q = times_row(q, factor(f));
+                u16 *E = out.E + at_column + (i % 8 * 8 ^ turn) + 64 * i, *Q = E + (out.Q - out.E), *since = rows + i * PITCH + column;
+                if (ERASE == 2) put(since, times(e[i], factor(run))), put(E, times(e[i], factor(start)));
+                run = product(run, d[i]), start = product(start, d[i]);
+                const u32 f = factor(run);
+                if (ERASE != 2) put(since, times(ERASE ? e[i] : k[i], f));
+                put(since + 16 * PITCH, times(q[i], f));
+                if (ERASE != 2) put(E, ERASE ? times(e[i], factor(start)) : times(k[i], factor(product(start, e_scale[i]))));
+                put(Q, times(q[i], factor(product(start, q_scale[i]))));
             }
-        }
-        warp_barrier();  // all lanes have read q
+            run = NOTHING_FADES;
 #pragma unroll
-        for (int x = 0; x < CHANNELS; x++) run[x] = 1.0f;
-#pragma unroll
-        for (int i = 15; i >= 0; i--) {
-            Factors f;
-            *(Row*)(my_k + i * PITCH + column) = times_row(k[i], factor(run));
-#pragma unroll
-            for (int x = 0; x < CHANNELS; x++) f[x] = run[x] * after[x];
-            const Row end = times_row(k[i], factor(f));
-#pragma unroll
-            for (int p = 0; p < PAIRS; p++) {
-                const int channel = column + 2 * p;
-                *(u32*)(my_end + i * PITCH + channel / 32 * 32 + channel % 8 / 2 * 8 + channel % 32 / 8 * 2) = end.x[p];
+            for (int i = 15; i >= 0; i--) {
+                put(my_k + i * PITCH + column, times(k[i], factor(run)));
+                run = product(run, d[i]);
             }
-            multiply(run, d[i]);
         }
     }
+    if (c == r / 2)
+#pragma unroll
+        for (int h = 0; h < 2; h++) s.own[16 * w + 8 * h + r] = r % 2 ? own[h][1] : own[h][0];
     block_barrier();
 
     // Blocks of 16 against earlier ones.
@@ -358,8 +322,8 @@ template <bool GATED> DEVICE void prepare(const Arguments& a) {
             }
     }
 
-    // A and P go to shared memory, each warp its 16 rows; -A of other blocks, rounded to tf32, as M asks for it. P has no
-    // k_norm: M^T brings it.
+    // A and P go to shared memory, each warp its 16 rows; -A of other blocks, as M asks for it. P has no k_norm:
+    // M^T brings it.
     warp_barrier();  // all lanes have read their rows; A and P lie over them
     float* L = s.warp[w].L;
     u16* P = s.warp[w].P;
@@ -378,7 +342,7 @@ template <bool GATED> DEVICE void prepare(const Arguments& a) {
                     for (int h = 0; h < 2; h++) {
                         float* to = L + (8 * h + r) * L_PITCH + j;
                         const float A0 = far[J][0][n][2 * h] * es[h], A1 = far[J][0][n][2 * h + 1] * es[h];
-                        to[0] = tf32(-(GATED ? A0 * n0 : A0)), to[1] = tf32(-(GATED ? A1 * n1 : A1));
+                        to[0] = -(GATED ? A0 * n0 : A0), to[1] = -(GATED ? A1 * n1 : A1);
                         *(u32*)(P + (8 * h + r) * P_PITCH + j) = pack(far[J][1][n][2 * h] * qs[h], far[J][1][n][2 * h + 1] * qs[h]);
                     }
                 }
@@ -411,21 +375,38 @@ template <bool GATED> DEVICE void prepare(const Arguments& a) {
         warp_barrier();
         if (lane < 16)
 #pragma unroll
-            for (int i = 0; i < 8; i++) half[i * L_PITCH + column] = tf32(m[i]);
+            for (int i = 0; i < 8; i++) half[i * L_PITCH + column] = m[i];
         warp_barrier();
         float x[4] = {}, y[4] = {};
         const float *M11 = block + 2 * c * L_PITCH + r, *A21 = block + (8 + r) * L_PITCH + 2 * c, *M22 = A21 + 8;
-        mma_tf32(x, M11[0], 0.0f, M11[L_PITCH], 0.0f, tf32(A21[0]), tf32(A21[1]));
-        mma_tf32(y, tf32(-x[0]), 0.0f, tf32(-x[1]), 0.0f, M22[0], M22[1]);
+        mma_fp32(x, Four{{M11[0], 0.0f, M11[L_PITCH], 0.0f}}, A21[0], A21[1]);
+        mma_fp32(y, Four{{-x[0], 0.0f, -x[1], 0.0f}}, M22[0], M22[1]);
         float* M21 = block + (8 + 2 * c) * L_PITCH + r;
-        M21[0] = tf32(y[0]), M21[L_PITCH] = tf32(y[1]), block[lane / 4 * L_PITCH + 8 + 2 * c] = 0.0f, block[lane / 4 * L_PITCH + 9 + 2 * c] = 0.0f;
+        M21[0] = y[0], M21[L_PITCH] = y[1], block[lane / 4 * L_PITCH + 8 + 2 * c] = 0.0f, block[lane / 4 * L_PITCH + 9 + 2 * c] = 0.0f;
     }
     block_barrier();
+
+    // All have read k until its block's end: on to the chunk's.
+#pragma unroll 1
+    for (int pass = 0; pass < PASSES; pass++) {
+        const int column = pass * WIDTH + 2 * lane;
+        Two after = NOTHING_FADES;
+#pragma unroll
+        for (int J = 1; J < 4; J++)
+            if (J > w) after = product(after, *(const Two*)(s.total + J * K + column));
+        const u32 f = factor(after);
+        u32 k[16];
+#pragma unroll
+        for (int i = 0; i < 16; i++) k[i] = times(pair_at(my_k + i * PITCH + column), f);
+        warp_barrier();
+#pragma unroll
+        for (int i = 0; i < 16; i++) put(my_k + i * PITCH + column / 32 * 32 + column % 8 / 2 * 8 + column % 32 / 8 * 2, k[i]);
+    }
 
     // Block row w of M^T: M_Iw^T = -(sum_t M_tw^T A_It^T) M_II^T. Every product's result is the next one's first operand.
     u32 m2[4][4] = {};
     {
-        float m[4][2][4] = {}, rounded[4][2][4];
+        float m[4][2][4] = {};
         const float *straight = s.warp[0].L + r * L_PITCH + 2 * c, *turned = s.warp[0].L + 2 * c * L_PITCH + r;
         constexpr int NEXT = sizeof(Warp) / 4;  // from the rows of one block to those of the next
 #pragma unroll
@@ -441,27 +422,24 @@ template <bool GATED> DEVICE void prepare(const Arguments& a) {
                 for (int t = 0; t < 3; t++)
                     if (t >= w && t < I)
 #pragma unroll
-                        for (int n = 0; n < 2; n++)
+                        for (int step = 0; step < 2; step++) {
+                            const Parts x(Four{{m[t][step][0], m[t][step][2], m[t][step][1], m[t][step][3]}});
 #pragma unroll
-                            for (int step = 0; step < 2; step++) {
-                                const float *b = straight + I * NEXT + 8 * n * L_PITCH + 16 * t + 8 * step, (&x)[4] = rounded[t][step];
-                                mma_tf32(sum[n], x[0], x[2], x[1], x[3], b[0], b[1]);
+                            for (int n = 0; n < 2; n++) {
+                                const float* b = straight + I * NEXT + 8 * n * L_PITCH + 16 * t + 8 * step;
+                                mma_fp32(sum[n], x, b[0], b[1]);
                             }
+                        }
 #pragma unroll
                 for (int step = 0; step < 2; step++) {
-#pragma unroll
-                    for (int x = 0; x < 4; x++) sum[step][x] = tf32(sum[step][x]);
+                    const Parts x(Four{{sum[step][0], sum[step][2], sum[step][1], sum[step][3]}});
 #pragma unroll
                     for (int n = 0; n < 2; n++) {
                         const float* b = straight + I * NEXT + 8 * n * L_PITCH + 16 * I + 8 * step;
-                        mma_tf32(m[I][n], sum[step][0], sum[step][2], sum[step][1], sum[step][3], b[0], b[1]);
+                        mma_fp32(m[I][n], x, b[0], b[1]);
                     }
                 }
             }
-#pragma unroll
-            for (int n = 0; n < 2; n++)
-#pragma unroll
-                for (int x = 0; x < 4; x++) rounded[I][n][x] = tf32(m[I][n][x]);
             m2[I][0] = pack(m[I][0][0], m[I][0][1]), m2[I][1] = pack(m[I][0][2], m[I][0][3]);
             m2[I][2] = pack(m[I][1][0], m[I][1][1]), m2[I][3] = pack(m[I][1][2], m[I][1][3]);
             if (a.M)
@@ -479,8 +457,10 @@ template <bool GATED> DEVICE void prepare(const Arguments& a) {
         }
     }
 
-    // W = M^T k_end, rows of block w.
-    const u16* columns = s.k_end + lane % 16 * PITCH + lane / 16 * 8;
+    block_barrier();
+
+    // W = M^T k, rows of block w.
+    const u16* columns = s.k_until + lane % 16 * PITCH + lane / 16 * 8;
 #pragma unroll
     for (int group = 0; group < K / 32; group++) {
         float x[4][4] = {};

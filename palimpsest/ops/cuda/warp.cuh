@@ -44,8 +44,8 @@ DEVICE void mma_half(float (&d)[4], u32 a0, u32 a1, u32 b0) {
     asm volatile("mma.sync.aligned.m16n8k8.row.col.f32." MMA_TYPE "." MMA_TYPE ".f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(b0));
 }
-DEVICE float tf32(float x) { return __uint_as_float(__float_as_uint(x) + 0x1000u); }  // rounded, once a product drops the 13 low bits
-// d[16 x 8] += a[16 x 8] b[8 x 8] of numbers that went through tf32(). a: (r, c), (r + 8, c), (r, c + 4), (r + 8, c + 4); b: rows c, c + 4 of column r.
+// d[16 x 8] += a[16 x 8] b[8 x 8] in tf32, which drops the 13 low bits of each number. a: (r, c), (r + 8, c), (r, c + 4),
+// (r + 8, c + 4); b: rows c, c + 4 of column r.
 DEVICE void mma_tf32(float (&d)[4], float a0, float a1, float a2, float a3, float b0, float b1) {
     asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
@@ -74,7 +74,28 @@ DEVICE void group_barrier(int group) { asm volatile("bar.sync %0, 128;" ::"r"(gr
 
 #endif
 
+// Products in fp32, of numbers in two parts of tf32 each; what both low parts give is below fp32.
+struct Four { float x[4]; };
+struct Parts {
+    Four high, low;
+    DEVICE Parts(const Four& a) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) high.x[i] = __uint_as_float(__float_as_uint(a.x[i]) & 0xffffe000u), low.x[i] = a.x[i] - high.x[i];
+    }
+};
+DEVICE void mma_fp32(float (&d)[4], const Parts& a, float b0, float b1) {
+    const float h0 = __uint_as_float(__float_as_uint(b0) & 0xffffe000u), h1 = __uint_as_float(__float_as_uint(b1) & 0xffffe000u);
+    mma_tf32(d, a.low.x[0], a.low.x[1], a.low.x[2], a.low.x[3], h0, h1);
+    mma_tf32(d, a.high.x[0], a.high.x[1], a.high.x[2], a.high.x[3], b0 - h0, b1 - h1);
+    mma_tf32(d, a.high.x[0], a.high.x[1], a.high.x[2], a.high.x[3], h0, h1);
+}
+
 DEVICE float exp_(float x) { return exp2_(x * LOG2E); }
+// With x log2(e) in two parts: what is left of rounding grows with the result, not with x.
+DEVICE float careful_exp(float x) {
+    const float whole = x * LOG2E, rest = fmaf(x, LOG2E, -whole) + x * 1.925963033500212e-8f;
+    return exp2_(whole) * fmaf(rest, 0.6931471805599453f, 1.0f);
+}
 DEVICE float sigmoid(float x) { return divide_(1.0f, 1.0f + exp_(-x)); }
 DEVICE float softplus(float x) {
     float u = exp_(-fabsf(x));
