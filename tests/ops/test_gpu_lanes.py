@@ -130,7 +130,9 @@ class Kernels:
             dA_log=torch.zeros(self.tiles // x["HV"], x["HV"]), d_bias=torch.zeros(self.tiles // x["HV"], x["HV"], 4, K),
         )  # fmt: skip
         gated = "_gated" if x["gate"] else ""
-        self.run("gradient", f"gradient_{x['V']}{gated}", GRADIENT, 256, (self.tiles, 1), {**x, **gradients}, erase=self.kind)
+        self.run(
+            "gradient", f"gradient_{x['V']}{gated}", GRADIENT, 256, (self.tiles, 1), {**x, **gradients}, erase=self.kind
+        )
         dq, dk = (gradients[name].float().unflatten(2, (x["H"], -1)).sum(3) for name in ("dq", "dk"))
         dv = d_write if self.kind else gradients["dv"]
         parameters = (gradients["dA_log"].sum(0), gradients["d_bias"].sum((0, 2)))
@@ -264,6 +266,21 @@ def test_the_shipped_code_is_that_of_these_sources():
     with zipfile.ZipFile(build.ARCHIVE) as archive:
         assert archive.read("digest").decode() == build.digest(), "run python -m palimpsest.ops.cuda.build"
         assert set(archive.namelist()) == {"digest", *build.variants()}
+
+
+@pytest.mark.parametrize("K", [64, 128])
+def test_kernels_get_the_shared_memory_that_they_lay_out(tmp_path, K):
+    shared = delta_memory._SHARED
+    sizes = [("intra", "Smem", shared["intra"][K]), ("intra", "Tile<K>", delta_memory.TILE[K])]
+    sizes += [("chain", f"Smem<{groups}>", shared["chain"][groups, K]) for groups in (1, 2)]
+    sizes += [("gradient", f"Smem<{K}>", shared["gradient"][K])]
+    for x, (file, name, size) in enumerate(sizes):
+        source = tmp_path / f"{x}.cpp"
+        source.write_text(
+            f'#include "{HERE}/warp_on_cpu.h"\n#include "{build.ROOM}/{file}.cu"\n'
+            f"static_assert(sizeof({name}) == {size}); static_assert({size} <= 232448);"
+        )
+        subprocess.run(["g++", "-w", "-fsyntax-only", f"-DKEY_DIM={K}", str(source)], check=True)
 
 
 @pytest.mark.parametrize(("fields", "packed"), [(INTRA, "_INTRA"), (CHAIN, "_CHAIN"), (GRADIENT, "_GRADIENT")])

@@ -18,7 +18,7 @@ _INTRA, _CHAIN, _GRADIENT = "11P4i2f3i", "8P3i", "23P4i2f3i"
 _SHARED = {  # bytes, by key channels; of chain also by groups, of gradient by value channels
     "intra": {64: 39296, 128: 56064},
     "chain": {(1, 64): 130048, (1, 128): 203776, (2, 64): 154624, (2, 128): 228352},
-    "gradient": {64: 90144, 128: 114720},
+    "gradient": {64: 90416, 128: 114992},
 }
 TILE = {64: 33280, 128: 58112}  # bytes of what intra.cu leaves of a chunk: struct Tile of warp.cuh
 MULTIPROCESSORS = 132
@@ -99,9 +99,13 @@ def chain(plan: Plan, tiles: Tiles, *walks: tuple) -> None:
     name = ("chain_forward", "chain_both")[len(walks) - 1]
     shared = plan.cu_seqlens, plan.chunk_offsets, plan.T, plan.HV, plan.V
     arguments = [x for walk in walks for x in (tiles.tiles, *map(_at, walk), *shared)]
-    plan.kernel("chain", f"{name}_{groups}", "4x".join([_CHAIN] * len(walks)), (160, 384)[groups - 1], _SHARED["chain"][groups, plan.K]).launch(
-        (heads, parts // groups * len(walks)), *arguments
-    )
+    plan.kernel(
+        "chain",
+        f"{name}_{groups}",
+        "4x".join([_CHAIN] * len(walks)),
+        (160, 384)[groups - 1],
+        _SHARED["chain"][groups, plan.K],
+    ).launch((heads, parts // groups * len(walks)), *arguments)
 
 
 def forward(q, k, v, log_decay, erase, state, scale, cu_seqlens, A_log, dt_bias, gate, floor, exclusive):
@@ -148,7 +152,16 @@ def backward(
         dq, dk = (x.unflatten(2, (plan.H, -1)).sum(3) for x in (dq, dk))
     if gate:
         dA_log, d_bias = dA_log.sum(0).to(like[2].dtype), d_bias.sum((0, 2)).to(like[3].dtype)
-    return dq, dk, d_write if plan.erase else dv, dg.to(like[0].dtype), d_erase.to(like[1].dtype), d_state_in, dA_log, d_bias
+    return (
+        dq,
+        dk,
+        d_write if plan.erase else dv,
+        dg.to(like[0].dtype),
+        d_erase.to(like[1].dtype),
+        d_state_in,
+        dA_log,
+        d_bias,
+    )
 
 
 def _readable(q, k, v, log_decay, erase, state, A_log, dt_bias):

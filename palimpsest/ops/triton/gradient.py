@@ -85,7 +85,9 @@ def gradient_kernel(
 ):  # fmt: skip
     DTYPE: tl.constexpr = k.dtype.element_ty
     WIDE: tl.constexpr = tl.float32 == DTYPE
-    SUM: tl.constexpr = tl.float32 if WIDE else tl.bfloat16  # of the operands of sums over tokens
+    SUM: tl.constexpr = (
+        tl.bfloat16 if DTYPE == tl.bfloat16 and not WIDE else tl.float32
+    )  # of the operands of sums over tokens
     chunk, head = tl.program_id(0) // HV, tl.program_id(0) % HV
     tile = tl.program_id(0).to(tl.int64)
     n, start, count = find_chunk(chunk, cu_seqlens, chunk_offsets, T, N, C, PACKED)
