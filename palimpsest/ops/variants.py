@@ -17,6 +17,7 @@ gates may have more heads than q and k, a multiple; value head j then uses key h
 Sequences may be packed: a batch of one with cu_seqlens, the borders, and a state with one memory per sequence.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -309,8 +310,6 @@ def _run(op: Op, variant, tensors, values, state, scale, cu_seqlens, backend) ->
     K = q.shape[-1]
     _expect_one_device(q, tensors)
     state = _state(state, values, K, cu_seqlens)
-    if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, *q.shape[:2])
     problem = _problem(op, variant, q, values, cu_seqlens, (*tensors, state))
     run = getattr(choose(problem, backend), op)
     return DeltaOutput(*run(*tensors, state, K**-0.5 if scale is None else scale, cu_seqlens))
@@ -337,7 +336,12 @@ def _problem(op: Op, variant, q, v, cu_seqlens, tensors, gate="none") -> Problem
 
 
 def _capability(q: Tensor) -> tuple[int, int] | None:
-    return torch.cuda.get_device_capability(q.device) if q.device.type == "cuda" else None
+    return _capability_of(q.get_device()) if q.is_cuda else None
+
+
+@cache
+def _capability_of(device: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def _sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int, int, int]:
@@ -386,8 +390,9 @@ def _expect(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def _expect_one_device(q: Tensor, tensors: tuple[Tensor, ...]) -> None:
+    device = q.device
     for tensor in tensors:
-        if tensor.device != q.device:
+        if tensor.device != device:
             raise ValueError(
                 f"q is on {q.device} and another argument on {tensor.device}; move all of them to one device"
             )

@@ -6,6 +6,7 @@ backward   intra (again, nothing of it is kept) -> chain_both -> gradient
 Letters  B sequences, T tokens, H key heads, HV value heads, K key channels, V value channels, N packed sequences.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ _SHARED = {  # bytes, by key channels; of chain also by groups, of gradient by v
 }
 TILE = {64: 33280, 128: 58112}  # bytes of what intra.cu leaves of a chunk: struct Tile of warp.cuh
 MULTIPROCESSORS = 132
+_SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 class Plan(NamedTuple):
@@ -40,9 +42,25 @@ class Plan(NamedTuple):
     erase: int  # 0 strength, 1 vector, 2 vector that reads before its own decay
     keep: tuple  # tensors whose addresses are above
 
-    def kernel(self, file: str, name: str, fields: str, threads: int, shared: int) -> Kernel:
-        dtype = "bf16" if self.q.dtype == torch.bfloat16 else "fp16"
-        return kernel(f"{file}_{dtype}_{self.K}", name, fields, threads, shared, self.q.get_device())
+
+@cache
+def _intra(dtype: torch.dtype, K: int, erase: int, gated: bool, device: int) -> Kernel:
+    name = "intra_gated" if gated else "intra"
+    return kernel(f"intra_{erase}_{_SHORT[dtype]}_{K}", name, _INTRA, 128, _SHARED["intra"][K], device)
+
+
+@cache
+def _chain(dtype: torch.dtype, K: int, walks: int, groups: int, device: int) -> Kernel:
+    name, fields = f"chain_{'forward' if walks == 1 else 'both'}_{groups}", "4x".join([_CHAIN] * walks)
+    return kernel(
+        f"chain_{_SHORT[dtype]}_{K}", name, fields, (160, 384)[groups - 1], _SHARED["chain"][groups, K], device
+    )
+
+
+@cache
+def _gradient(dtype: torch.dtype, K: int, V: int, erase: int, gated: bool, device: int) -> Kernel:
+    name = f"gradient_{V}_gated" if gated else f"gradient_{V}"
+    return kernel(f"gradient_{erase}_{_SHORT[dtype]}_{K}", name, _GRADIENT, 256, _SHARED["gradient"][V], device)
 
 
 def plan_of(q: Tensor, v: Tensor, erase: Tensor, cu_seqlens: Tensor | None, exclusive: bool) -> Plan:
@@ -77,8 +95,7 @@ def intra(plan: Plan, k, g, erase, A_log, dt_bias, scale, floor, gate, save) -> 
         at += tiles * size
     result = Tiles(memory, *addresses)
     if tiles:
-        name = "intra_gated" if gate else "intra"
-        plan.kernel(f"intra_{plan.erase}", name, _INTRA, 128, _SHARED["intra"][plan.K]).launch(
+        _intra(plan.q.dtype, plan.K, plan.erase, gate > 0, plan.q.get_device()).launch(
             (tiles, 1),
             plan.q.data_ptr(), k.data_ptr(), erase.data_ptr(), g.data_ptr(), _at(A_log), _at(dt_bias),
             *result[1:], plan.cu_seqlens, plan.chunk_offsets, plan.T, plan.sequences, plan.H, plan.HV, scale, floor,
@@ -96,16 +113,10 @@ def chain(plan: Plan, tiles: Tiles, *walks: tuple) -> None:
         return
     heads, parts = plan.sequences * plan.HV, plan.V // 64
     groups = 2 if parts == 2 and heads * parts * len(walks) > MULTIPROCESSORS else 1
-    name = ("chain_forward", "chain_both")[len(walks) - 1]
     shared = plan.cu_seqlens, plan.chunk_offsets, plan.T, plan.HV, plan.V
     arguments = [x for walk in walks for x in (tiles.tiles, *map(_at, walk), *shared)]
-    plan.kernel(
-        "chain",
-        f"{name}_{groups}",
-        "4x".join([_CHAIN] * len(walks)),
-        (160, 384)[groups - 1],
-        _SHARED["chain"][groups, plan.K],
-    ).launch((heads, parts // groups * len(walks)), *arguments)
+    launch = _chain(plan.q.dtype, plan.K, len(walks), groups, plan.q.get_device()).launch
+    launch((heads, parts // groups * len(walks)), *arguments)
 
 
 def forward(q, k, v, log_decay, erase, state, scale, cu_seqlens, A_log, dt_bias, gate, floor, exclusive):
@@ -139,8 +150,7 @@ def backward(
         dA_log = torch.zeros(plan.chunks, plan.HV, dtype=torch.float32, device=q.device)
         d_bias = torch.zeros(plan.chunks, plan.HV, 4, plan.K, dtype=torch.float32, device=q.device)
     if plan.chunks:
-        name = f"gradient_{plan.V}_gated" if gate else f"gradient_{plan.V}"
-        plan.kernel(f"gradient_{plan.erase}", name, _GRADIENT, 256, _SHARED["gradient"][plan.V]).launch(
+        _gradient(q.dtype, plan.K, plan.V, plan.erase, gate > 0, q.get_device()).launch(
             (plan.chunks * plan.HV, 1),
             q.data_ptr(), k.data_ptr(), erase.data_ptr(), g.data_ptr(), _at(A_log), _at(dt_bias), v.data_ptr(), tiles.norms,
             tiles.M, dv.data_ptr(), d_out.data_ptr(), d_write.data_ptr(), memories.data_ptr(), d_memories.data_ptr(),
@@ -166,17 +176,22 @@ def backward(
 
 def _readable(q, k, v, log_decay, erase, state, A_log, dt_bias):
     """Contiguous, and in a dtype that the kernels read: gates in fp32 or q's dtype, parameters in fp32."""
-
-    def either(x: Tensor) -> Tensor:
-        return _aligned(x if x.dtype in (q.dtype, torch.float32) else x.float())
-
-    parameters = (None if x is None else _aligned(x.float()) for x in (A_log, dt_bias))
-    erase = either(erase) if erase.ndim == 3 else _aligned(erase.to(q.dtype))
-    return *(_aligned(x) for x in (q, k, v)), either(log_decay), erase, _aligned(state), *parameters
+    either = (q.dtype, torch.float32)
+    if log_decay.dtype not in either:
+        log_decay = log_decay.float()
+    if erase.ndim == 4:
+        erase = erase.to(q.dtype)
+    elif erase.dtype not in either:
+        erase = erase.float()
+    if A_log is not None:
+        A_log, dt_bias = _aligned(A_log.float()), _aligned(dt_bias.float())
+    return *map(_aligned, (q, k, v, log_decay, erase, state)), A_log, dt_bias
 
 
 def _aligned(x: Tensor) -> Tensor:
     """Contiguous from a 16-byte border on, as the kernels load."""
+    if x.is_contiguous() and x.data_ptr() % 16 == 0:
+        return x
     x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
 

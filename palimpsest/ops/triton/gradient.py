@@ -86,7 +86,7 @@ def gradient_kernel(
     DTYPE: tl.constexpr = k.dtype.element_ty
     WIDE: tl.constexpr = tl.float32 == DTYPE
     SUM: tl.constexpr = (
-        tl.bfloat16 if DTYPE == tl.bfloat16 and not WIDE else tl.float32
+        tl.bfloat16 if tl.bfloat16 == DTYPE and not WIDE else tl.float32
     )  # of the operands of sums over tokens
     chunk, head = tl.program_id(0) // HV, tl.program_id(0) % HV
     tile = tl.program_id(0).to(tl.int64)

@@ -34,10 +34,10 @@ def _on_the_device_of_its_tensors(run):
 
     @wraps(run)
     def there(x: Tensor, *rest):
-        if x.is_cuda and x.get_device() != torch.cuda.current_device():
-            with torch.cuda.device(x.device):
-                return run(x, *rest)
-        return run(x, *rest)
+        if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+            return run(x, *rest)
+        with torch.cuda.device(x.device):
+            return run(x, *rest)
 
     return there
 
@@ -74,10 +74,13 @@ def _step_(q, k, v, log_decay, beta, state, scale):
 
 def _expect_one_device(names: str, *tensors: Tensor | None) -> None:
     """A kernel that is handed an address of another device faults; say it before."""
-    device = tensors[0].device if tensors[0] is not None else None
-    for name, x in zip(names.split(), tensors):
-        if x is not None and x.device != device:
-            raise ValueError(f"{name} is on {x.device} and q on {device}; move all of them to one device")
+    q = tensors[0]
+    assert q is not None
+    index = q.get_device()
+    for at, x in enumerate(tensors):
+        if x is not None and x.get_device() != index:
+            name = names.split()[at]
+            raise ValueError(f"{name} is on {x.device} and q on {q.device}; move all of them to one device")
 
 
 def _fake_forward(q, k, v, log_decay, erase, state, *rest):
@@ -119,17 +122,24 @@ torch.library.register_autograd(
 )
 
 
+_PLAIN = {Tensor, torch.nn.Parameter, type(None), int, float, bool}
+
+
 def _direct(function, op):
     """`op`, without its dispatch where nobody needs it: a third of the host's time of a call."""
 
     def run(*arguments):
-        tensors = [x for x in arguments if isinstance(x, Tensor)]
-        plain = all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
-        needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-        if plain and not needs_grad and not torch.compiler.is_compiling():
-            with torch.no_grad():
-                return function(*arguments)
-        return op(*arguments)
+        for x in arguments:
+            if type(x) not in _PLAIN:
+                return op(*arguments)
+        if torch.compiler.is_compiling():
+            return op(*arguments)
+        if not torch.is_grad_enabled():
+            return function(*arguments)
+        if any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
+            return op(*arguments)
+        with torch.no_grad():
+            return function(*arguments)
 
     return run
 
