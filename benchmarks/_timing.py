@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -51,7 +52,21 @@ def contestants() -> dict[str, Callable[..., Tensor]]:
     found = {"hopper": named("hopper"), "triton": named("triton")}
     if fla := optional("fla.ops.kda"):
         found["FLA"] = lambda q, k, v, g, beta: fla.chunk_kda(q, k, v, g, beta, output_final_state=True)[0]
+    if cudnn := optional("cudnn.linear_attention.ops"):
+        found["cuDNN"] = lambda *x: through_cudnn(cudnn.kimi_delta_attention, *x)
     return found
+
+
+@cache
+def borders(B: int, T: int) -> Tensor:
+    """Of B sequences of T tokens, end to end."""
+    return torch.arange(0, B * T + 1, T, device="cuda", dtype=torch.int32)
+
+
+def through_cudnn(run: Callable, q, k, v, g, beta) -> Tensor:
+    """cuDNN's frontend takes tokens end to end and strengths in fp32."""
+    flat = (x.flatten(0, 1) for x in (q, k, v, g, beta.float()))
+    return run(*flat, borders(*q.shape[:2]), output_final_state=True)[0].view_as(v)
 
 
 def relatives() -> dict[str, Callable[..., Tensor]]:
@@ -83,7 +98,7 @@ def optional(module: str):
     """The module, or None where it is not installed."""
     try:
         return importlib.import_module(module)
-    except ImportError:
+    except Exception:  # not installed, or something that it needs is not
         return None
 
 

@@ -188,14 +188,15 @@ template <bool GATED> DEVICE void prepare(const Arguments& a) {
     float near[4][4] = {};                   // scores at levels 1, 2, 4, 8
     float own[2][4] = {}, q_own[2][4] = {};  // of 8 tokens each: q and k against k; q against q
     if (GATED) {                             // norms of whole rows come first
+        struct alignas(4 * PASSES) Wide { u32 x[PASSES]; };
+        const char *q_at = (const char*)(a.q + key_row - 2 * lane), *k_at = (const char*)(a.k + key_row - 2 * lane);
 #pragma unroll
-        for (int i = 0; i < 16; i++)
-#pragma unroll
-            for (int pass = 0; pass < PASSES; pass++) {
-                const unsigned long long from = key_row + (unsigned long long)(unsigned)(H * K) * i + pass * WIDTH;
-                put(rows + i * PITCH + pass * WIDTH + 2 * lane, i < tokens ? pair_at(a.q + from) : 0);
-                put(my_k + i * PITCH + pass * WIDTH + 2 * lane, i < tokens ? pair_at(a.k + from) : 0);
-            }
+        for (int i = 0; i < 16; i++) {
+            const unsigned long long from = (unsigned long long)(unsigned)(2 * H * K) * i + sizeof(Wide) * lane;
+            Wide q = {}, k = {};
+            if (i < tokens) q = *(const Wide*)(q_at + from), k = *(const Wide*)(k_at + from);
+            *(Wide*)(rows + i * PITCH + 2 * PASSES * lane) = q, *(Wide*)(my_k + i * PITCH + 2 * PASSES * lane) = k;
+        }
         warp_barrier();
 #pragma unroll
         for (int pass = 0; pass < PASSES; pass++) own_products<true>(own, q_own, rows, my_k, pass * WIDTH, lane);
@@ -226,13 +227,19 @@ template <bool GATED> DEVICE void prepare(const Arguments& a) {
             for (int i = 0; i < 16; i++) q[i] = pair_at(rows + i * PITCH + column), k[i] = pair_at(my_k + i * PITCH + column);
             const float rate = exp_(a.A_log[head]);
             const Two bias = *(const Two*)(a.dt_bias + head * K + column);
+            if (a.gate == 1) {
 #pragma unroll
-            for (int i = 0; i < 16; i++)
+                for (int i = 0; i < 16; i++)
 #pragma unroll
-                for (int x = 0; x < 2; x++) {
-                    const float y = d[i].x[x] + bias.x[x];
-                    d[i].x[x] = i >= tokens ? 0.0f : a.gate == 1 ? -rate * softplus(y) : a.floor * sigmoid(rate * y);
-                }
+                    for (int x = 0; x < 2; x++) d[i].x[x] = i < tokens ? -rate * softplus(d[i].x[x] + bias.x[x]) : 0.0f;
+            } else {
+                const float slope = -rate * LOG2E;
+                const Two start = product(bias, slope);
+#pragma unroll
+                for (int i = 0; i < 16; i++)
+#pragma unroll
+                    for (int x = 0; x < 2; x++) d[i].x[x] = i < tokens ? divide_(a.floor, 1.0f + exp2_(fmaf(d[i].x[x], slope, start.x[x]))) : 0.0f;
+            }
         }
         // A block's whole decay: a product of many numbers near 1 drifts, so slow ones come from the sum of logarithms.
         Two total = NOTHING_FADES, sum = {{0.0f, 0.0f}};
@@ -379,8 +386,8 @@ template <bool GATED> DEVICE void prepare(const Arguments& a) {
         warp_barrier();
         float x[4] = {}, y[4] = {};
         const float *M11 = block + 2 * c * L_PITCH + r, *A21 = block + (8 + r) * L_PITCH + 2 * c, *M22 = A21 + 8;
-        mma_fp32(x, Four{{M11[0], 0.0f, M11[L_PITCH], 0.0f}}, A21[0], A21[1]);
-        mma_fp32(y, Four{{-x[0], 0.0f, -x[1], 0.0f}}, M22[0], M22[1]);
+        mma_sharp(x, Four{{M11[0], 0.0f, M11[L_PITCH], 0.0f}}, A21[0], A21[1]);
+        mma_sharp(y, Four{{-x[0], 0.0f, -x[1], 0.0f}}, M22[0], M22[1]);
         float* M21 = block + (8 + 2 * c) * L_PITCH + r;
         M21[0] = y[0], M21[L_PITCH] = y[1], block[lane / 4 * L_PITCH + 8 + 2 * c] = 0.0f, block[lane / 4 * L_PITCH + 9 + 2 * c] = 0.0f;
     }
@@ -423,20 +430,20 @@ template <bool GATED> DEVICE void prepare(const Arguments& a) {
                     if (t >= w && t < I)
 #pragma unroll
                         for (int step = 0; step < 2; step++) {
-                            const Parts x(Four{{m[t][step][0], m[t][step][2], m[t][step][1], m[t][step][3]}});
+                            const Sharp x(Four{{m[t][step][0], m[t][step][2], m[t][step][1], m[t][step][3]}});
 #pragma unroll
                             for (int n = 0; n < 2; n++) {
                                 const float* b = straight + I * NEXT + 8 * n * L_PITCH + 16 * t + 8 * step;
-                                mma_fp32(sum[n], x, b[0], b[1]);
+                                mma_sharp(sum[n], x, b[0], b[1]);
                             }
                         }
 #pragma unroll
                 for (int step = 0; step < 2; step++) {
-                    const Parts x(Four{{sum[step][0], sum[step][2], sum[step][1], sum[step][3]}});
+                    const Sharp x(Four{{sum[step][0], sum[step][2], sum[step][1], sum[step][3]}});
 #pragma unroll
                     for (int n = 0; n < 2; n++) {
                         const float* b = straight + I * NEXT + 8 * n * L_PITCH + 16 * I + 8 * step;
-                        mma_fp32(m[I][n], x, b[0], b[1]);
+                        mma_sharp(m[I][n], x, b[0], b[1]);
                     }
                 }
             }

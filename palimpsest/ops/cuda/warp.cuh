@@ -74,21 +74,36 @@ DEVICE void group_barrier(int group) { asm volatile("bar.sync %0, 128;" ::"r"(gr
 
 #endif
 
-// Products in fp32, of numbers in two parts of tf32 each; what both low parts give is below fp32.
+// Products for M, in tf32: rounded for bf16, whose own rounding is coarser; for fp16 of numbers in two parts each, which is
+// fp32, since what both low parts give is below it.
 struct Four { float x[4]; };
-struct Parts {
+#ifdef FP16
+struct Sharp {
     Four high, low;
-    DEVICE Parts(const Four& a) {
+    DEVICE Sharp(const Four& a) {
 #pragma unroll
         for (int i = 0; i < 4; i++) high.x[i] = __uint_as_float(__float_as_uint(a.x[i]) & 0xffffe000u), low.x[i] = a.x[i] - high.x[i];
     }
 };
-DEVICE void mma_fp32(float (&d)[4], const Parts& a, float b0, float b1) {
+DEVICE void mma_sharp(float (&d)[4], const Sharp& a, float b0, float b1) {
     const float h0 = __uint_as_float(__float_as_uint(b0) & 0xffffe000u), h1 = __uint_as_float(__float_as_uint(b1) & 0xffffe000u);
     mma_tf32(d, a.low.x[0], a.low.x[1], a.low.x[2], a.low.x[3], h0, h1);
     mma_tf32(d, a.high.x[0], a.high.x[1], a.high.x[2], a.high.x[3], b0 - h0, b1 - h1);
     mma_tf32(d, a.high.x[0], a.high.x[1], a.high.x[2], a.high.x[3], h0, h1);
 }
+#else
+DEVICE float rounded(float x) { return __uint_as_float(__float_as_uint(x) + 0x1000u); }
+struct Sharp {
+    Four a;
+    DEVICE Sharp(const Four& x) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) a.x[i] = rounded(x.x[i]);
+    }
+};
+DEVICE void mma_sharp(float (&d)[4], const Sharp& x, float b0, float b1) {
+    mma_tf32(d, x.a.x[0], x.a.x[1], x.a.x[2], x.a.x[3], rounded(b0), rounded(b1));
+}
+#endif
 
 DEVICE float exp_(float x) { return exp2_(x * LOG2E); }
 // With x log2(e) in two parts: what is left of rounding grows with the result, not with x.
