@@ -1,6 +1,7 @@
 """What the GPU benchmarks share: inputs, contestants, clocks, results that survive an interruption."""
 
 import importlib
+import itertools
 import json
 import platform
 import statistics
@@ -103,7 +104,10 @@ def optional(module: str):
 
 
 def gpu_ms(call: Callable[[], object], seconds: float = 0.3, graph: bool = True) -> float:
-    """Median milliseconds on the GPU between events, over replays of a captured graph where it can be captured."""
+    """Median milliseconds on the GPU between events, over replays of a captured graph where it can be captured.
+
+    Calls follow one another without waiting, so that the GPU does not stand idle while the next is prepared.
+    """
     call()
     torch.cuda.synchronize()
     run = call
@@ -116,13 +120,15 @@ def gpu_ms(call: Callable[[], object], seconds: float = 0.3, graph: bool = True)
         except Exception:  # a contestant that waits for the GPU cannot be captured; it is timed as it is
             torch.cuda.synchronize()
     samples, began = [], time.perf_counter()
-    while len(samples) < 5 or (time.perf_counter() - began < seconds and len(samples) < 200):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+    while len(samples) < 10 or (time.perf_counter() - began < seconds and len(samples) < 200):
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(11)]
         run()
-        stop.record()
-        stop.synchronize()
-        samples.append(start.elapsed_time(stop))
+        events[0].record()
+        for event in events[1:]:
+            run()
+            event.record()
+        events[-1].synchronize()
+        samples += [start.elapsed_time(stop) for start, stop in itertools.pairwise(events)]
     return statistics.median(samples)
 
 
@@ -170,8 +176,10 @@ class Results:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.name, self.path = name, self.folder / f"{name}.json"
         self.cells: dict[str, dict] = {}
+        self.measured = self.machine()
         if self.path.exists() and not fresh:
-            self.cells = json.loads(self.path.read_text())["cells"]
+            before = json.loads(self.path.read_text())
+            self.cells, self.measured = before["cells"], before["machine"]
         self.began = time.perf_counter()
 
     def fill(self, keys: list[str], measure: Callable[[str], dict]) -> None:
@@ -184,20 +192,24 @@ class Results:
             try:
                 self.cells[key] = measure(key)
             except Exception as error:
-                self.cells[key] = {"error": f"{type(error).__name__}: {error}".split("\n")[0][:200]}
+                self.cells[key] = {"failed": f"{type(error).__name__}: {error}".split("\n")[0][:200]}
                 torch.cuda.empty_cache()
             self.save()
         print("\r" + " " * 90 + "\r", end="", file=sys.stderr)
 
-    def save(self) -> None:
+    @staticmethod
+    def machine() -> dict[str, str]:
         import triton
 
-        machine = {
+        return {
             "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
             "python": platform.python_version(), "date": date.today().isoformat(),
         }  # fmt: skip
+
+    def save(self) -> None:
+        self.measured = self.machine()
         partial = self.path.with_suffix(".part")
-        partial.write_text(json.dumps({"machine": machine, "cells": self.cells}, indent=1) + "\n")
+        partial.write_text(json.dumps({"machine": self.measured, "cells": self.cells}, indent=1) + "\n")
         partial.replace(self.path)
 
     def table(self, rows: list[str], columns: list[str], show: Callable[[dict], str], title: str) -> str:
@@ -205,11 +217,12 @@ class Results:
         lines = [f"### {title}", "", "| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
         for row in rows:
             found = [self.cells.get(f"{row} | {column}", {}) for column in columns]
-            cells = [x["error"][:40] if "error" in x else show(x) if x else "" for x in found]
+            cells = [x["failed"][:40] if "failed" in x else show(x) if x else "" for x in found]
             lines.append(f"| {row} | " + " | ".join(cells) + " |")
         return "\n".join(lines) + "\n"
 
     def write(self, *tables: str) -> None:
-        text = "\n".join(tables)
+        where = ", ".join(f"{name} {value}" for name, value in self.measured.items())
+        text = "\n".join((f"`python -m benchmarks.{self.name}`: {where}\n", *tables))
         (self.folder / f"{self.name}.md").write_text(text)
         print(text)

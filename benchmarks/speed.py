@@ -101,6 +101,7 @@ def plot(results: Results) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullLocator
 
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for name in relatives():
@@ -115,6 +116,8 @@ def plot(results: Results) -> None:
         ylabel="milliseconds",
         title="one sequence, 16 heads of 128 channels",
     )
+    axes.set_xticks(LENGTHS, [f"{T // 1024}K" for T in LENGTHS])
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.3)
     axes.legend()
     for kind in ("png", "svg"):

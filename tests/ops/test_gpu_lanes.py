@@ -94,7 +94,8 @@ class Kernels:
             q=q, k=k, erase=erase, g=g, A_log=A_log, dt_bias=dt_bias, write=v, rows=v, state=state, cu_seqlens=cu_seqlens,
             strength=erase if erase.ndim == 3 else 0, chunk_offsets=offsets, T=T, N=N, H=H, HV=HV, V=V, scale=scale,
             floor=floor, gate=gate, wide_g=g.dtype == wide, wide_e=erase.dtype == wide, wide_strength=erase.dtype == wide,
-            tiles=nan(self.tiles, delta_memory.TILE[K] // 4, dtype=wide), M=nan(self.tiles, C, C), norms=nan(self.tiles, 2, C, dtype=wide),
+            tiles=nan(self.tiles, delta_memory.TILE[K] // 4, dtype=wide), M=nan(self.tiles, C, C),
+            norms=nan(self.tiles, 2, C, dtype=wide),
             memories=nan(self.tiles, V, K), d_memories=nan(self.tiles, V, K), out=nan(*v.shape),
             state_out=nan(*state.shape, dtype=wide),
         )  # fmt: skip
