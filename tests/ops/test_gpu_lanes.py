@@ -77,9 +77,24 @@ class Kernels:
     """Forward and backward as ops/cuda/delta_memory.py launches them."""
 
     def __init__(
-        self, run, q, k, v, g, erase, state, *, scale=1.0, cu_seqlens=None, gate=0, A_log=None, dt_bias=None, floor=-5.0
+        self,
+        run,
+        q,
+        k,
+        v,
+        g,
+        erase,
+        state,
+        *,
+        scale=1.0,
+        cu_seqlens=None,
+        gate=0,
+        A_log=None,
+        dt_bias=None,
+        floor=-5.0,
+        exclusive=False,
     ):
-        self.run, self.kind = run, 0 if erase.ndim == 3 else 1
+        self.run, self.kind = run, 0 if erase.ndim == 3 else 2 if exclusive else 1
         B, T, H, _ = q.shape
         HV, V = v.shape[2:]
         N, chunks, offsets = B, B * -(-T // C), None
@@ -197,6 +212,27 @@ def test_gradients_of_vectors_that_erase(lanes):
     for name, a, t in zip(
         NAMES, (*kernels.forward(), *kernels.backward(d_out, d_state)), truth_of(law, inputs, d_out, d_state)
     ):
+        close(name, a, t)
+
+
+def test_gradients_where_erase_reads_before_the_decay(lanes):
+    """The core that DPLR asks for."""
+    q, k, v, g, _, state = drawn(100)
+    erase = torch.nn.functional.normalize(torch.randn_like(k.float()), dim=-1).bfloat16()
+    inputs = q, k, v, g, erase, state
+    kernels = Kernels(lanes, *inputs, exclusive=True)
+    d_out, d_state = torch.randn_like(v), torch.randn_like(state)
+
+    def law(q, k, v, g, erase, state):
+        outputs = []
+        for t in range(q.shape[1]):
+            read = torch.einsum("bhkv,bhk->bhv", state, erase[:, t])
+            state = g[:, t].exp()[..., None] * state + k[:, t][..., None] * (v[:, t] - read)[..., None, :]
+            outputs.append(torch.einsum("bhkv,bhk->bhv", state, q[:, t]))
+        return torch.stack(outputs, 1), state
+
+    truth = truth_of(law, inputs, d_out, d_state)
+    for name, a, t in zip(NAMES, (*kernels.forward(), *kernels.backward(d_out, d_state)), truth):
         close(name, a, t)
 
 

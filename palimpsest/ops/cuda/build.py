@@ -24,7 +24,6 @@ def variants() -> dict[str, tuple[str, list[str]]]:
             found[f"chain_{dtype}_{K}"] = ("chain.cu", flags)
             for erase in (0, 1, 2):
                 found[f"intra_{erase}_{dtype}_{K}"] = ("intra.cu", [*flags, f"-DERASE={erase}"])
-            for erase in (0, 1):
                 found[f"gradient_{erase}_{dtype}_{K}"] = ("gradient.cu", [*flags, f"-DERASE={erase}"])
     return found
 

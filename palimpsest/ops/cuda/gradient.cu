@@ -12,7 +12,8 @@
 //          and earlier ones to the chunk's end; and between pairs around it. Of pairs, each adds at the later token and
 //          takes away at the earlier one, from the same rounded factors, so that sums from a token on hold those around it,
 //          to fp32. A token's own term q_i . k_i carries no decay and never enters.
-// ERASE    0: erase = beta k, write = beta v.  1: vectors.
+// ERASE    0: erase = beta k, write = beta v.  1: vectors.  2: vectors, and erase reads before its own token's decay: `before`
+//          is what then does not pass that token.
 #include "warp.cuh"
 
 #ifndef ERASE
@@ -331,7 +332,7 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
             }
 
         // Decays: since the start of blocks of 4, 8, 16 tokens and until their end; `wide`: what level 4 and level 8 ask for.
-        u32 wide[2][4];
+        u32 wide[2][4], wide_e[2][4];  // of erase, where it differs
         Two start = {{1.0f, 1.0f}}, end = {{1.0f, 1.0f}};  // of this lane's four in the 16: decay before them, and after
 #pragma unroll
         for (int i = 0; i < 4; i++) {
@@ -354,7 +355,10 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
             rows_of_four(since, until, decay, start, end);
             four[0] = since[3].x[0], four[1] = since[3].x[1];
 #pragma unroll
-            for (int i = 0; i < 4; i++) wide[0][i] = pack(odd ? since[i].x[0] : until[i].x[0], odd ? since[i].x[1] : until[i].x[1]);
+            for (int i = 0; i < 4; i++) {
+                wide[0][i] = pack(odd ? since[i].x[0] : until[i].x[0], odd ? since[i].x[1] : until[i].x[1]);
+                if (ERASE == 2) wide_e[0][i] = i ? pack(since[i - 1].x[0], since[i - 1].x[1]) : pack(1.0f, 1.0f);
+            }
 #pragma unroll
             for (int x = 0; x < 2; x++) {
                 const float other = swap_lanes(four[x], 8);
@@ -367,6 +371,7 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
 #pragma unroll
                 for (int x = 0; x < 2; x++) by[x] = second ? since[i].x[x] * start.x[x] : until[i].x[x] * end.x[x];
                 wide[1][i] = pack(by[0], by[1]);
+                if (ERASE == 2) wide_e[1][i] = i ? pack(since[i - 1].x[0] * start.x[0], since[i - 1].x[1] * start.x[1]) : pack(start.x[0], start.x[1]);
             }
 #pragma unroll
             for (int x = 0; x < 2; x++) {
@@ -381,7 +386,9 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
             for (int i = 0; i < 4; i++) {
                 const u32 factor = pack(since[i].x[0], since[i].x[1]);
                 const int to = (row + i) * X_PITCH + 2 * l8;
-                *(u32*)(ex.q_since + to) = times(q[i], factor), *(u32*)(ex.e_since + to) = times(e[i], factor);
+                u32 factor_e = factor;
+                if (ERASE == 2) factor_e = i ? pack(since[i - 1].x[0], since[i - 1].x[1]) : pack(start.x[0], start.x[1]);
+                *(u32*)(ex.q_since + to) = times(q[i], factor), *(u32*)(ex.e_since + to) = times(e[i], factor_e);
                 *(u32*)(ex.k_until + to) = times(k[i], pack(until[i].x[0], until[i].x[1]));
             }
         }
@@ -435,7 +442,7 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
 
         // From here on four tokens a lane. `passed`: what passes a token on its way, of pairs and from before the chunk, at
         // its later end, less what begins here; `to_end`: what this token leaves to the chunk's end.
-        Two q_sum[4], e_sum[4], k_sum[4], passed[4], to_end[4];
+        Two q_sum[4], e_sum[4], k_sum[4], passed[4], to_end[4], before[4];
         {
             Two after = {{1.0f, 1.0f}}, since[4], until[4];
 #pragma unroll
@@ -457,9 +464,10 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
                 const Two fq = halves(pair_at(ex.q_since + from)), fe = halves(pair_at(ex.e_since + from)), fk = halves(pair_at(ex.k_until + from));
 #pragma unroll
                 for (int x = 0; x < 2; x++) {
+                    if (ERASE == 2) before[i].x[x] = fe.x[x] * e_sum[i].x[x];
                     passed[i].x[x] = fq.x[x] * q_sum[i].x[x] + fe.x[x] * e_sum[i].x[x] - fk.x[x] * k_sum[i].x[x];
                     to_end[i].x[x] *= after.x[x];
-                    q_sum[i].x[x] *= since[i].x[x], e_sum[i].x[x] *= since[i].x[x];
+                    q_sum[i].x[x] *= since[i].x[x], e_sum[i].x[x] *= ERASE < 2 ? since[i].x[x] : i ? since[i - 1].x[x] : start.x[x];
                     k_sum[i].x[x] = until[i].x[x] * (k_sum[i].x[x] + to_end[i].x[x]);
                     to_end[i].x[x] *= fk.x[x];
                 }
@@ -477,9 +485,15 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
                 const float P = low(s.pairs[4 * w + t8][i * (i - 1) / 2 + j]), A = high(s.pairs[4 * w + t8][i * (i - 1) / 2 + j]);
 #pragma unroll
                 for (int x = 0; x < 2; x++) {
+                    if (ERASE == 2) {  // erase first, before this token's decay
+                        const float part = A * ei.x[x] * run.x[x];
+                        e_sum[i].x[x] += A * run.x[x], k_sum[j].x[x] += factor.x[x] * A * ei.x[x];
+                        passed[i].x[x] += part, passed[j].x[x] -= part, before[i].x[x] += part;
+                    }
                     run.x[x] *= decay[i].x[x], factor.x[x] *= decay[i].x[x];
-                    const float both = P * qi.x[x] + A * ei.x[x], part = run.x[x] * both;
-                    q_sum[i].x[x] += P * run.x[x], e_sum[i].x[x] += A * run.x[x];
+                    const float both = ERASE == 2 ? P * qi.x[x] : P * qi.x[x] + A * ei.x[x], part = run.x[x] * both;
+                    q_sum[i].x[x] += P * run.x[x];
+                    if (ERASE < 2) e_sum[i].x[x] += A * run.x[x];
                     k_sum[j].x[x] += factor.x[x] * both;
                     passed[i].x[x] += part, passed[j].x[x] -= part;
                 }
@@ -494,7 +508,7 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 *(u32*)(to + ((late ? 8 : 16) + i) * X_PITCH) = times(late ? q[i] : k[i], wide[slot][i]);
-                if (late) *(u32*)(to + i * X_PITCH) = times(e[i], wide[slot][i]);
+                if (late) *(u32*)(to + i * X_PITCH) = times(e[i], ERASE == 2 ? wide_e[slot][i] : wide[slot][i]);
             }
         }
         warp_barrier();
@@ -524,11 +538,13 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
                     const Two by = halves(wide[slot][i]), mine = halves(times(late ? q[i] : k[i], wide[slot][i]));
                     const Two sum = *(const Two*)(from + (i + (late ? 0 : 16)) * X_PITCH);
                     Two fe = {{0.0f, 0.0f}}, e_part = {{0.0f, 0.0f}};
-                    if (late) fe = halves(times(e[i], wide[slot][i])), e_part = *(const Two*)(from + (i + 8) * X_PITCH);
+                    const Two by_e = ERASE == 2 ? halves(wide_e[slot][i]) : by;
+                    if (late) fe = halves(times(e[i], ERASE == 2 ? wide_e[slot][i] : wide[slot][i])), e_part = *(const Two*)(from + (i + 8) * X_PITCH);
 #pragma unroll
                     for (int x = 0; x < 2; x++) {
                         if (late) q_sum[i].x[x] += by.x[x] * sum.x[x]; else k_sum[i].x[x] += by.x[x] * sum.x[x];
-                        e_sum[i].x[x] += by.x[x] * e_part.x[x];
+                        e_sum[i].x[x] += by_e.x[x] * e_part.x[x];
+                        if (ERASE == 2) before[i].x[x] += fe.x[x] * e_part.x[x];
                         passed[i].x[x] += (late ? mine.x[x] : -mine.x[x]) * sum.x[x] + fe.x[x] * e_part.x[x];
                     }
                 }
@@ -580,7 +596,7 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
             for (int i = 0; i < 4; i++)
 #pragma unroll
                 for (int x = 0; x < 2; x++) {
-                    const float sum = dg[i].x[x] + ahead.x[x] + behind.x[x] + all.x[x] * kept.x[x];
+                    const float sum = dg[i].x[x] + ahead.x[x] + behind.x[x] + all.x[x] * kept.x[x] - (ERASE == 2 ? before[i].x[x] : 0.0f);
                     dg[i].x[x] = alive >> (2 * i + x) & 1 ? sum : 0.0f;  // nothing passes where nothing is kept
                 }
         }
@@ -634,7 +650,7 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
     for (int i = 0; i < 4; i++) {
         float sums[3] = {d_beta[i], q_along[i], k_along[i]};
 #pragma unroll
-        for (int x = ERASE; x < (GATED ? 3 : 1); x++)
+        for (int x = ERASE > 0; x < (GATED ? 3 : 1); x++)
 #pragma unroll
             for (int y = 1; y < 8; y *= 2) sums[x] += swap_lanes(sums[x], y);
         if (l8 == 0) s.d_beta[z][row + i] = sums[0], s.q_along[z][row + i] = sums[1], s.k_along[z][row + i] = sums[2];
