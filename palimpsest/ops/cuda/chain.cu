@@ -1,6 +1,6 @@
 // The walks over the chunks, forth and back; what chain.py and reverse.py of the Triton room compute, letter for letter.
 //
-// Grid     (sequence x value head, 64 GROUPS value channels): GROUPS times four warps that compute, one that copies ahead.
+// Grid     (sequence x value head, 64 GROUPS value channels): GROUPS times four warps that compute, and warps that copy ahead.
 //          Two groups read a chunk's tiles once for 128 value channels; one leaves work for twice as many multiprocessors.
 // Holds    S transposed in fragments, fp32: always the first operand of a product, so no number of it ever moves. The
 //          tiles E, W, Q, P lie in memory exactly as the tensor cores read them: a chunk is one plain copy.
@@ -131,7 +131,8 @@ template <int MODE, int GROUPS> DEVICE void walk(const Arguments& a, const int p
             }
             arrive_when_copied(&s.full[x]);
         }
-    } else {
+        return;
+    }
     if (GROUPS == 2) more_registers<232>();
     float S[S_REGS];
     const int v = 64 * GROUPS * part + 16 * w + r;
@@ -249,7 +250,6 @@ template <int MODE, int GROUPS> DEVICE void walk(const Arguments& a, const int p
 #pragma unroll
         for (int x = 0; x < S_REGS; x++)
             a.state_out[state_at + (long long)(x / 4 * 8 + 2 * c + x % 2) * V + v + x % 4 / 2 * 8] = S[x];
-    }
 }
 
 #define THREADS(groups) (groups == 1 ? 160 : 384)

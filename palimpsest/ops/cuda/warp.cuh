@@ -119,10 +119,6 @@ DEVICE float softplus(float x) {
 DEVICE float quad_sum(float x) { x += swap_lanes(x, 1); return x + swap_lanes(x, 2); }  // over c
 DEVICE float one(const u16* p) { return low((u32)*p); }
 
-// A decayed row lives in shared memory as 16-byte pieces; this moves piece `at` of a row so that neither a column of
-// eight rows nor two rows side by side meet in a bank.
-DEVICE int swizzled(int row, int at) { return at ^ (((row & 1) << 2) | ((row >> 1) & 3)); }
-
 // Where the 16-byte piece `at` of a row lies in a tile of 64 rows, counted in numbers: pieces of 64 columns side by side,
 // 128-byte rows, swizzled as the tensor cores want them. Workspaces are kept so, and a tile is one contiguous copy.
 DEVICE int image(int row, int at) { return at / 8 * 4096 + row * 64 + ((at % 8) ^ (row % 8)) * 8; }
