@@ -213,7 +213,9 @@ class Results:
         partial.replace(self.path)
 
     def table(self, rows: list[str], columns: list[str], show: Callable[[dict], str], title: str) -> str:
-        """Markdown; the cell of row and column is kept under "row | column"."""
+        """Markdown, or nothing if nothing is measured yet; the cell of row and column is kept under "row | column"."""
+        if not any(f"{row} | {column}" in self.cells for row in rows for column in columns):
+            return ""
         lines = [f"### {title}", "", "| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
         for row in rows:
             found = [self.cells.get(f"{row} | {column}", {}) for column in columns]
@@ -223,6 +225,6 @@ class Results:
 
     def write(self, *tables: str) -> None:
         where = ", ".join(f"{name} {value}" for name, value in self.measured.items())
-        text = "\n".join((f"`python -m benchmarks.{self.name}`: {where}\n", *tables))
+        text = "\n".join((f"`python -m benchmarks.{self.name}`: {where}\n", *filter(None, tables)))
         (self.folder / f"{self.name}.md").write_text(text)
         print(text)
