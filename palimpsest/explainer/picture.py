@@ -36,7 +36,7 @@ def draw(folder: str | Path) -> list[Path]:
         from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
     except ImportError as error:
         raise ImportError("drawing needs matplotlib: pip install palimpsest-kda[explain]") from error
-    from matplotlib import rc_context
+    from matplotlib import rc_context, rcdefaults, rcParams
 
     from palimpsest.explainer.scenes import worked
 
@@ -45,7 +45,9 @@ def draw(folder: str | Path) -> list[Path]:
     boards = [scene["start"], scene["decayed"][0], scene["erased"][0], scene["written"][0]]
     most = max(board.abs().max().item() for board in boards)
     colours = LinearSegmentedColormap.from_list("palimpsest", STOPS)
-    with rc_context({"svg.hashsalt": "palimpsest", "mathtext.fontset": "stix", "font.family": "DejaVu Sans"}):
+    with rc_context():  # whatever style the caller has set
+        rcdefaults()
+        rcParams.update({"svg.hashsalt": "palimpsest", "mathtext.fontset": "stix", "font.family": "DejaVu Sans"})
         figure = Figure(figsize=(11, 3.5), facecolor=PAPER)
         FigureCanvasAgg(figure)
         axes = figure.add_axes((0, 0, 1, 1))

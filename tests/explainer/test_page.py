@@ -183,11 +183,11 @@ def test_the_experiments_show_what_they_say(reader):
 
 def test_the_family_tells_its_story(reader):
     verdict = lambda member: reader.page.locator(f"[data-member={member}] .verdict").inner_text()
-    assert verdict("softmax_lookup") == "It cannot tell red from blue."
+    reader.until(lambda: verdict("softmax_lookup") == "It cannot tell red from blue.")
     assert verdict("linear_attention") == "It cannot tell red from blue."
     assert verdict("kda") == verdict("delta_rule") == verdict("gated_delta") == "It says blue."
     reader.page.get_by_role("button", name="door is red").click()
-    assert verdict("kda") == "It says red."
+    reader.until(lambda: verdict("kda") == "It says red.")
     reader.page.get_by_role("radio", name="A long silence").click()
     reader.slide("#family", "door’s row", 0.5)
     expected = scenes.family("silence", 1.0, [0.5, 0.98])["members"]

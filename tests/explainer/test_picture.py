@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from matplotlib import rc_context
 
 from palimpsest.explainer.picture import draw
 
@@ -11,7 +12,8 @@ KEPT = Path(__file__).parents[2] / "docs" / "pictures" / "palimpsest.svg"
 
 def test_it_is_drawn_the_same_each_time(tmp_path):
     svg, png = draw(tmp_path / "a")
-    assert svg.read_bytes() == draw(tmp_path / "b")[0].read_bytes()
+    with rc_context({"figure.constrained_layout.use": True, "font.size": 20}):
+        assert svg.read_bytes() == draw(tmp_path / "b")[0].read_bytes()
     assert png.read_bytes().startswith(b"\x89PNG")
     assert svg.stat().st_size < 2 * KEPT.stat().st_size
 
