@@ -46,6 +46,7 @@ template <int PITCH> DEVICE Quad turned_rows(const u16* rows, int w, int step, i
 // [value channel, token] results go out as rows of tokens, 32 bytes from each warp, over the columns that it has read.
 template <int PITCH> DEVICE void put_rows(u16* staging, const float (&d)[32], u16* out, long long pitch, int count, int lane) {
     const int r = lane / 4, c = lane % 4;
+    warp_barrier();
 #pragma unroll
     for (int n = 0; n < 8; n++)
 #pragma unroll
