@@ -10,14 +10,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from palimpsest import dplr, gated_delta, gated_linear_attention, kda
+from palimpsest import delta_rule, dplr, gated_delta, gated_linear_attention, gdn2, kda, linear_attention
 
 HERE = Path(__file__).parent / "results"
 GATES = ("fast", "slow")
@@ -71,27 +71,35 @@ def through_cudnn(run: Callable, q, k, v, g, beta) -> Tensor:
 
 
 def relatives() -> dict[str, Callable[..., Tensor]]:
-    """The paper's figure 2, extended: the same inputs through KDA, its baseline DPLR, cousins and softmax."""
+    """The paper's figure 2, extended: the same inputs through KDA, its baseline DPLR, cousins and softmax; FLA's if installed."""
+    one_decay = lambda g: g[..., 0].contiguous()
 
-    def general(q, k, v, g, beta):  # KDA written as a general transition
-        return dplr(q, k, beta[..., None] * v, g.exp().to(k.dtype) * k, -beta[..., None] * k, g).output
+    def general(run, q, k, v, g, beta):  # KDA written as a general transition
+        return run(q, k, beta[..., None] * v, g.exp().to(k.dtype) * k, -beta[..., None] * k, g)[0]
 
     def softmax(q, k, v, g, beta):
-        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True)
+        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True).transpose(1, 2)
 
+    plain = dict(feature_map=lambda x: x, normalise=False)
     found = {
-        "KDA": lambda *x: kda(*x).output,
-        "DPLR": general,
-        "Gated DeltaNet": lambda q, k, v, g, beta: gated_delta(q, k, v, g[..., 0], beta).output,
-        "GLA": lambda q, k, v, g, beta: gated_linear_attention(q, k, v, g).output,
+        "KDA": lambda *x: kda(*x)[0],
+        "DPLR": partial(general, dplr),
+        "Gated DeltaNet": lambda q, k, v, g, beta: gated_delta(q, k, v, one_decay(g), beta)[0],
+        "Gated DeltaNet 2": lambda q, k, v, g, beta: gdn2(q, k, v, g, k.sigmoid(), v.sigmoid())[0],
+        "DeltaNet": lambda q, k, v, g, beta: delta_rule(q, k, v, beta)[0],
+        "GLA": lambda q, k, v, g, beta: gated_linear_attention(q, k, v, g)[0],
+        "linear attention": lambda q, k, v, g, beta: linear_attention(q, k, v, **plain)[0],
         "softmax": softmax,
     }
-    if fla := optional("fla.ops.kda"):
-        found["FLA KDA"] = lambda q, k, v, g, beta: fla.chunk_kda(q, k, v, g, beta, output_final_state=True)[0]
-    if fla := optional("fla.ops.generalized_delta_rule"):
-        found["FLA DPLR"] = lambda q, k, v, g, beta: fla.chunk_dplr_delta_rule(
-            q, k, beta[..., None] * v, g.exp().to(k.dtype) * k, -beta[..., None] * k, g, output_final_state=True
-        )[0]
+    if fla := optional("fla.ops"):
+        found |= {
+            "FLA KDA": lambda *x: fla.chunk_kda(*x)[0],
+            "FLA DPLR": partial(general, fla.chunk_dplr_delta_rule),
+            "FLA Gated DeltaNet": lambda q, k, v, g, beta: fla.chunk_gated_delta_rule(q, k, v, one_decay(g), beta)[0],
+            "FLA DeltaNet": lambda q, k, v, g, beta: fla.chunk_delta_rule(q, k, v, beta)[0],
+            "FLA GLA": lambda q, k, v, g, beta: fla.chunk_gla(q, k, v, g)[0],
+            "FLA linear attention": lambda q, k, v, g, beta: fla.chunk_linear_attn(q, k, v, normalize=False)[0],
+        }
     return found
 
 

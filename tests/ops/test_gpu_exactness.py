@@ -9,8 +9,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from palimpsest import backends, delta_rule, dplr, gated_delta, gated_linear_attention, gdn2, kda, kda_step_
+from palimpsest import (
+    backends,
+    delta_rule,
+    dplr,
+    gated_delta,
+    gated_linear_attention,
+    gdn2,
+    kda,
+    kda_from_logits,
+    kda_step_,
+)  # fmt: skip
 from palimpsest.ops import chunked, reference
+from palimpsest.ops.gates import SigmoidDecay
 from palimpsest.ops.triton.step import steps_
 from palimpsest.testing import BETAS, DECAYS, KEYS, MUTANTS, Case, rounded_products
 
@@ -159,6 +170,36 @@ def test_the_same_bits_a_thousand_times(backend):
         if run % 20 == 0:
             for a, b in zip(on_gpu(inputs, backend), first):
                 torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(not HOPPER, reason="a choice of the Hopper tier")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_one_launch_or_two_give_the_same_bits(monkeypatch, dtype):
+    from palimpsest.ops.cuda import delta_memory
+
+    monkeypatch.setattr(delta_memory, "MANY", 0)
+    borders = torch.tensor([0, 0, 1, 64, 700, 700, 1000], device="cuda")
+
+    def both(call, *inputs, **options):
+        results = []
+        for few in (0, 1):  # never at once; always
+            monkeypatch.setattr(delta_memory, "FEW", few)
+            results.append(call(*inputs, **options))
+        for x, y in zip(*results):
+            torch.testing.assert_close(x, y, rtol=0, atol=0)
+
+    for T, K, V in itertools.product((1, 65, 1000), (64, 128), (64, 128)):
+        q, k, v, g, beta, state = drawn(T, dtype, K=K, V=V)
+        both(kda, q, k, v, g, beta, state=state)
+        gate = SigmoidDecay(torch.zeros(2, device="cuda"), torch.zeros(2, K, device="cuda"))
+        both(kda_from_logits, q, k, v, g.to(dtype), beta, gate=gate, state=state)
+    alone = [x[:1] for x in (q, k, v, g, beta)]
+    packed = lambda: kda(*alone, state=state[:1].expand(6, -1, -1, -1).contiguous(), cu_seqlens=borders)
+    both(packed)
+    first = packed()
+    for _ in range(1000):
+        for x, y in zip(packed(), first):
+            torch.testing.assert_close(x, y, rtol=0, atol=0)
 
 
 def test_the_family():

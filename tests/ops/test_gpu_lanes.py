@@ -20,18 +20,21 @@ from palimpsest.testing import CASES, Case, assert_within_budget, judge
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to play the lanes")
 C, K = 64, 128
+STRUCTURES = {
+    "intra": "IntraArguments",
+    "chain_forward": "WalkArguments",
+    "chain_both": "Both",
+    "forward": "Arguments",
+    "gradient": "Arguments",
+}
 INTRA = (
     "q k erase g A_log dt_bias tiles M norms cu_seqlens chunk_offsets",
     "T N H HV",
     "scale floor",
     "gate wide_g wide_e",
 )
-CHAIN = (
-    "tiles rows state out state_out memories cu_seqlens chunk_offsets",
-    "T HV V",
-    "",
-    "",
-)
+WALK = "tiles rows state out state_out memories cu_seqlens chunk_offsets", "T N HV V", "", ""
+ORDER = "ready", "ready_tiles producers", "", ""
 GRADIENT = (
     "q k erase g A_log dt_bias write norms M R d_out d_write memories d_memories dq dk dv dg d_erase dA_log d_bias "
     "cu_seqlens chunk_offsets", "T N H HV", "scale floor", "gate wide_g wide_e",
@@ -48,29 +51,35 @@ def lanes(tmp_path_factory):
     """Compile one kernel file as C++ and return a function that runs one of its kernels on tensors."""
     folder, libraries = tmp_path_factory.mktemp("lanes"), {}
 
-    def run(file, kernel, fields, threads, grid, *values, erase=0):
-        key, structure = (file, kernel, erase), ("Arguments", "Both")[len(values) - 1]
+    def run(file, kernel, fields, grid, *values, erase=0):
+        """`fields` and `values` of each structure that the argument is made of, one after the other."""
+        key, structure = (file, kernel, erase), STRUCTURES[kernel[:-2] if file == "chain" else file]
         if key not in libraries:
             source, library = folder / f"{kernel}{erase}.cpp", folder / f"{kernel}{erase}.so"
             source.write_text(
                 f'#include "{HERE}/warp_on_cpu.h"\n#include "{build.ROOM}/{file}.cu"\n'
                 f'static {structure} a;\nextern "C" void run({structure}* x, int bx, int by)'
-                f" {{ a = *x; cpu_run(bx, by, {threads}, [] {{ {kernel}(a); }}); }}"
+                f" {{ a = *x; cpu_run(bx, by, {delta_memory.THREADS[file]}, [] {{ {kernel}(a); }}); }}"
             )
             command = ["g++", "-O1", "-w", "-fPIC", "-shared", f"-DERASE={erase}", str(source), "-o", str(library)]
             subprocess.run(command, check=True)
             libraries[key] = ctypes.CDLL(str(library))
-        pointers, ints, floats, flags = (names.split() for names in fields)
-        types = [(x, ctypes.c_void_p) for x in pointers] + [(x, ctypes.c_int) for x in ints]
-        types += [(x, ctypes.c_float) for x in floats] + [(x, ctypes.c_int) for x in flags]
-        arguments = (type("Arguments", (ctypes.Structure,), {"_fields_": types}) * len(values))()
-        for one, given in zip(arguments, values):
-            for name, _ in types:
+        parts = []
+        for names, given in zip(fields, values):
+            parts.append(structure_of(names)())
+            for name, _ in parts[-1]._fields_:
                 value = given.get(name, 0)
-                setattr(one, name, value.data_ptr() if isinstance(value, torch.Tensor) else value)
-        libraries[key].run(arguments, *grid)
+                setattr(parts[-1], name, value.data_ptr() if isinstance(value, torch.Tensor) else value)
+        libraries[key].run(ctypes.create_string_buffer(b"".join(map(bytes, parts))), *grid)
 
     return run
+
+
+def structure_of(fields):
+    kinds = zip(fields, (ctypes.c_void_p, ctypes.c_int, ctypes.c_float, ctypes.c_int))
+    return type(
+        "Structure", (ctypes.Structure,), {"_fields_": [(x, kind) for names, kind in kinds for x in names.split()]}
+    )
 
 
 class Kernels:
@@ -101,8 +110,7 @@ class Kernels:
         if cu_seqlens is not None:
             N, chunks = len(cu_seqlens) - 1, T // C + len(cu_seqlens) - 1
             offsets = torch.cat((torch.zeros(1), ((cu_seqlens.diff() + C - 1) // C).cumsum(0))).int()
-        self.tiles, self.groups = chunks * HV, V // 64
-        self.grid = (N * HV, 1)
+        self.tiles = chunks * HV
         wide = torch.float32
         nan = lambda *shape, dtype=torch.bfloat16: torch.full(shape, torch.nan, dtype=dtype)
         x = self.x = dict(
@@ -115,15 +123,29 @@ class Kernels:
             state_out=nan(*state.shape, dtype=wide),
         )  # fmt: skip
         self.x = {name: 0 if value is None else value for name, value in x.items()}
-        run("intra", "intra_gated" if gate else "intra", INTRA, 128, (self.tiles, 1), self.x, erase=self.kind)
-
-    def walk(self, *walks):
-        threads, name = 384 if self.groups == 2 else 160, ("forward", "both")[len(walks) - 1]
-        self.run("chain", f"chain_{name}_{self.groups}", CHAIN, threads, (self.grid[0], len(walks)), *walks)
+        self.gated = "_gated" if gate else ""
 
     def forward(self):
-        self.walk(self.x)
-        return self.x["out"], self.x["state_out"]
+        """As two launches and as one; the bits are the same, however the work is shared out."""
+        x, parts = self.x, self.x["V"] // 64
+        tasks, results = x["N"] * x["HV"], []
+        intra, ready = {**x, "M": 0, "norms": 0}, torch.zeros(self.tiles + 2, dtype=torch.int32)
+        for groups in range(parts + 1):
+            walk = {
+                **x,
+                "out": torch.full_like(x["out"], torch.nan),
+                "state_out": torch.full_like(x["state_out"], torch.nan),
+            }
+            if groups:
+                self.run("intra", f"intra{self.gated}", (INTRA,), (self.tiles, 1), intra, erase=self.kind)
+                self.run("chain", f"chain_forward_{groups}", (WALK,), (tasks, parts // groups), walk)
+            else:
+                fields, order = (INTRA, WALK, ORDER), dict(ready=ready, ready_tiles=self.tiles, producers=2)
+                grid = (2 + tasks * parts, 1)
+                self.run("forward", f"forward{self.gated}", fields, grid, intra, walk, order, erase=self.kind)
+            results.append((walk["out"], walk["state_out"]))
+            torch.testing.assert_close(results[-1], results[0], rtol=0, atol=0, equal_nan=True)
+        return results[0]
 
     def backward(self, d_out, d_state):
         x = self.x
@@ -138,17 +160,18 @@ class Kernels:
             "state_out": d_first,
             "memories": x["d_memories"],
         }
-        self.walk({**x, "out": dv}, reverse)
+        self.run("intra", f"intra{self.gated}", (INTRA,), (self.tiles, 1), x, erase=self.kind)
+        for groups in (1, 2)[: x["V"] // 64]:
+            grid = (x["N"] * x["HV"], 2 * (x["V"] // 64) // groups)
+            self.run("chain", f"chain_both_{groups}", (WALK, WALK), grid, {**x, "out": dv}, reverse)
         heads = (*x["write"].shape[:3], K)
         gradients = dict(
             d_out=d_out, d_write=d_write, dq=torch.full(heads, torch.nan, dtype=torch.bfloat16),
             dk=torch.full(heads, torch.nan, dtype=torch.bfloat16), dv=dv, R=dv, dg=nan(x["g"]), d_erase=nan(x["erase"]),
             dA_log=torch.zeros(self.tiles // x["HV"], x["HV"]), d_bias=torch.zeros(self.tiles // x["HV"], x["HV"], 4, K),
         )  # fmt: skip
-        gated = "_gated" if x["gate"] else ""
-        self.run(
-            "gradient", f"gradient_{x['V']}{gated}", GRADIENT, 256, (self.tiles, 1), {**x, **gradients}, erase=self.kind
-        )
+        name = f"gradient_{x['V']}{self.gated}"
+        self.run("gradient", name, (GRADIENT,), (self.tiles, 1), {**x, **gradients}, erase=self.kind)
         dq, dk = (gradients[name].float().unflatten(2, (x["H"], -1)).sum(3) for name in ("dq", "dk"))
         dv = d_write if self.kind else gradients["dv"]
         parameters = (gradients["dA_log"].sum(0), gradients["d_bias"].sum((0, 2)))
@@ -308,8 +331,10 @@ def test_the_shipped_code_is_that_of_these_sources():
 @pytest.mark.parametrize("K", [64, 128])
 def test_kernels_get_the_shared_memory_that_they_lay_out(tmp_path, K):
     shared = delta_memory._SHARED
-    sizes = [("intra", "Smem", shared["intra"][K]), ("intra", "Tile<K>", delta_memory.TILE[K])]
-    sizes += [("chain", f"Smem<{groups}>", shared["chain"][groups, K]) for groups in (1, 2)]
+    sizes = [("intra", "IntraShared", shared["intra"][K]), ("intra", "Tile", delta_memory.TILE[K])]
+    for groups in (1, 2):
+        sizes.append(("chain", f"WalkShared<{groups}>", shared["chain"][groups, K]))
+    sizes.append(("forward", "char[max(PREPARING * sizeof(IntraShared), sizeof(WalkShared<1>))]", shared["forward"][K]))
     sizes += [("gradient", f"Smem<{K}>", shared["gradient"][K])]
     for x, (file, name, size) in enumerate(sizes):
         source = tmp_path / f"{x}.cpp"
@@ -320,45 +345,15 @@ def test_kernels_get_the_shared_memory_that_they_lay_out(tmp_path, K):
         subprocess.run(["g++", "-w", "-fsyntax-only", f"-DKEY_DIM={K}", str(source)], check=True)
 
 
-@pytest.mark.parametrize(("fields", "packed"), [(INTRA, "_INTRA"), (CHAIN, "_CHAIN"), (GRADIENT, "_GRADIENT")])
+@pytest.mark.parametrize(
+    ("fields", "packed"),
+    [((INTRA,), "_INTRA"), ((WALK,), "_WALK"), ((INTRA, WALK, ORDER), "_FORWARD"), ((GRADIENT,), "_GRADIENT")],
+)
 def test_arguments_are_packed_as_the_kernels_read_them(fields, packed):
-    kinds = zip(fields, (ctypes.c_void_p, ctypes.c_int, ctypes.c_float, ctypes.c_int))
-    types = [(name, kind) for names, kind in kinds for name in names.split()]
-    values = [float(x) if kind is ctypes.c_float else x + 1 for x, (_, kind) in enumerate(types)]
-    structure = type("Arguments", (ctypes.Structure,), {"_fields_": types})(*values)
+    values, parts = [], []
+    for part in map(structure_of, fields):
+        ours = [float(x) if kind is ctypes.c_float else x + 1 for x, (_, kind) in enumerate(part._fields_)]
+        values += ours
+        parts.append(bytes(part(*ours)))
     bytes_ = struct.pack(getattr(delta_memory, packed), *values)
-    assert bytes(structure)[: len(bytes_)] == bytes_
-    assert len(bytes_) <= ctypes.sizeof(structure) <= 512
-
-
-def test_a_launch_hands_over_its_arguments(tmp_path, monkeypatch):
-    """Against a driver that only remembers what it was given."""
-    from palimpsest.ops.cuda import launch
-
-    source = tmp_path / "driver.cpp"
-    source.write_text("""
-        #include <cstring>
-        extern "C" {
-        unsigned long long seen[16]; char bytes[24];
-        int cuModuleLoadData(void** m, const void*) { *m = (void*)0x1234567812345678; return 0; }
-        int cuModuleGetFunction(void** f, void* m, const char*) { *f = (char*)m + 1; return 0; }
-        int cuFuncSetAttribute(void*, int, int) { return 0; }
-        int cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
-                           unsigned shared, void* stream, void** parameters, void** extra) {
-            unsigned long long all[] = {(unsigned long long)f, gx, gy, gz, bx, by, bz, shared,
-                                        (unsigned long long)stream, (unsigned long long)extra};
-            memcpy(seen, all, sizeof all); memcpy(bytes, parameters[0], 24); return 0;
-        }
-        }""")
-    subprocess.run(["g++", "-shared", "-fPIC", str(source), "-o", str(tmp_path / "driver.so")], check=True)
-    driver = ctypes.CDLL(str(tmp_path / "driver.so"))
-    monkeypatch.setattr(launch, "_driver", lambda: driver)
-    monkeypatch.setattr(launch.torch, "zeros", lambda *size, device: None)
-    monkeypatch.setattr(launch.torch._C, "_cuda_getCurrentRawStream", lambda device: 0x7FFF00000010, raising=False)
-    launch._module.cache_clear()
-    address = 0x7F1234567890
-    launch.Kernel("chain_bf16_128", "any", "P2if", 160, 215040, 0).launch((9, 2), address, 3, True, 0.5)
-    launch._module.cache_clear()
-    seen = list((ctypes.c_ulonglong * 16).in_dll(driver, "seen"))
-    assert seen[:10] == [0x1234567812345679, 9, 2, 1, 160, 1, 1, 215040, 0x7FFF00000010, 0]
-    assert struct.unpack_from("P2if", (ctypes.c_char * 24).in_dll(driver, "bytes").raw) == (address, 3, 1, 0.5)
+    assert b"".join(parts)[: len(bytes_)] == bytes_

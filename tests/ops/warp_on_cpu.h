@@ -54,6 +54,20 @@ static inline void group_barrier(int group) {
     cpu_group_arrived[group]++;
     while (cpu_group_arrived[group] < (epoch + 1) * 128) cpu_yield();
 }
+static inline unsigned lanes_where(bool x) {
+    Slot m; m.x[0] = x;
+    Slot* s = cpu_exchange(m);
+    unsigned y = 0;
+    for (int i = 0; i < 32; i++) y |= s[i].x[0] << i;
+    return y;
+}
+static inline int warp_min(int x) {
+    Slot m; m.x[0] = x;
+    Slot* s = cpu_exchange(m);
+    for (int i = 0; i < 32; i++) x = min(x, (int)s[i].x[0]);
+    return x;
+}
+static inline int ones(unsigned x) { return __builtin_popcount(x); }
 static inline float cpu_bf16(unsigned short x) { return __uint_as_float((unsigned)x << 16); }
 static inline unsigned short cpu_to_bf16(float x) {
     unsigned u = __float_as_uint(x);
@@ -139,6 +153,7 @@ static inline void barrier_init(unsigned long long* b, int arrivals) { cpu_barri
 static inline void barrier_fence() {}
 static inline void arrive(unsigned long long* b) { CpuBarrier& x = cpu_barriers[b]; x.left--; cpu_turn(x); }
 static inline void arrive_expecting(unsigned long long* b, int bytes) { CpuBarrier& x = cpu_barriers[b]; x.left--; x.bytes += bytes; cpu_turn(x); }
+static inline void expect(unsigned long long* b, int bytes) { cpu_barriers[b].bytes += bytes; }
 static inline void wait(unsigned long long* b, int parity) { while (cpu_barriers[b].phase == parity) cpu_yield(); }
 static inline void bulk_copy(void* to, const void* from, int bytes, unsigned long long* b) {
     if ((size_t)to % 16 || (size_t)from % 16 || bytes % 16) { fprintf(stderr, "bulk copy is not aligned\n"); abort(); }
@@ -149,10 +164,23 @@ static inline void lane_copy(void* to, const void* from, bool zero) {
     if ((size_t)to % 16 || (size_t)from % 16) { fprintf(stderr, "lane copy is not aligned\n"); abort(); }
     if (zero) memset(to, 0, 16); else memcpy(to, from, 16);
 }
+static inline void copies_landed() {}
+static inline void bulk_prefetch(const void*, int) {}
 static inline void arrive_when_copied(unsigned long long* b) { arrive(b); }
+static inline void publish() {}
+static inline void say_ready(int* p) { *p = 1; }
+static inline int wait_until_ready(const int* flags, int step, int count, int lane) {  // blocks run one after the other
+    unsigned missing = ~lanes_where(lane < count && flags[(long long)lane * step]);
+    if (missing & 1) { fprintf(stderr, "waits for a tile that nobody has prepared\n"); abort(); }
+    return missing ? __builtin_ctz(missing) : 32;
+}
+static inline void count_one(int* p) { ++*p; }
+static inline void wait_a_little(const int*, int) {}
+static inline int take_ticket(int* next) { return (*next)++; }
 template <int N> static inline void settle(float (&)[N]) {}
 template <int N> static inline void fewer_registers() {}
 template <int N> static inline void more_registers() {}
+static inline void to_tensor_cores() {}
 static inline void wgmma_fence() {}
 static inline void wgmma_commit() {}
 template <int PENDING> static inline void wgmma_wait() {}

@@ -23,8 +23,8 @@ def variants() -> dict[str, tuple[str, list[str]]]:
             flags = [*flag, f"-DKEY_DIM={K}"]
             found[f"chain_{dtype}_{K}"] = ("chain.cu", flags)
             for erase in (0, 1, 2):
-                found[f"intra_{erase}_{dtype}_{K}"] = ("intra.cu", [*flags, f"-DERASE={erase}"])
-                found[f"gradient_{erase}_{dtype}_{K}"] = ("gradient.cu", [*flags, f"-DERASE={erase}"])
+                for file in ("intra", "forward", "gradient"):
+                    found[f"{file}_{erase}_{dtype}_{K}"] = (f"{file}.cu", [*flags, f"-DERASE={erase}"])
     return found
 
 

@@ -1,11 +1,12 @@
 """The delta memory on Hopper: which kernels run in which order, on which workspaces.
 
-forward    intra -> chain_forward
-backward   intra (again, nothing of it is kept) -> chain_both -> gradient
+forward    intra -> chain; with few heads both at once, in one launch
+backward   intra (again, nothing of it is kept) -> chain -> gradient
 
 Letters  B sequences, T tokens, H key heads, HV value heads, K key channels, V value channels, N packed sequences.
 """
 
+import itertools
 from functools import cache
 from typing import NamedTuple
 
@@ -15,14 +16,19 @@ from torch import Tensor
 from palimpsest.ops.cuda.launch import Kernel, kernel
 
 C = 64  # tokens in a chunk
-_INTRA, _CHAIN, _GRADIENT = "11P4i2f3i", "8P3i", "23P4i2f3i"
-_SHARED = {  # bytes, by key channels; of chain also by groups, of gradient by value channels
-    "intra": {64: 39296, 128: 56064},
+_INTRA, _WALK, _GRADIENT = "11P4i2f3i4x", "8P4i", "23P4i2f3i"
+_FORWARD = _INTRA + _WALK + "P2i"
+THREADS = {"intra": 128, "chain": 384, "forward": 384, "gradient": 256}
+_SHARED = {  # bytes, by key channels; of walks also by groups, of gradient by value channels
+    "intra": {64: 56320, 128: 72704},
     "chain": {(1, 64): 130048, (1, 128): 203776, (2, 64): 154624, (2, 128): 228352},
+    "forward": {64: 168960, 128: 218112},
     "gradient": {64: 90416, 128: 114992},
 }
-TILE = {64: 33280, 128: 58112}  # bytes of what intra.cu leaves of a chunk: struct Tile of warp.cuh
-MULTIPROCESSORS = 132
+TILE = {64: 33280, 128: 58112}  # bytes of what is prepared of a chunk: struct Tile of warp.cuh
+FEW = 4 / 11  # of the multiprocessors: so many walks leave enough of them to prepare chunks meanwhile
+MANY = 700  # tiles; with fewer, waiting for the first ones costs more than a second launch
+PREPARING = 3  # chunks at a time on a multiprocessor that prepares
 _SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -44,23 +50,39 @@ class Plan(NamedTuple):
 
 
 @cache
-def _intra(dtype: torch.dtype, K: int, erase: int, gated: bool, device: int) -> Kernel:
-    name = "intra_gated" if gated else "intra"
-    return kernel(f"intra_{erase}_{_SHORT[dtype]}_{K}", name, _INTRA, 128, _SHARED["intra"][K], device)
+def _kernel(
+    file: str, kind: str, dtype: torch.dtype, K: int, shared: int, fields: str, name: str, device: int
+) -> Kernel:
+    return kernel(f"{file}{kind}_{_SHORT[dtype]}_{K}", name, fields, THREADS[file], shared, device)
 
 
 @cache
-def _chain(dtype: torch.dtype, K: int, walks: int, groups: int, device: int) -> Kernel:
-    name, fields = f"chain_{'forward' if walks == 1 else 'both'}_{groups}", "4x".join([_CHAIN] * walks)
-    return kernel(
-        f"chain_{_SHORT[dtype]}_{K}", name, fields, (160, 384)[groups - 1], _SHARED["chain"][groups, K], device
-    )
+def _intra(dtype: torch.dtype, K: int, erase: int, gated: bool, device: int) -> Kernel:
+    name = "intra_gated" if gated else "intra"
+    return _kernel("intra", f"_{erase}", dtype, K, _SHARED["intra"][K], _INTRA, name, device)
+
+
+@cache
+def _forward(dtype: torch.dtype, K: int, erase: int, gated: bool, device: int) -> Kernel:
+    name = "forward_gated" if gated else "forward"
+    return _kernel("forward", f"_{erase}", dtype, K, _SHARED["forward"][K], _FORWARD, name, device)
+
+
+@cache
+def _chain(dtype: torch.dtype, K: int, groups: int, walks: int, device: int) -> Kernel:
+    name = f"chain_{'both' if walks == 2 else 'forward'}_{groups}"
+    return _kernel("chain", "", dtype, K, _SHARED["chain"][groups, K], walks * _WALK, name, device)
 
 
 @cache
 def _gradient(dtype: torch.dtype, K: int, V: int, erase: int, gated: bool, device: int) -> Kernel:
     name = f"gradient_{V}_gated" if gated else f"gradient_{V}"
-    return kernel(f"gradient_{erase}_{_SHORT[dtype]}_{K}", name, _GRADIENT, 256, _SHARED["gradient"][V], device)
+    return _kernel("gradient", f"_{erase}", dtype, K, _SHARED["gradient"][V], _GRADIENT, name, device)
+
+
+@cache
+def multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def plan_of(q: Tensor, v: Tensor, erase: Tensor, cu_seqlens: Tensor | None, exclusive: bool) -> Plan:
@@ -77,7 +99,7 @@ def plan_of(q: Tensor, v: Tensor, erase: Tensor, cu_seqlens: Tensor | None, excl
 
 
 class Tiles(NamedTuple):
-    """The workspaces of intra.cu, in one allocation; addresses."""
+    """What is prepared of all chunks, in one allocation; addresses."""
 
     memory: Tensor
     tiles: int
@@ -85,47 +107,65 @@ class Tiles(NamedTuple):
     norms: int
 
 
-def intra(plan: Plan, k, g, erase, A_log, dt_bias, scale, floor, gate, save) -> Tiles:
+def tiles_of(plan: Plan, save: bool, gate: int) -> Tiles:
     tiles = plan.chunks * plan.HV
     sizes = [TILE[plan.K], 2 * C * C * save, 8 * C * (save and gate > 0)]
-    memory = torch.empty(tiles * sum(sizes), dtype=torch.uint8, device=k.device)
+    memory = torch.empty(tiles * sum(sizes), dtype=torch.uint8, device=plan.q.device)
     at, addresses = memory.data_ptr(), []
     for size in sizes:
         addresses.append(at if size else 0)
         at += tiles * size
-    result = Tiles(memory, *addresses)
-    if tiles:
-        _intra(plan.q.dtype, plan.K, plan.erase, gate > 0, plan.q.get_device()).launch(
-            (tiles, 1),
-            plan.q.data_ptr(), k.data_ptr(), erase.data_ptr(), g.data_ptr(), _at(A_log), _at(dt_bias),
-            *result[1:], plan.cu_seqlens, plan.chunk_offsets, plan.T, plan.sequences, plan.H, plan.HV, scale, floor,
-            gate, g.dtype == torch.float32, erase.dtype == torch.float32,
-        )  # fmt: skip
-    return result
+    return Tiles(memory, *addresses)
 
 
-def chain(plan: Plan, tiles: Tiles, *walks: tuple) -> None:
-    """One walk forth, or the two of a backward side by side, each `rows, state, out, state_out, memories`.
+def intra_arguments(plan: Plan, tiles: Tiles, k, g, erase, A_log, dt_bias, scale, floor, gate) -> tuple:
+    return (
+        plan.q.data_ptr(), k.data_ptr(), erase.data_ptr(), g.data_ptr(), _at(A_log), _at(dt_bias), *tiles[1:],
+        plan.cu_seqlens, plan.chunk_offsets, plan.T, plan.sequences, plan.H, plan.HV, scale, floor, gate,
+        g.dtype == torch.float32, erase.dtype == torch.float32,
+    )  # fmt: skip
+
+
+def walk_arguments(plan: Plan, tiles: Tiles, rows, state, out, state_out, memories) -> tuple:
+    tensors = map(_at, (rows, state, out, state_out, memories))
+    return tiles.tiles, *tensors, plan.cu_seqlens, plan.chunk_offsets, plan.T, plan.sequences, plan.HV, plan.V
+
+
+def prepare(plan: Plan, arguments: tuple, gated: bool) -> None:
+    if plan.chunks:
+        launch = _intra(plan.q.dtype, plan.K, plan.erase, gated, plan.q.get_device()).launch
+        launch((plan.chunks * plan.HV, 1), *arguments)
+
+
+def walk(plan: Plan, *arguments: tuple) -> None:
+    """One walk, or two side by side.
 
     Two groups of warps share a head's tiles once one for each would be more than there are multiprocessors.
     """
-    if not plan.sequences:
-        return
-    heads, parts = plan.sequences * plan.HV, plan.V // 64
-    groups = 2 if parts == 2 and heads * parts * len(walks) > MULTIPROCESSORS else 1
-    shared = plan.cu_seqlens, plan.chunk_offsets, plan.T, plan.HV, plan.V
-    arguments = [x for walk in walks for x in (tiles.tiles, *map(_at, walk), *shared)]
-    launch = _chain(plan.q.dtype, plan.K, len(walks), groups, plan.q.get_device()).launch
-    launch((heads, parts // groups * len(walks)), *arguments)
+    if plan.sequences:
+        tasks, parts, device = plan.sequences * plan.HV, plan.V // 64, plan.q.get_device()
+        groups = 2 if parts == 2 and tasks * parts * len(arguments) > multiprocessors(device) else 1
+        launch = _chain(plan.q.dtype, plan.K, groups, len(arguments), device).launch
+        launch((tasks, parts // groups * len(arguments)), *itertools.chain(*arguments))
 
 
 def forward(q, k, v, log_decay, erase, state, scale, cu_seqlens, A_log, dt_bias, gate, floor, exclusive):
     """See ops/triton/register.py for the arguments."""
     q, k, v, g, erase, state, A_log, dt_bias = _readable(q, k, v, log_decay, erase, state, A_log, dt_bias)
     plan = plan_of(q, v, erase, cu_seqlens, exclusive)
-    tiles = intra(plan, k, g, erase, A_log, dt_bias, scale, floor, gate, save=False)
     out, state_out = torch.empty_like(v), torch.empty_like(state)
-    chain(plan, tiles, (v, state, out, state_out, None))
+    tiles, device = tiles_of(plan, save=False, gate=gate), q.get_device()
+    preparation = intra_arguments(plan, tiles, k, g, erase, A_log, dt_bias, scale, floor, gate)
+    walking = walk_arguments(plan, tiles, v, state, out, state_out, None)
+    walkers, count = plan.sequences * plan.HV * plan.V // 64, plan.chunks * plan.HV
+    if walkers <= FEW * multiprocessors(device) and count >= MANY:  # the bits are the same either way
+        producers = min(multiprocessors(device) - walkers, -(-count // PREPARING))
+        ready = torch.zeros(count + 2, dtype=torch.int32, device=q.device)
+        launch = _forward(q.dtype, plan.K, plan.erase, gate > 0, device).launch
+        launch((producers + walkers, 1), *preparation, *walking, ready.data_ptr(), count, producers)
+    else:
+        prepare(plan, preparation, gate > 0)
+        walk(plan, walking)
     return out, state_out
 
 
@@ -137,11 +177,14 @@ def backward(
     q, k, v, g, erase, state, A_log, dt_bias = _readable(q, k, v, log_decay, erase, state, A_log, dt_bias)
     d_out, d_state = _aligned(d_out.to(v.dtype)), _aligned(d_state)
     plan = plan_of(q, v, erase, cu_seqlens, exclusive)
-    tiles = intra(plan, k, g, erase, A_log, dt_bias, scale, floor, gate, save=True)
+    tiles, device = tiles_of(plan, save=True, gate=gate), q.get_device()
     memories = torch.empty(plan.chunks, plan.HV, plan.V, plan.K, dtype=q.dtype, device=q.device)
     dv = torch.empty_like(v)  # holds R = write - E S until each tile of it is read
     d_write, d_memories, d_state_in = torch.empty_like(v), torch.empty_like(memories), torch.empty_like(state)
-    chain(plan, tiles, (v, state, dv, None, memories), (d_out, d_state, d_write, d_state_in, d_memories))
+    prepare(plan, intra_arguments(plan, tiles, k, g, erase, A_log, dt_bias, scale, floor, gate), gate > 0)
+    forth = walk_arguments(plan, tiles, v, state, dv, None, memories)
+    back = walk_arguments(plan, tiles, d_out, d_state, d_write, d_state_in, d_memories)
+    walk(plan, forth, back)
 
     dq, dk = (x.new_empty(*v.shape[:3], plan.K) for x in (q, k))
     dg, d_erase = torch.empty_like(g), torch.empty_like(erase)
@@ -150,7 +193,7 @@ def backward(
         dA_log = torch.zeros(plan.chunks, plan.HV, dtype=torch.float32, device=q.device)
         d_bias = torch.zeros(plan.chunks, plan.HV, 4, plan.K, dtype=torch.float32, device=q.device)
     if plan.chunks:
-        _gradient(q.dtype, plan.K, plan.V, plan.erase, gate > 0, q.get_device()).launch(
+        _gradient(q.dtype, plan.K, plan.V, plan.erase, gate > 0, device).launch(
             (plan.chunks * plan.HV, 1),
             q.data_ptr(), k.data_ptr(), erase.data_ptr(), g.data_ptr(), _at(A_log), _at(dt_bias), v.data_ptr(), tiles.norms,
             tiles.M, dv.data_ptr(), d_out.data_ptr(), d_write.data_ptr(), memories.data_ptr(), d_memories.data_ptr(),

@@ -19,10 +19,7 @@
 #ifndef ERASE
 #define ERASE 0
 #endif
-#ifndef KEY_DIM
-#define KEY_DIM 128
-#endif
-constexpr int C = 64, K = KEY_DIM, PITCH = 72, X_PITCH = 24;
+constexpr int PITCH = 72, X_PITCH = 24;
 
 struct Arguments {
     const u16 *q, *k;
@@ -128,13 +125,14 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
     Smem<V>& s = *(Smem<V>*)shared;
 #endif
     const int lane = threadIdx.x % 32, warp = warp_index(), w = warp % 4, z = warp / 4, r = lane / 4, c = lane % 4;
-    const int HV = a.HV, head = blockIdx.x % HV;
-    const long long tile = blockIdx.x;
-    const Chunk at = find_chunk(blockIdx.x / HV, a.cu_seqlens, a.chunk_offsets, a.T, a.N, C);
+    const Chunk at = Layout{a.cu_seqlens, a.chunk_offsets, a.T, a.N, a.HV}.of_tile(blockIdx.x);
     if (at.count <= 0) return;
+    const int HV = a.HV, head = at.head;
+    const long long tile = blockIdx.x;
     const int t8 = lane / 8, l8 = lane % 8;
     const unsigned long long value_step = (unsigned)(HV * V);  // from token to token
     constexpr int PIECES = V / 8;
+    if (threadIdx.x == 0) bulk_prefetch(a.memories + tile * V * K, 2 * V * K), bulk_prefetch(a.d_memories + tile * V * K, 2 * V * K);
 
     {
         const int row = threadIdx.x / PIECES, piece = threadIdx.x % PIECES;
@@ -270,7 +268,7 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
     Scratch& scratch = s.scratch[warp];
 
     const long long memory_at = (tile * (V / 16) + w) * (K / 16) * 256 + 8 * lane;
-    Quad h[2] = {}, dS[2] = {};  // this warp's share of the next 16 key channels: 16 value channels from 16 w on, and from 64 on
+    Quad h[2] = {}, dS[2] = {};  // this warp's share of 16 key channels: 16 value channels from 16 w on, and from 64 on
     const auto fetch = [&](int step) {
 #pragma unroll
         for (int y = 0; y < 2; y++)
@@ -279,11 +277,10 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
                 h[y] = *(const Quad*)(a.memories + from), dS[y] = *(const Quad*)(a.d_memories + from);
             }
     };
-    fetch(z * (K / 32));
-
 #pragma unroll 1
     for (int turns = 0; turns < K / 32; turns++) {
         const int step = z * (K / 32) + turns, channel = 16 * step + 2 * l8;
+        fetch(step);
         u32 q[4], k[4], e[4];
         Two decay[4];
 #pragma unroll
@@ -550,8 +547,6 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
                 }
             }
         }
-
-        if (turns + 1 < K / 32) fetch(step + 1);
 
         // Sums from a token on, and up to it: over this lane's four, the warp's 16, then the chunk's 64.
         Two dg[4];

@@ -14,6 +14,7 @@ DEVICE void arrive(u64* b) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%
 DEVICE void arrive_expecting(u64* b, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)), "r"(bytes) : "memory");
 }
+DEVICE void expect(u64* b, int bytes) { asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(bytes) : "memory"); }
 DEVICE void wait(u64* b, int parity) {
     asm volatile(
         "{\n.reg .pred p;\nAGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra DONE;\nbra AGAIN;\nDONE:\n}"
@@ -23,11 +24,32 @@ DEVICE void bulk_copy(void* to, const void* from, int bytes, u64* b) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
         ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(b)) : "memory");
 }
-// 16 bytes of each lane, or zeros, on their way while the lane goes on; `arrive_when_copied` counts when they have landed.
-DEVICE void lane_copy(void* to, const void* from, bool zero) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(zero ? 0 : 16) : "memory");
-}
 DEVICE void arrive_when_copied(u64* b) { asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(b)) : "memory"); }
+// What one block wrote and another copies in bulk: each thread that wrote publishes, all meet, one says so.
+DEVICE void publish() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+DEVICE void say_ready(int* p) { asm volatile("st.release.gpu.global.s32 [%0], 1;" ::"l"(p) : "memory"); }
+// How many of the next `count` flags, `step` apart, are up, from the first on; waits for that one. 32 at most.
+DEVICE int wait_until_ready(const int* flags, int step, int count, int lane) {
+    u32 missing;
+    do {
+        int there = 0;
+        if (lane < count) asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(there) : "l"(flags + (long long)lane * step) : "memory");
+        missing = ~lanes_where(there);
+    } while (missing & 1);
+    publish();
+    return missing ? ones((missing & -missing) - 1) : 32;
+}
+DEVICE void count_one(int* p) { asm volatile("red.relaxed.gpu.global.add.s32 [%0], 1;" ::"l"(p) : "memory"); }
+// Until the count has come so far, or for 50 microseconds.
+DEVICE void wait_a_little(const int* count, int enough) {
+    for (int tries = 0; tries < 200; tries++) {
+        int now;
+        asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(count) : "memory");
+        if (now >= enough) return;
+        __nanosleep(250);
+    }
+}
+DEVICE int take_ticket(int* next) { return atomicAdd(next, 1); }
 // The compiler must have these numbers in their registers here, before products run that it does not see.
 template <int N> DEVICE void settle(float (&d)[N]) {
 #pragma unroll
@@ -36,6 +58,7 @@ template <int N> DEVICE void settle(float (&d)[N]) {
 // Registers of a group of four warps: given back, or taken.
 template <int N> DEVICE void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
 template <int N> DEVICE void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
+DEVICE void to_tensor_cores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }  // what this lane wrote to shared memory
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int PENDING> DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory"); }

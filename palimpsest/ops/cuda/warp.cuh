@@ -8,7 +8,11 @@
 typedef unsigned int u32;
 typedef unsigned short u16;
 
+#ifndef KEY_DIM
+#define KEY_DIM 128
+#endif
 #define DEVICE __device__ __forceinline__
+constexpr int C = 64, K = KEY_DIM;  // tokens of a chunk, key channels
 constexpr float LOG2E = 1.4426950408889634f;
 
 struct alignas(16) Quad { u32 x[4]; };
@@ -67,6 +71,15 @@ DEVICE Quad load_tiles_transposed(const u16* row) {
         : "=r"(d.x[0]), "=r"(d.x[1]), "=r"(d.x[2]), "=r"(d.x[3]) : "r"((u32)__cvta_generic_to_shared(row)) : "memory");
     return d;
 }
+// 16 bytes of each lane, or zeros, on their way to shared memory while the lane goes on.
+DEVICE void lane_copy(void* to, const void* from, bool zero) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from), "r"(zero ? 0 : 16) : "memory");
+}
+DEVICE void copies_landed() { asm volatile("cp.async.wait_all;" ::: "memory"); }  // this lane's
+DEVICE void bulk_prefetch(const void* p, int bytes) { asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory"); }
+DEVICE u32 lanes_where(bool x) { return __ballot_sync(0xffffffffu, x); }
+DEVICE int warp_min(int x) { return __reduce_min_sync(0xffffffffu, x); }
+DEVICE int ones(u32 x) { return __popc(x); }
 DEVICE int warp_index() { return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0); }  // so the compiler knows it is one for all lanes
 DEVICE void warp_barrier() { __syncwarp(); }
 DEVICE void block_barrier() { __syncthreads(); }
@@ -74,7 +87,7 @@ DEVICE void group_barrier(int group) { asm volatile("bar.sync %0, 128;" ::"r"(gr
 
 #endif
 
-// Products for M, in tf32: rounded for bf16, whose own rounding is coarser; for fp16 of numbers in two parts each, which is
+// Products for M, in tf32, of numbers that are kept `as_factor`: rounded for bf16, whose own rounding is coarser; for fp16 of numbers in two parts each, which is
 // fp32, since what both low parts give is below it.
 struct Four { float x[4]; };
 #ifdef FP16
@@ -91,17 +104,18 @@ DEVICE void mma_sharp(float (&d)[4], const Sharp& a, float b0, float b1) {
     mma_tf32(d, a.high.x[0], a.high.x[1], a.high.x[2], a.high.x[3], b0 - h0, b1 - h1);
     mma_tf32(d, a.high.x[0], a.high.x[1], a.high.x[2], a.high.x[3], h0, h1);
 }
+DEVICE float as_factor(float x) { return x; }
 #else
-DEVICE float rounded(float x) { return __uint_as_float(__float_as_uint(x) + 0x1000u); }
+DEVICE float as_factor(float x) { return __uint_as_float(__float_as_uint(x) + 0x1000u); }
 struct Sharp {
     Four a;
     DEVICE Sharp(const Four& x) {
 #pragma unroll
-        for (int i = 0; i < 4; i++) a.x[i] = rounded(x.x[i]);
+        for (int i = 0; i < 4; i++) a.x[i] = as_factor(x.x[i]);
     }
 };
 DEVICE void mma_sharp(float (&d)[4], const Sharp& x, float b0, float b1) {
-    mma_tf32(d, x.a.x[0], x.a.x[1], x.a.x[2], x.a.x[3], rounded(b0), rounded(b1));
+    mma_tf32(d, x.a.x[0], x.a.x[1], x.a.x[2], x.a.x[3], b0, b1);
 }
 #endif
 
@@ -125,23 +139,33 @@ DEVICE int image(int row, int at) { return at / 8 * 4096 + row * 64 + ((at % 8) 
 
 // What intra.cu leaves of a chunk for the walks, in images and rows: E, W, Q [64, K], P [64, 64], decays [K], strengths [64].
 // One contiguous copy; the walk that needs no output takes the first two and the last two.
-template <int K> struct Tile {
+struct Tile {
     u16 E[64 * K], W[64 * K], Q[64 * K], P[64 * 64];
     float D[K], beta[64];
 };
 
-struct Chunk { long long start; int count; };  // first token; tokens, <= 0 if there is nothing to do
+// A chunk of one head: its first token, its tokens (none if there is nothing to do), and where its tile lies.
+struct Chunk { long long start, tile; int count, head; };
 
-DEVICE Chunk find_chunk(int chunk, const int* cu_seqlens, const int* chunk_offsets, int T, int N, int C) {
-    if (chunk_offsets == nullptr) {
-        int chunks = (T + C - 1) / C, n = chunk / chunks, begin = (chunk % chunks) * C;
-        return {(long long)n * T + begin, min(C, T - begin)};
+// Where sequences lie: T tokens each, or packed by their borders, with chunks counted from `chunk_offsets`.
+struct Layout {
+    const int *cu_seqlens, *chunk_offsets;
+    int T, sequences, HV;
+    DEVICE long long start(int n) const { return chunk_offsets ? cu_seqlens[n] : (long long)n * T; }
+    DEVICE int tokens(int n) const { return chunk_offsets ? cu_seqlens[n + 1] - cu_seqlens[n] : T; }
+    DEVICE int chunks(int n) const { return (tokens(n) + C - 1) / C; }
+    DEVICE long long first_chunk(int n) const { return chunk_offsets ? chunk_offsets[n] : (long long)n * ((T + C - 1) / C); }
+    DEVICE Chunk chunk(int n, int chunk, int head) const {
+        return {start(n) + (long long)chunk * C, (first_chunk(n) + chunk) * HV + head, min(C, tokens(n) - chunk * C), head};
     }
-    int n = 0, after = N;
-    while (after - n > 1) {
-        int middle = (n + after) / 2;
-        if (chunk_offsets[middle] <= chunk) n = middle; else after = middle;
+    DEVICE Chunk of_tile(int tile) const {  // a packed batch may have fewer than there is room for
+        const int all = tile / HV, per = (T + C - 1) / C;
+        if (chunk_offsets == nullptr) return chunk(all / per, all % per, tile % HV);
+        int n = 0, after = sequences;
+        while (after - n > 1) {
+            int middle = (n + after) / 2;
+            if (chunk_offsets[middle] <= all) n = middle; else after = middle;
+        }
+        return chunk(n, all - chunk_offsets[n], tile % HV);
     }
-    int start = cu_seqlens[n] + (chunk - chunk_offsets[n]) * C;
-    return {start, min(C, cu_seqlens[n + 1] - start)};
-}
+};
