@@ -41,6 +41,7 @@ class Backend:
         kda(q, k, v, log_decay, beta, state, scale, cu_seqlens)
         kda_from_logits(q, k, v, decay_logits, beta_logits, gate, state, scale, cu_seqlens)
         dplr(q, k, v, a, b, log_decay, state, scale, cu_seqlens)
+        linear(q, k, v, state, scale, cu_seqlens), where linear attention is more than the core without erasing
         step(q, k, v, log_decay, beta, state, scale)
         lookup(q, k, v, keys, values, scale, cu_seqlens) -> output
     """
@@ -51,6 +52,7 @@ class Backend:
     kda: Callable | None = None
     kda_from_logits: Callable | None = None
     dplr: Callable | None = None
+    linear: Callable | None = None
     step: Callable | None = None
     lookup: Callable | None = None
 

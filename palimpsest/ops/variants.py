@@ -151,9 +151,15 @@ def linear_attention(
     B, T, H, HV, K, V = _sizes(q, k, v)
     q, k = feature_map(q), feature_map(k)
     write = torch.cat((v, torch.ones_like(v[..., :1])), -1) if normalise else v
-    zeros = write.new_zeros(1, 1, 1, 1, dtype=_state_dtype(v)).expand(B, T, HV, K)
-    core = (q, k, zeros.to(k.dtype), write, zeros)
-    result = _run("core", "linear_attention", core, write, state, scale, cu_seqlens, backend)
+    _expect_one_device(q, (q, k, v))
+    state = _state(state, write, K, cu_seqlens)
+    chosen = choose(_problem("core", "linear_attention", q, write, cu_seqlens, (q, k, v, state)), backend)
+    if chosen.linear:
+        result = DeltaOutput(*chosen.linear(q, k, write, state, scale, cu_seqlens))
+    else:
+        assert chosen.core is not None
+        zeros = write.new_zeros(1, 1, 1, 1, dtype=_state_dtype(v)).expand(B, T, HV, K)
+        result = DeltaOutput(*chosen.core(q, k, zeros.to(k.dtype), write, zeros, state, scale, cu_seqlens))
     if not normalise:
         return result
     return DeltaOutput(result.output[..., :V] / result.output[..., V:], result.state)

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from palimpsest import (
     kda,
     kda_from_logits,
     kda_step_,
+    linear_attention,
 )  # fmt: skip
 from palimpsest.ops import chunked, reference
 from palimpsest.ops.gates import SigmoidDecay
@@ -211,6 +213,8 @@ def test_the_family():
         "dplr": (dplr, (q, k, v, a, -b / 2, g)),
         "gated delta": (gated_delta, (q, k, v, g[..., 0], beta)),
         "delta rule": (delta_rule, (q, k, v, beta)),
+        "linear attention": (linear_attention, (q, k.abs(), v)),
+        "plain linear attention": (partial(linear_attention, feature_map=lambda x: x, normalise=False), (q, k, v)),
     }
     for name, (call, inputs) in calls.items():
         ours = with_gradients(call, inputs)

@@ -17,33 +17,36 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from palimpsest.ops.triton import chain, gradient, intra, reverse, step
+from palimpsest.ops.triton import chain, gradient, intra, linear, reverse, step
 from palimpsest.ops.triton.configs import config
 
 CONSTANTS = dict(
     K=128, V=128, BLOCK_K=128, C=64, PACKED=False, PRECISION="tf32", GATE=0, EXCLUSIVE=False, STRENGTH=True, LEVELS=6,
-    SAVE=False, EACH=False, ONE=True,
+    SAVE=False, EACH=False, ONE=True, DA=128, DB=128, DC=128, BLOCK_A=128, BLOCK_B=128, SIZE=128 * 128, CHUNK=256,
+    BACK=True, TURNED=True,
 )
 ABSENT = {"cu_seqlens", "chunk_offsets", "A_log", "dt_bias", "norms", "norms_out", "dA_log_out", "d_bias_out", "M_out", "states"}
-FLOATS = {"D", "D_out", "state", "state_out", "d_state", "d_state_out", "g", "dg_out"}
+FLOATS = {"sums", "D", "D_out", "state", "state_out", "d_state", "d_state_out", "g", "dg_out"}
 KERNELS = {
     "intra": intra.intra_kernel, "chain": chain.chain_kernel, "reverse": reverse.reverse_kernel,
     "scores": gradient.scores_kernel, "gradient": gradient.gradient_kernel, "step": step.step_kernel,
+    "sums": linear.sums_kernel, "running": linear.running_kernel, "reads": linear.reads_kernel,
 }
 
 def build(name, capability):
     kernel, settings = KERNELS[name], config(name, False)
     constants = dict(CONSTANTS)
-    for setting, constant in (("block_v", "BLOCK_V"), ("block_k", "BLOCK_K"), ("stages", "STAGES")):
+    for setting in ("block_v", "block_k", "block_c", "block", "stages", "width"):
+        constant = setting.upper()
         if setting in settings:
             constants[constant] = settings.pop(setting)
     signature, constexprs, attributes = {}, {}, {}
     for at, parameter in enumerate(kernel.arg_names):
         if parameter in constants or parameter in ABSENT:
             signature[parameter], constexprs[(at,)] = "constexpr", constants.get(parameter)
-        elif parameter in ("T", "N", "H", "HV"):
+        elif parameter in ("T", "N", "H", "HA", "HB", "HC", "HV"):
             signature[parameter] = "i32"
-        elif parameter in ("scale", "floor"):
+        elif parameter in ("scale", "scale_memory", "floor"):
             signature[parameter] = "fp32"
         else:
             signature[parameter] = "*fp32" if parameter in FLOATS else "*bf16"
@@ -64,6 +67,9 @@ STACK = {  # bytes of spilled registers a thread uses: less is welcome, more is 
     "scores": {80: 72, 90: 0},
     "gradient": {80: 7016, 90: 1912},
     "step": {80: 0, 90: 0},
+    "sums": {80: 0, 90: 0},
+    "running": {80: 0, 90: 0},
+    "reads": {80: 0, 90: 0},
 }
 
 

@@ -86,6 +86,30 @@ def test_the_general_core():
     assert_is_the_law((q, k, erase, v, g, state), core, reference.delta_memory)
 
 
+@pytest.mark.parametrize(
+    ("T", "K", "V", "H", "HV", "B"), [(1, 16, 16, 1, 1, 1), (300, 24, 17, 1, 2, 1), (513, 16, 33, 2, 2, 2)]
+)
+def test_linear_attention(T, K, V, H, HV, B):
+    q, k, v, *_, state = drawn(T, K, V, H, HV, B)
+
+    def law(q, k, v, state):
+        q, k = (x.repeat_interleave(v.shape[2] // k.shape[2], 2) for x in (q, k))
+        return reference.delta_memory(q / 2, k, torch.zeros_like(k), v, torch.zeros_like(k), state)
+
+    ours = lambda *x: TRITON.linear(*x, 0.5, None)
+    assert_is_the_law((q, k, v, state), ours, law, "output state d_q d_k d_v d_state".split())
+
+
+def test_linear_attention_of_packed_sequences():
+    q, k, v, *_ = drawn(600, HV=2)
+    borders, state = [0, 0, 5, 300, 300, 600], torch.randn(5, 2, 16, 16, device=DEVICE)
+    output, last = TRITON.linear(q, k, v, state, 1.0, torch.tensor(borders, device=DEVICE))
+    for n, (start, stop) in enumerate(zip(borders, borders[1:])):
+        alone = TRITON.linear(*(x[:, start:stop] for x in (q, k, v)), state[n : n + 1], 1.0, None)
+        torch.testing.assert_close(output[:, start:stop], alone[0], rtol=0, atol=0)
+        torch.testing.assert_close(last[n], alone[1][0], rtol=0, atol=0)
+
+
 def test_dplr():
     q, k, v, g, _, state = drawn(20)
     a, b = (torch.randn(k.shape, device=DEVICE) / 4 for _ in range(2))

@@ -32,6 +32,16 @@ PREPARING = 3  # chunks at a time on a multiprocessor that prepares
 _SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
+def load(dtype: torch.dtype, K: int, V: int, device: int) -> None:
+    """Everything that KDA may ask for at these, whatever the length: which kernels run depends on it."""
+    for gated in (False, True):
+        _intra(dtype, K, 0, gated, device), _forward(dtype, K, 0, gated, device)
+        _gradient(dtype, K, V, 0, gated, device)
+    for groups in range(1, V // 64 + 1):
+        for walks in (1, 2):
+            _chain(dtype, K, groups, walks, device)
+
+
 class Plan(NamedTuple):
     """What all launches of one call share."""
 

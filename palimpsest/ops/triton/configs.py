@@ -1,7 +1,6 @@
 """Launch shapes: one measured row per kernel and problem, so that every process runs the same bits and nothing tunes itself.
 
 Rows are (kernel, wide) -> settings; wide is true for fp32 operands or more than 128 channels.
-`python -m benchmarks.speed --kernels` prints what other rows would cost.
 """
 
 CONFIGS = {
@@ -11,6 +10,9 @@ CONFIGS = {
     "scores": dict(block_v=64, num_warps=8, num_stages=1),
     "gradient": dict(block_k=64, block_v=64, num_warps=8, num_stages=1),
     "step": dict(block_v=64, num_warps=4),
+    "sums": dict(block_c=64, block=64, num_warps=4),
+    "running": dict(width=1024, num_warps=4),
+    "reads": dict(block_c=64, block=64, num_warps=4, num_stages=2),
 }
 WIDE = {
     "intra": dict(num_warps=8, num_stages=1),
@@ -19,6 +21,9 @@ WIDE = {
     "scores": dict(block_v=32, num_warps=8, num_stages=1),
     "gradient": dict(block_k=32, block_v=32, num_warps=8, num_stages=1),
     "step": dict(block_v=32, num_warps=4),
+    "sums": dict(block_c=32, block=32, num_warps=8, num_stages=1),
+    "running": dict(width=1024, num_warps=4),
+    "reads": dict(block_c=32, block=32, num_warps=8, num_stages=1),
 }
 CHUNK, WIDE_CHUNK = 64, 32  # tokens
 

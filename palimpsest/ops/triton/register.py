@@ -25,6 +25,13 @@ _LIB.define(
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _LIB.define(
+    "linear_memory(Tensor q, Tensor k, Tensor v, Tensor state, float scale, Tensor? cu_seqlens) -> (Tensor, Tensor)"
+)
+_LIB.define(
+    "linear_memory_backward(Tensor d_out, Tensor d_state, Tensor q, Tensor k, Tensor v, Tensor state, float scale, "
+    "Tensor? cu_seqlens) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_LIB.define(
     "step_(Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor beta, Tensor(a!) state, float scale) -> Tensor"
 )
 
@@ -62,6 +69,21 @@ def _backward(*arguments):
     else:
         from palimpsest.ops.triton import delta_memory
     return delta_memory.backward(*arguments)
+
+
+@_on_the_device_of_its_tensors
+def _linear_forward(q, k, v, state, scale, cu_seqlens):
+    _expect_one_device("q k v state", q, k, v, state)
+    from palimpsest.ops.triton import linear
+
+    return linear.forward(q, k, v, state, scale, cu_seqlens)
+
+
+@_on_the_device_of_its_tensors
+def _linear_backward(*arguments):
+    from palimpsest.ops.triton import linear
+
+    return linear.backward(*arguments)
 
 
 @_on_the_device_of_its_tensors
@@ -110,12 +132,43 @@ def _autograd_backward(ctx, d_out, d_state):
     return *grads[:6], None, None, *parameters, None, None, None, None
 
 
+def _setup_linear(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:4], inputs[5])
+    ctx.scale = inputs[4]
+
+
+def _linear_gradients(ctx, d_out, d_state):
+    q, k, v, state, cu_seqlens = ctx.saved_tensors
+    d_out = torch.zeros_like(v) if d_out is None else d_out
+    d_state = torch.zeros_like(state) if d_state is None else d_state
+    return (
+        *torch.ops.palimpsest_gpu.linear_memory_backward(d_out, d_state, q, k, v, state, ctx.scale, cu_seqlens),
+        None,
+        None,
+    )
+
+
 for _key in ("CUDA", "CPU"):  # on a CPU the kernels run under Triton's interpreter: for tests
     _LIB.impl("delta_memory", _forward, _key)
     _LIB.impl("delta_memory_backward", _backward, _key)
+    _LIB.impl("linear_memory", _linear_forward, _key)
+    _LIB.impl("linear_memory_backward", _linear_backward, _key)
     _LIB.impl("step_", _step_, _key)
 torch.library.register_fake("palimpsest_gpu::delta_memory", _fake_forward, lib=_LIB)
 torch.library.register_fake("palimpsest_gpu::delta_memory_backward", _fake_backward, lib=_LIB)
+torch.library.register_fake(
+    "palimpsest_gpu::linear_memory",
+    lambda q, k, v, state, *rest: (v.new_empty(v.shape), state.new_empty(state.shape)),
+    lib=_LIB,
+)
+torch.library.register_fake(
+    "palimpsest_gpu::linear_memory_backward",
+    lambda d_out, d_state, q, k, v, state, *rest: tuple(x.new_empty(x.shape) for x in (q, k, v, state)),
+    lib=_LIB,
+)
+torch.library.register_autograd(
+    "palimpsest_gpu::linear_memory", _linear_gradients, setup_context=_setup_linear, lib=_LIB
+)
 torch.library.register_fake("palimpsest_gpu::step_", lambda q, k, v, *rest: v.new_empty(v.shape), lib=_LIB)
 torch.library.register_autograd(
     "palimpsest_gpu::delta_memory", _autograd_backward, setup_context=_setup_context, lib=_LIB
@@ -186,6 +239,7 @@ def _family(name: str, refuses, hopper: bool) -> Backend:
         kda=kda,
         kda_from_logits=kda_from_logits,
         dplr=dplr,
+        linear=_direct(_linear_forward, torch.ops.palimpsest_gpu.linear_memory),
         step=_direct(_step_, torch.ops.palimpsest_gpu.step_),
     )
 

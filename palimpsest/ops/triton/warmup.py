@@ -3,6 +3,7 @@
 import torch
 
 from palimpsest.ops import gates
+from palimpsest.ops.backends import Problem, choose
 from palimpsest.ops.variants import kda, kda_from_logits, kda_step_
 
 
@@ -50,4 +51,10 @@ def warmup(
         state = torch.zeros(1, HV, key_dim, value_dim, device=device)
         kda_step_(q[:, 0], q[:, 0], v[:, 0], log_decay[:, 0], beta[:, 0], state, backend=backend)
     if torch.device(device).type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        problem = Problem("kda", "kda", "cuda", dtype, key_dim, value_dim, 2, 1, heads, HV, capability=capability)
+        if choose(problem, backend).name == "hopper":  # which of its kernels run depends on the length
+            from palimpsest.ops.cuda import delta_memory
+
+            delta_memory.load(dtype, key_dim, value_dim, q.get_device())
         torch.cuda.synchronize(device)

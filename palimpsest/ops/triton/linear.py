@@ -1,0 +1,229 @@
+"""Linear attention on a GPU: nothing fades and nothing is erased, so a chunk knows what it adds without the memory.
+
+sums      what each chunk of 256 tokens adds: the sum of b_j c_j^T over its tokens
+running   the memory before each chunk (going back: after it), a running sum over chunks
+reads     out_i = scale (a_i S + the sum over the chunk's j <= i of (a_i . b_j) c_j); going back, over j >= i
+
+The output is a read of (q, k, v). Its gradients are reads, too: dq of (d_out, v, k) with S turned; with R the running
+sum of q_i d_out_i^T from the end, dk of (v, d_out, q) with R turned, and dv of (k, q, d_out) with R.
+
+S and R are kept in bf16 for bf16, otherwise in fp32: sums over a long sequence leave the range of fp16.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from palimpsest.ops.triton.configs import config
+from palimpsest.ops.triton.packing import borders_of
+from palimpsest.ops.triton.tiles import find_chunk, find_sequence
+
+CHUNK = 256  # tokens
+
+
+@triton.jit(do_not_specialize=["T", "N"])
+def sums_kernel(
+    b, c, sums, cu_seqlens, chunk_offsets, T, N, HB, HC, HV,
+    DB: tl.constexpr, DC: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    chunk, head = tl.program_id(0) // HV, tl.program_id(0) % HV
+    n, start, count = find_chunk(chunk, cu_seqlens, chunk_offsets, T, N, CHUNK, PACKED)
+    d, e = tl.arange(0, BLOCK_B), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    sum_BC = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
+    for first in range(0, CHUNK, BLOCK):
+        t = first + tl.arange(0, BLOCK)
+        b_BT = tl.load(
+            b + ((start + t)[None, :] * HB + head // (HV // HB)) * DB + d[:, None],
+            mask=(t < count)[None, :] & (d < DB)[:, None], other=0.0,
+        )  # fmt: skip
+        c_TC = tl.load(
+            c + ((start + t)[:, None] * HC + head // (HV // HC)) * DC + e[None, :],
+            mask=(t < count)[:, None] & (e < DC)[None, :], other=0.0,
+        )  # fmt: skip
+        sum_BC = tl.dot(b_BT, c_TC, sum_BC, input_precision=PRECISION)
+    at = tl.program_id(0).to(tl.int64) * DB * DC + d[:, None] * DC + e[None, :]
+    tl.store(sums + at, sum_BC, mask=(d < DB)[:, None] & (e < DC)[None, :])
+
+
+@triton.jit(do_not_specialize=["T"])
+def running_kernel(
+    sums, state, memories, state_out, cu_seqlens, chunk_offsets, T, HV, scale,
+    SIZE: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, PACKED: tl.constexpr, BACK: tl.constexpr,
+):  # fmt: skip
+    n, head = tl.program_id(0) // HV, tl.program_id(0) % HV
+    start, tokens, first = find_sequence(n, cu_seqlens, chunk_offsets, T, CHUNK, PACKED)
+    x = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    here = tl.program_id(0).to(tl.int64) * SIZE + x
+    chunks = tl.cdiv(tokens, CHUNK)
+    step = tl.full((), HV * SIZE, tl.int64)
+    at = (first.to(tl.int64) * HV + head) * SIZE + x
+    if BACK:
+        at += (chunks - 1) * step
+        step = -step
+    run = tl.load(state + here, mask=x < SIZE, other=0.0)
+    for _ in tl.range(0, chunks, num_stages=4):
+        more = tl.load(sums + at, mask=x < SIZE, other=0.0)
+        tl.store(memories + at, run.to(memories.dtype.element_ty), mask=x < SIZE)
+        run += more * scale
+        at += step
+    tl.store(state_out + here, run, mask=x < SIZE)
+
+
+@triton.jit(do_not_specialize=["T", "N"])
+def reads_kernel(
+    a, b, c, memories, out, cu_seqlens, chunk_offsets, T, N, HA, HB, HC, HV, scale, scale_memory,
+    DA: tl.constexpr, DC: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    BACK: tl.constexpr, TURNED: tl.constexpr,
+):  # fmt: skip
+    DTYPE: tl.constexpr = a.dtype.element_ty
+    chunk, head = tl.program_id(0) // HV, tl.program_id(0) % HV
+    n, start, count = find_chunk(chunk, cu_seqlens, chunk_offsets, T, N, CHUNK, PACKED)
+    d, e = tl.arange(0, BLOCK_A), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_A, in_C = d < DA, e < DC
+    if TURNED:
+        memory = memories + tl.program_id(0).to(tl.int64) * DA * DC + e[None, :] * DA + d[:, None]
+    else:
+        memory = memories + tl.program_id(0).to(tl.int64) * DA * DC + d[:, None] * DC + e[None, :]
+    S_AC = tl.load(memory, mask=in_A[:, None] & in_C[None, :], other=0.0)
+    for i in range(0, CHUNK // BLOCK):
+        t = i * BLOCK + tl.arange(0, BLOCK)
+        a_TA = tl.load(
+            a + ((start + t)[:, None] * HA + head // (HV // HA)) * DA + d[None, :],
+            mask=(t < count)[:, None] & in_A[None, :], other=0.0,
+        )  # fmt: skip
+        o_TC = tl.dot(a_TA.to(S_AC.dtype), S_AC, input_precision=PRECISION) * scale_memory
+        sum_TC = tl.zeros((BLOCK, BLOCK_C), tl.float32)
+        if BACK:
+            begin, end = i, CHUNK // BLOCK
+        else:
+            begin, end = 0, i + 1
+        for j in range(begin, end):
+            s = j * BLOCK + tl.arange(0, BLOCK)
+            b_AS = tl.load(
+                b + ((start + s)[None, :] * HB + head // (HV // HB)) * DA + d[:, None],
+                mask=(s < count)[None, :] & in_A[:, None], other=0.0,
+            )  # fmt: skip
+            c_SC = tl.load(
+                c + ((start + s)[:, None] * HC + head // (HV // HC)) * DC + e[None, :],
+                mask=(s < count)[:, None] & in_C[None, :], other=0.0,
+            )  # fmt: skip
+            P_TS = tl.dot(a_TA, b_AS, input_precision=PRECISION)
+            if BACK:
+                P_TS = tl.where(t[:, None] <= s[None, :], P_TS, 0.0)
+            else:
+                P_TS = tl.where(t[:, None] >= s[None, :], P_TS, 0.0)
+            sum_TC = tl.dot(P_TS.to(DTYPE), c_SC, sum_TC, input_precision=PRECISION)
+        o_TC += sum_TC * scale
+        at = ((start + t)[:, None] * HV + head) * DC + e[None, :]
+        tl.store(out + at, o_TC.to(out.dtype.element_ty), mask=(t < count)[:, None] & in_C[None, :])
+
+
+class Plan(NamedTuple):
+    """What all launches of one call share."""
+
+    T: int
+    HV: int
+    sequences: int
+    chunks: int  # an upper bound when packed: the true number is on the device
+    cu_seqlens: Tensor | None
+    chunk_offsets: Tensor | None
+    precision: str
+    dtype: torch.dtype  # of memories
+
+    @property
+    def constants(self) -> dict:
+        return dict(CHUNK=CHUNK, PACKED=self.cu_seqlens is not None)
+
+
+def plan_of(v: Tensor, cu_seqlens: Tensor | None) -> Plan:
+    B, T, HV, _ = v.shape
+    precision = "tf32x3" if v.dtype == torch.float32 else "tf32"
+    dtype = torch.bfloat16 if v.dtype == torch.bfloat16 else torch.float32
+    if cu_seqlens is None:
+        return Plan(T, HV, B, B * triton.cdiv(T, CHUNK), None, None, precision, dtype)
+    N = cu_seqlens.shape[0] - 1
+    cu_seqlens, offsets = borders_of(cu_seqlens, T, CHUNK, v.device)
+    return Plan(T, HV, N, T // CHUNK + N, cu_seqlens, offsets, precision, dtype)
+
+
+def _padded(channels: int) -> int:
+    return max(16, triton.next_power_of_2(channels))
+
+
+def _tiling(kernel: str, wide: bool, channels: int) -> dict:
+    settings = config(kernel, wide)
+    return dict(BLOCK_C=min(settings.pop("block_c"), _padded(channels)), BLOCK=settings.pop("block"), **settings)
+
+
+def memories_of(plan: Plan, b: Tensor, c: Tensor, state: Tensor, scale: float, back: bool) -> tuple[Tensor, Tensor]:
+    """The running sum of scale b_j c_j^T before each chunk, or after it; and over all of them, with `state`."""
+    DB, DC = b.shape[3], c.shape[3]
+    wide = b.dtype == torch.float32 or max(DB, DC) > 128
+    sums = torch.empty(plan.chunks, plan.HV, DB, DC, dtype=torch.float32, device=b.device)
+    memories, last = torch.empty_like(sums, dtype=plan.dtype), torch.empty_like(state)
+    shared = plan.cu_seqlens, plan.chunk_offsets, plan.T
+    if plan.chunks:
+        tiling = _tiling("sums", wide, DC)
+        sums_kernel[(plan.chunks * plan.HV, triton.cdiv(DC, tiling["BLOCK_C"]))](
+            b, c, sums, *shared, plan.sequences, b.shape[2], c.shape[2], plan.HV, DB=DB, DC=DC, BLOCK_B=_padded(DB),
+            PRECISION=plan.precision, **tiling, **plan.constants,
+        )  # fmt: skip
+    if plan.sequences:
+        settings = config("running", wide)
+        width = settings.pop("width")
+        running_kernel[(plan.sequences * plan.HV, triton.cdiv(DB * DC, width))](
+            sums, state, memories, last, *shared, plan.HV, scale, SIZE=DB * DC, WIDTH=width, BACK=back, **settings,
+            **plan.constants,
+        )  # fmt: skip
+    return memories, last
+
+
+def reads(
+    plan: Plan,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    memories: Tensor,
+    scale: float,
+    scale_memory: float,
+    back: bool,
+    turned: bool,
+):
+    """[tokens, HV, channels of c]; see the top of this file."""
+    DA, DC = a.shape[3], c.shape[3]
+    out = torch.empty(*a.shape[:2], plan.HV, DC, dtype=c.dtype, device=a.device)
+    if plan.chunks:
+        tiling = _tiling("reads", a.dtype == torch.float32 or max(DA, DC) > 128, DC)
+        reads_kernel[(plan.chunks * plan.HV, triton.cdiv(DC, tiling["BLOCK_C"]))](
+            a, b, c, memories, out, plan.cu_seqlens, plan.chunk_offsets, plan.T, plan.sequences, a.shape[2], b.shape[2],
+            c.shape[2], plan.HV, scale, scale_memory, DA=DA, DC=DC, BLOCK_A=_padded(DA),
+            PRECISION=plan.precision, BACK=back, TURNED=turned, **tiling, **plan.constants,
+        )  # fmt: skip
+    return out
+
+
+def forward(q, k, v, state, scale, cu_seqlens):
+    """Output [B, T, HV, V] in v's dtype, and the last state."""
+    q, k, v, state = (x.contiguous() for x in (q, k, v, state))
+    plan = plan_of(v, cu_seqlens)
+    memories, last = memories_of(plan, k, v, state, 1.0, back=False)
+    return reads(plan, q, k, v, memories, scale, scale, back=False, turned=False), last
+
+
+def backward(d_out, d_state, q, k, v, state, scale, cu_seqlens):
+    """Gradients of q, k, v and state."""
+    d_out, d_state, q, k, v, state = (x.contiguous() for x in (d_out.to(v.dtype), d_state, q, k, v, state))
+    plan = plan_of(v, cu_seqlens)
+    memories, _ = memories_of(plan, k, v, state, 1.0, back=False)
+    dq = reads(plan, d_out, v, k, memories, scale, scale, back=False, turned=True)
+    ends, d_first = memories_of(plan, q, d_out, d_state, scale, back=True)
+    dk = reads(plan, v, d_out, q, ends, scale, 1.0, back=True, turned=True)
+    dv = reads(plan, k, q, d_out, ends, scale, 1.0, back=True, turned=False)
+    if q.shape[2] < plan.HV:
+        dq, dk = (x.unflatten(2, (q.shape[2], -1)).sum(3) for x in (dq, dk))
+    return dq, dk, dv, d_first
