@@ -33,9 +33,9 @@ class Problem:
 class Backend:
     """A set of implementations under one name; None where it has none of its own.
 
-    Every run function gets checked tensors: heads as the caller gave them (q and k may have fewer than v), state
-    never None, scale a number, cu_seqlens int or None. It returns (output in v's dtype, state in fp32, or fp64 for
-    fp64 inputs) and is differentiable. `step` edits its state in place and returns the output alone.
+    Every run function gets checked tensors: heads as the caller gave them (q and k may have fewer than v), state None
+    only where the backend `starts_empty`, scale a number, cu_seqlens int or None. It returns (output in v's dtype, state
+    in fp32, or fp64 for fp64 inputs) and is differentiable. `step` edits its state in place and returns the output alone.
 
         core(q, k, erase, write, log_decay, state, scale, cu_seqlens)
         kda(q, k, v, log_decay, beta, state, scale, cu_seqlens)
@@ -55,6 +55,7 @@ class Backend:
     linear: Callable | None = None
     step: Callable | None = None
     lookup: Callable | None = None
+    starts_empty: bool = False  # sequences without a state come as they are; otherwise as zeros
 
     def refusal(self, problem: Problem) -> str | None:
         """Why this backend cannot take the problem, as a sentence; None if it can."""

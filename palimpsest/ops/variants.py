@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from palimpsest.ops.backends import Op, Problem, choose
+from palimpsest.ops.backends import Backend, Op, Problem, choose
 from palimpsest.ops.gates import SigmoidDecay, SoftplusDecay, l2norm
 from palimpsest.ops.packing import check_cu_seqlens
 
@@ -152,8 +152,9 @@ def linear_attention(
     q, k = feature_map(q), feature_map(k)
     write = torch.cat((v, torch.ones_like(v[..., :1])), -1) if normalise else v
     _expect_one_device(q, (q, k, v))
-    state = _state(state, write, K, cu_seqlens)
+    _expect_state(state, write, K, cu_seqlens)
     chosen = choose(_problem("core", "linear_attention", q, write, cu_seqlens, (q, k, v, state)), backend)
+    state = _begin(state, chosen, write, K, cu_seqlens)
     if chosen.linear:
         result = DeltaOutput(*chosen.linear(q, k, write, state, scale, cu_seqlens))
     else:
@@ -232,27 +233,22 @@ def kda_from_logits(
     B, T, H, HV, K, V = _sizes(q, k, v)
     _expect("decay_logits", decay_logits, (B, T, HV, K))
     _expect("beta_logits", beta_logits, (B, T, HV))
-    state = _state(state, v, K, cu_seqlens)
+    _expect_state(state, v, K, cu_seqlens)
     if isinstance(gate, (SoftplusDecay, SigmoidDecay)) and beta_max == 1.0:
         tensors = (q, k, v, decay_logits, beta_logits)
         problem = _problem(
             "kda_from_logits", "kda", q, v, cu_seqlens, (*tensors, gate.A_log, gate.dt_bias, state), gate.name
         )
-        fused = choose_fused(problem, backend)
-        if fused is not None:
+        chosen = choose(Problem(**{**vars(problem), "op": "kda"}), backend)
+        if chosen.kda_from_logits and chosen.refusal(problem) is None:  # the backend that runs KDA takes logits whole
             scale = K**-0.5 if scale is None else scale
-            return DeltaOutput(*fused(*tensors, gate, state, scale, cu_seqlens))
+            state = _begin(state, chosen, v, K, cu_seqlens)
+            return DeltaOutput(*chosen.kda_from_logits(*tensors, gate, state, scale, cu_seqlens))
     beta = beta_max * beta_logits.to(_state_dtype(v)).sigmoid()
     return kda(
         l2norm(q), l2norm(k), v, gate(decay_logits), beta,
         state=state, scale=scale, cu_seqlens=cu_seqlens, backend=backend,
     )  # fmt: skip
-
-
-def choose_fused(problem: Problem, backend: str):
-    """The kernel that takes logits whole, if the backend that will run KDA has one; None otherwise."""
-    chosen = choose(Problem(**{**vars(problem), "op": "kda"}), backend)
-    return chosen.kda_from_logits if chosen.refusal(problem) is None else None
 
 
 def kda_step_(q, k, v, log_decay, beta, state, *, scale=None, backend="auto") -> Tensor:
@@ -315,10 +311,10 @@ def _run(op: Op, variant, tensors, values, state, scale, cu_seqlens, backend) ->
     q = tensors[0]
     K = q.shape[-1]
     _expect_one_device(q, tensors)
-    state = _state(state, values, K, cu_seqlens)
-    problem = _problem(op, variant, q, values, cu_seqlens, (*tensors, state))
-    run = getattr(choose(problem, backend), op)
-    return DeltaOutput(*run(*tensors, state, K**-0.5 if scale is None else scale, cu_seqlens))
+    _expect_state(state, values, K, cu_seqlens)
+    chosen = choose(_problem(op, variant, q, values, cu_seqlens, (*tensors, state)), backend)
+    state = _begin(state, chosen, values, K, cu_seqlens)
+    return DeltaOutput(*getattr(chosen, op)(*tensors, state, K**-0.5 if scale is None else scale, cu_seqlens))
 
 
 def _problem(op: Op, variant, q, v, cu_seqlens, tensors, gate="none") -> Problem:
@@ -335,7 +331,7 @@ def _problem(op: Op, variant, q, v, cu_seqlens, tensors, gate="none") -> Problem
         heads=H,
         value_heads=v.shape[2],
         packed=cu_seqlens is not None,
-        needs_grad=torch.is_grad_enabled() and any(x.requires_grad for x in tensors),
+        needs_grad=torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors),
         gate=gate,
         capability=_capability(q),
     )
@@ -369,16 +365,22 @@ def _expect_heads_and_dtype(q: Tensor, k: Tensor, v: Tensor, H: int, HV: int) ->
             raise ValueError(f"{name} is {tensor.dtype} and q is {q.dtype}; q, k and v must share one floating dtype")
 
 
-def _state(state: Tensor | None, v: Tensor, K: int, cu_seqlens: Tensor | None) -> Tensor:
+def _expect_state(state: Tensor | None, v: Tensor, K: int, cu_seqlens: Tensor | None) -> None:
     B, T, HV, V = v.shape
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, B, T)
         B = len(cu_seqlens) - 1
-    if state is None:
-        return v.new_zeros(B, HV, K, V, dtype=_state_dtype(v))
-    _expect("state", state, (B, HV, K, V))
-    _expect_state_dtype(state, v)
-    return state
+    if state is not None:
+        _expect("state", state, (B, HV, K, V))
+        _expect_state_dtype(state, v)
+
+
+def _begin(state: Tensor | None, chosen: Backend, v: Tensor, K: int, cu_seqlens: Tensor | None) -> Tensor | None:
+    """The state; if there is none, zeros for a backend that wants them."""
+    if state is not None or chosen.starts_empty:
+        return state
+    B, _, HV, V = v.shape
+    return v.new_zeros(B if cu_seqlens is None else len(cu_seqlens) - 1, HV, K, V, dtype=_state_dtype(v))
 
 
 def _state_dtype(v: Tensor) -> torch.dtype:

@@ -151,7 +151,7 @@ class Kernels:
         x = self.x
         dv = torch.full_like(x["write"], torch.nan)  # holds R until each tile of it is read
         nan = lambda like: torch.full_like(like, torch.nan)
-        d_write, d_first = nan(x["write"]), nan(x["state"])
+        d_write, d_first = nan(x["write"]), nan(x["state_out"])
         reverse = {
             **x,
             "rows": d_out,
@@ -277,6 +277,16 @@ def test_gradients_through_gates_and_norms(lanes, gate):
     ours = (*kernels.forward(), *kernels.backward(d_out, d_state))
     for name, a, t in zip((*NAMES, "d_A_log", "d_dt_bias"), ours, truth):
         close(name, a, t, 5e-2 if name == "d_A_log" else 1e-2)  # two numbers, each a sum of 10,000 of either sign
+
+
+def test_no_state_is_a_state_of_zeros(lanes):
+    *inputs, state = drawn(70)
+    d_out, zeros = torch.randn_like(inputs[2]), torch.zeros_like(state)
+    given, none = Kernels(lanes, *inputs, zeros), Kernels(lanes, *inputs, zeros)
+    none.x["state"] = 0
+    ours = (*none.forward(), *none.backward(d_out, 0)[:5])
+    for x, y in zip(ours, (*given.forward(), *given.backward(d_out, zeros)[:5])):
+        torch.testing.assert_close(x, y, rtol=0, atol=0)
 
 
 def test_packed_is_one_by_one(lanes):

@@ -100,6 +100,24 @@ def test_linear_attention(T, K, V, H, HV, B):
     assert_is_the_law((q, k, v, state), ours, law, "output state d_q d_k d_v d_state".split())
 
 
+def test_no_state_is_a_state_of_zeros():
+    q, k, v, g, beta, state = drawn(40, HV=2)
+    zeros = torch.zeros_like(state)
+    calls = [
+        (lambda S: TRITON.kda(q, k, v, g, beta, S, 1.0, None)),
+        (lambda S: TRITON.linear(q, k, v, S, 1.0, None)),
+    ]
+    for x in (q, k, v, g, beta):
+        x.requires_grad_()
+    for call in calls:
+        gradients = []
+        for S in (None, zeros):
+            output, _ = call(S)
+            gradients.append([output.detach(), *torch.autograd.grad(output.square().sum(), (q, k, v))])
+        for x, y in zip(*gradients):
+            torch.testing.assert_close(x, y, rtol=0, atol=0)
+
+
 def test_linear_attention_of_packed_sequences():
     q, k, v, *_ = drawn(600, HV=2)
     borders, state = [0, 0, 5, 300, 300, 600], torch.randn(5, 2, 16, 16, device=DEVICE)

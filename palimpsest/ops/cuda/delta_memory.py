@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.ops.cuda.launch import Kernel, kernel
+from palimpsest.ops.triton.register import new_state
 
 C = 64  # tokens in a chunk
 _INTRA, _WALK, _GRADIENT = "11P4i2f3i4x", "8P4i", "23P4i2f3i"
@@ -163,7 +164,7 @@ def forward(q, k, v, log_decay, erase, state, scale, cu_seqlens, A_log, dt_bias,
     """See ops/triton/register.py for the arguments."""
     q, k, v, g, erase, state, A_log, dt_bias = _readable(q, k, v, log_decay, erase, state, A_log, dt_bias)
     plan = plan_of(q, v, erase, cu_seqlens, exclusive)
-    out, state_out = torch.empty_like(v), torch.empty_like(state)
+    out, state_out = torch.empty_like(v), new_state(q, v, cu_seqlens)
     tiles, device = tiles_of(plan, save=False, gate=gate), q.get_device()
     preparation = intra_arguments(plan, tiles, k, g, erase, A_log, dt_bias, scale, floor, gate)
     walking = walk_arguments(plan, tiles, v, state, out, state_out, None)
@@ -185,12 +186,12 @@ def backward(
     """Gradients of q, k, v, log_decay, erase, state, A_log, dt_bias; the last two empty without a gate."""
     like = (log_decay, erase, A_log, dt_bias)
     q, k, v, g, erase, state, A_log, dt_bias = _readable(q, k, v, log_decay, erase, state, A_log, dt_bias)
-    d_out, d_state = _aligned(d_out.to(v.dtype)), _aligned(d_state)
+    d_out, d_state = _aligned(d_out.to(v.dtype)), None if d_state is None else _aligned(d_state)
     plan = plan_of(q, v, erase, cu_seqlens, exclusive)
     tiles, device = tiles_of(plan, save=True, gate=gate), q.get_device()
     memories = torch.empty(plan.chunks, plan.HV, plan.V, plan.K, dtype=q.dtype, device=q.device)
     dv = torch.empty_like(v)  # holds R = write - E S until each tile of it is read
-    d_write, d_memories, d_state_in = torch.empty_like(v), torch.empty_like(memories), torch.empty_like(state)
+    d_write, d_memories, d_state_in = torch.empty_like(v), torch.empty_like(memories), new_state(q, v, cu_seqlens)
     prepare(plan, intra_arguments(plan, tiles, k, g, erase, A_log, dt_bias, scale, floor, gate), gate > 0)
     forth = walk_arguments(plan, tiles, v, state, dv, None, memories)
     back = walk_arguments(plan, tiles, d_out, d_state, d_write, d_state_in, d_memories)
@@ -238,7 +239,8 @@ def _readable(q, k, v, log_decay, erase, state, A_log, dt_bias):
         erase = erase.float()
     if A_log is not None:
         A_log, dt_bias = _aligned(A_log.float()), _aligned(dt_bias.float())
-    return *map(_aligned, (q, k, v, log_decay, erase, state)), A_log, dt_bias
+    state = None if state is None else _aligned(state)
+    return *map(_aligned, (q, k, v, log_decay, erase)), state, A_log, dt_bias
 
 
 def _aligned(x: Tensor) -> Tensor:

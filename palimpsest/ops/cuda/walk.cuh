@@ -22,7 +22,7 @@ template <int GROUPS> struct WalkShared {
 struct WalkArguments {
     const Tile* tiles;   // their strengths are 0 beyond the last token
     const u16* rows;        // write, or the output's gradient: [tokens, HV, V]
-    const float* state;     // [sequences, HV, K, V]; going back, the gradient of the last one
+    const float* state;     // [sequences, HV, K, V], null for zeros; going back, the gradient of the last one
     u16* out;               // [tokens, HV, V]: the output, or R = write - E S; going back, the gradient of write
     float* state_out;
     u16* memories;
@@ -139,7 +139,7 @@ template <int MODE, int GROUPS> DEVICE void walk(const WalkArguments& a, const i
     const long long state_at = (long long)task * K * V;
 #pragma unroll
     for (int x = 0; x < S_REGS; x++)
-        S[x] = a.state[state_at + (long long)(x / 4 * 8 + 2 * c + x % 2) * V + v + x % 4 / 2 * 8];
+        S[x] = a.state ? a.state[state_at + (long long)(x / 4 * 8 + 2 * c + x % 2) * V + v + x % 4 / 2 * 8] : 0.0f;
 
     float o[32] = {};  // of FORWARD: a chunk's output is finished, and leaves, while the next one's products run
     u32 fresh2[16] = {};

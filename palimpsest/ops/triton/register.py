@@ -15,20 +15,20 @@ from palimpsest.ops.backends import Backend, Problem
 from palimpsest.ops.gates import SigmoidDecay
 
 _ARGUMENTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor erase, Tensor state, float scale, Tensor? cu_seqlens, "
+    "Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor erase, Tensor? state, float scale, Tensor? cu_seqlens, "
     "Tensor? A_log, Tensor? dt_bias, int gate, float floor, bool exclusive, bool hopper"
 )
 _LIB = torch.library.Library("palimpsest_gpu", "DEF")
 _LIB.define(f"delta_memory({_ARGUMENTS}) -> (Tensor, Tensor)")
 _LIB.define(
-    f"delta_memory_backward(Tensor d_out, Tensor d_state, {_ARGUMENTS})"
+    f"delta_memory_backward(Tensor d_out, Tensor? d_state, {_ARGUMENTS})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _LIB.define(
-    "linear_memory(Tensor q, Tensor k, Tensor v, Tensor state, float scale, Tensor? cu_seqlens) -> (Tensor, Tensor)"
+    "linear_memory(Tensor q, Tensor k, Tensor v, Tensor? state, float scale, Tensor? cu_seqlens) -> (Tensor, Tensor)"
 )
 _LIB.define(
-    "linear_memory_backward(Tensor d_out, Tensor d_state, Tensor q, Tensor k, Tensor v, Tensor state, float scale, "
+    "linear_memory_backward(Tensor d_out, Tensor? d_state, Tensor q, Tensor k, Tensor v, Tensor? state, float scale, "
     "Tensor? cu_seqlens) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _LIB.define(
@@ -105,18 +105,24 @@ def _expect_one_device(names: str, *tensors: Tensor | None) -> None:
             raise ValueError(f"{name} is on {x.device} and q on {q.device}; move all of them to one device")
 
 
-def _fake_forward(q, k, v, log_decay, erase, state, *rest):
-    return v.new_empty(v.shape), state.new_empty(state.shape)
+def new_state(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Room for the memory of each sequence."""
+    N = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return v.new_empty(N, v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
+
+
+def _fake_forward(q, k, v, log_decay, erase, state, scale, cu_seqlens, *rest):
+    return v.new_empty(v.shape), new_state(q, v, cu_seqlens)
 
 
 def _fake_backward(d_out, d_state, q, k, v, log_decay, erase, state, scale, cu_seqlens, A_log, dt_bias, *rest):
-    like = (q, k, v, log_decay, erase, state)
     nothing = q.new_empty(0)
-    parameters = (nothing if x is None else x for x in (A_log, dt_bias))
-    return tuple(x.new_empty(x.shape) for x in (*like, *parameters))
+    parameters = (nothing if x is None else x.new_empty(x.shape) for x in (A_log, dt_bias))
+    return *(x.new_empty(x.shape) for x in (q, k, v, log_decay, erase)), new_state(q, v, cu_seqlens), *parameters
 
 
 def _setup_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # a last state that nobody used has no gradient, rather than zeros
     ctx.save_for_backward(*inputs[:6], *inputs[7:10])
     ctx.scale, ctx.rest = inputs[6], inputs[10:]
 
@@ -124,15 +130,16 @@ def _setup_context(ctx, inputs, output):
 def _autograd_backward(ctx, d_out, d_state):
     *sequences, state, cu_seqlens, A_log, dt_bias = ctx.saved_tensors
     d_out = torch.zeros_like(sequences[2]) if d_out is None else d_out
-    d_state = torch.zeros_like(state) if d_state is None else d_state
     grads = torch.ops.palimpsest_gpu.delta_memory_backward(
         d_out, d_state, *sequences, state, ctx.scale, cu_seqlens, A_log, dt_bias, *ctx.rest
     )
+    d_first = None if state is None else grads[5]
     parameters = grads[6:] if A_log is not None else (None, None)
-    return *grads[:6], None, None, *parameters, None, None, None, None
+    return *grads[:5], d_first, None, None, *parameters, None, None, None, None
 
 
 def _setup_linear(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:4], inputs[5])
     ctx.scale = inputs[4]
 
@@ -140,12 +147,8 @@ def _setup_linear(ctx, inputs, output):
 def _linear_gradients(ctx, d_out, d_state):
     q, k, v, state, cu_seqlens = ctx.saved_tensors
     d_out = torch.zeros_like(v) if d_out is None else d_out
-    d_state = torch.zeros_like(state) if d_state is None else d_state
-    return (
-        *torch.ops.palimpsest_gpu.linear_memory_backward(d_out, d_state, q, k, v, state, ctx.scale, cu_seqlens),
-        None,
-        None,
-    )
+    grads = torch.ops.palimpsest_gpu.linear_memory_backward(d_out, d_state, q, k, v, state, ctx.scale, cu_seqlens)
+    return *grads[:3], None if state is None else grads[3], None, None
 
 
 for _key in ("CUDA", "CPU"):  # on a CPU the kernels run under Triton's interpreter: for tests
@@ -158,12 +161,15 @@ torch.library.register_fake("palimpsest_gpu::delta_memory", _fake_forward, lib=_
 torch.library.register_fake("palimpsest_gpu::delta_memory_backward", _fake_backward, lib=_LIB)
 torch.library.register_fake(
     "palimpsest_gpu::linear_memory",
-    lambda q, k, v, state, *rest: (v.new_empty(v.shape), state.new_empty(state.shape)),
+    lambda q, k, v, state, scale, cu_seqlens: (v.new_empty(v.shape), new_state(q, v, cu_seqlens)),
     lib=_LIB,
 )
 torch.library.register_fake(
     "palimpsest_gpu::linear_memory_backward",
-    lambda d_out, d_state, q, k, v, state, *rest: tuple(x.new_empty(x.shape) for x in (q, k, v, state)),
+    lambda d_out, d_state, q, k, v, state, scale, cu_seqlens: (
+        *(x.new_empty(x.shape) for x in (q, k, v)),
+        new_state(q, v, cu_seqlens),
+    ),
     lib=_LIB,
 )
 torch.library.register_autograd(
@@ -241,6 +247,7 @@ def _family(name: str, refuses, hopper: bool) -> Backend:
         dplr=dplr,
         linear=_direct(_linear_forward, torch.ops.palimpsest_gpu.linear_memory),
         step=_direct(_step_, torch.ops.palimpsest_gpu.step_),
+        starts_empty=True,
     )
 
 
