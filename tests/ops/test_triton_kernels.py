@@ -87,7 +87,7 @@ def test_the_general_core():
 
 
 @pytest.mark.parametrize(
-    ("T", "K", "V", "H", "HV", "B"), [(1, 16, 16, 1, 1, 1), (300, 24, 17, 1, 2, 1), (513, 16, 33, 2, 2, 2)]
+    ("T", "K", "V", "H", "HV", "B"), [(1, 16, 16, 1, 1, 1), (300, 24, 17, 1, 2, 1), (1300, 16, 33, 2, 2, 2)]
 )
 def test_linear_attention(T, K, V, H, HV, B):
     q, k, v, *_, state = drawn(T, K, V, H, HV, B)
@@ -201,9 +201,11 @@ def test_one_operator_under_compile():
 
 def test_the_operator_keeps_its_promises():
     q, k, v, g, beta, state = (x.requires_grad_() for x in drawn(5))
-    arguments = (q, k, v, g, beta, state, 0.5, None, None, None, 0, 0.0, False, False)
-    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(torch.ops.palimpsest_gpu.delta_memory.default, arguments, test_utils=checks)
+    checks, ops = ("test_schema", "test_faketensor", "test_autograd_registration"), torch.ops.palimpsest_gpu
+    for S in (state, None):
+        arguments = (q, k, v, g, beta, S, 0.5, None, None, None, 0, 0.0, False, False)
+        torch.library.opcheck(ops.delta_memory.default, arguments, test_utils=checks)
+        torch.library.opcheck(ops.linear_memory.default, (q, k, v, S, 0.5, None), test_utils=checks)
 
 
 @pytest.mark.parametrize("borders", [[0, 8, 5, 20], [0, 8, 21], [1, 8, 20], [0, 8, 19]])

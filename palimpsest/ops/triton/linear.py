@@ -66,11 +66,20 @@ def running_kernel(
         at += (chunks - 1) * step
         step = -step
     run = tl.load(state + here, mask=x < SIZE, other=0.0)
-    for _ in tl.range(0, chunks, num_stages=4):
-        more = tl.load(sums + at, mask=x < SIZE, other=0.0)
+    for chunk in range(0, chunks, 4):  # four loads on their way at a time
+        x0 = tl.load(sums + at, mask=x < SIZE, other=0.0)
+        x1 = tl.load(sums + at + step, mask=(x < SIZE) & (chunk + 1 < chunks), other=0.0)
+        x2 = tl.load(sums + at + 2 * step, mask=(x < SIZE) & (chunk + 2 < chunks), other=0.0)
+        x3 = tl.load(sums + at + 3 * step, mask=(x < SIZE) & (chunk + 3 < chunks), other=0.0)
         tl.store(memories + at, run.to(memories.dtype.element_ty), mask=x < SIZE)
-        run += more * scale
-        at += step
+        run += x0 * scale
+        tl.store(memories + at + step, run.to(memories.dtype.element_ty), mask=(x < SIZE) & (chunk + 1 < chunks))
+        run += x1 * scale
+        tl.store(memories + at + 2 * step, run.to(memories.dtype.element_ty), mask=(x < SIZE) & (chunk + 2 < chunks))
+        run += x2 * scale
+        tl.store(memories + at + 3 * step, run.to(memories.dtype.element_ty), mask=(x < SIZE) & (chunk + 3 < chunks))
+        run += x3 * scale
+        at += 4 * step
     tl.store(state_out + here, run, mask=x < SIZE)
 
 

@@ -277,8 +277,8 @@ def _refuses_hopper(problem: Problem) -> str | None:
         return f"multiplies in bfloat16 or float16; the tensors are {problem.dtype}"
     if problem.key_dim not in (64, 128) or problem.value_dim not in (64, 128):
         return f"is built for 64 or 128 channels a head; these have {problem.key_dim} and {problem.value_dim}"
-    if (problem.packed or problem.op == "step") and not _has_triton():
-        return "needs Triton for packed sequences and for steps: pip install palimpsest-kda[triton]"
+    if (problem.packed or problem.op == "step" or problem.variant == "linear_attention") and not _has_triton():
+        return "needs Triton for packed sequences, steps and linear attention: pip install palimpsest-kda[triton]"
     return None
 
 
