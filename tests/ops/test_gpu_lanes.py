@@ -303,6 +303,41 @@ def test_packed_is_one_by_one(lanes):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
+ORDER_PROGRAM = """
+static Layout layout;
+static int step, *found, *places;
+extern "C" int run(const int* cu_seqlens, const int* chunk_offsets, int T, int N, int HV, int by, int* out, int* at) {
+    layout = {cu_seqlens, chunk_offsets, T, N, HV}, step = by, found = out, places = at;
+    cpu_run(by, 1, 32, [] {
+        int place = blockIdx.x;
+        Order order(layout, threadIdx.x);
+        for (Chunk x = order.skip(place); x.count > 0; x = order.skip(step), place += step)
+            if (threadIdx.x == 0) found[place] = x.tile, places[place] = order.chunk;
+    });
+    return 0;
+}
+"""
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_chunk_is_prepared_once_and_in_time(tmp_path, packed):
+    source, library = tmp_path / "order.cpp", tmp_path / "order.so"
+    source.write_text(f'#include "{HERE}/warp_on_cpu.h"\n#include "{build.ROOM}/forward.cu"\n{ORDER_PROGRAM}')
+    subprocess.run(["g++", "-O1", "-w", "-fPIC", "-shared", str(source), "-o", str(library)], check=True)
+    HV, by, lengths = 3, 7, [0, 500, 1, 64, 0, 65, 700, 10] * 3 if packed else [300] * 13
+    chunks = [-(-x // C) for x in lengths]
+    tiles, N = sum(chunks) * HV, len(lengths)
+    borders, offsets = (torch.tensor([0, *x]).cumsum(0).int() for x in (lengths, chunks))
+    found, level = (torch.full((tiles,), -1, dtype=torch.int32) for _ in range(2))
+    where = (borders.data_ptr(), offsets.data_ptr()) if packed else (None, None)
+    T = sum(lengths) if packed else lengths[0]
+    ctypes.CDLL(str(library)).run(
+        *map(ctypes.c_void_p, where), T, N, HV, by, *map(ctypes.c_void_p, (found.data_ptr(), level.data_ptr()))
+    )
+    assert sorted(found.tolist()) == list(range(tiles))
+    assert level.tolist() == sorted(level.tolist()), "a later chunk comes before an earlier one"
+
+
 def test_a_later_token_never_changes_an_earlier_output(lanes):
     inputs = drawn(128)
     before, _ = Kernels(lanes, *inputs).forward()
