@@ -114,7 +114,7 @@ def delta_rule(q, k, v, beta, *, state=None, scale=None, cu_seqlens=None, backen
     """DeltaNet: no decay; each write is one gradient step of size beta on 1/2 |S^T k - v|^2. arXiv:2406.06484."""
     B, T, H, HV, K, V = _sizes(q, k, v)
     _expect("beta", beta, (B, T, HV))
-    log_decay = beta.new_zeros(1, 1, 1, 1, dtype=_state_dtype(v)).expand(B, T, HV, K)
+    log_decay = v.new_zeros(1, 1, 1, 1).expand(B, T, HV, K)  # a zero is exact in any dtype
     return _run("kda", "delta_rule", (q, k, v, log_decay, beta), v, state, scale, cu_seqlens, backend)
 
 
