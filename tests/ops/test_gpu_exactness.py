@@ -127,6 +127,12 @@ def test_every_gradient_at_every_length(backend, dtype, T):
     assert_gradients(drawn(T, dtype, device="cpu"), dtype, backend)
 
 
+@pytest.mark.parametrize(("K", "V"), [(256, 256), (96, 160), (24, 40)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_gradient_of_other_channels(dtype, K, V):
+    assert_gradients(drawn(100, dtype, B=1, K=K, V=V, device="cpu"), dtype, "triton")
+
+
 @pytest.mark.parametrize(("keys", "beta", "decay"), list(itertools.product(KEYS, BETAS, DECAYS))[::3])
 @pytest.mark.parametrize("backend", ["triton", "hopper"] if HOPPER else ["triton"])
 def test_every_gradient_on_inputs_that_hurt(backend, keys, beta, decay):
