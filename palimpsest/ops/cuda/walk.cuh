@@ -20,7 +20,7 @@ template <int GROUPS> struct WalkShared {
     u64 full[STAGES], done[STAGES], empty[STAGES];  // all is there; E, W, Q have been read; the rest, and the results have left
 };
 struct WalkArguments {
-    const Tile* tiles;   // their strengths are 0 beyond the last token
+    const Tile* tiles;      // their strengths are 0 beyond the last token
     const u16* rows;        // write, or the output's gradient: [tokens, HV, V]
     const float* state;     // [sequences, HV, K, V], null for zeros; going back, the gradient of the last one
     u16* out;               // [tokens, HV, V]: the output, or R = write - E S; going back, the gradient of write
