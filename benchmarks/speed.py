@@ -2,12 +2,13 @@
 
     python -m benchmarks.speed                    everything; continues where an interrupted run stopped
     python -m benchmarks.speed --quick            two shapes
-    python -m benchmarks.speed --only decode      one of: forward, backward, decode, family
+    python -m benchmarks.speed --only decode      one of: forward, logits, backward, decode, family
     python -m benchmarks.speed --fresh            forget earlier results
 
 Writes speed.json, speed.md and speed.png, speed.svg to benchmarks/results/<gpu>. GPU time is the median between CUDA
 events over replays of a captured graph (eager where a contestant cannot be captured); host time is wall time per eager
-call. `family` is figure 2 of the Kimi Linear paper (KDA against DPLR, one sequence, 16 heads, T = 2K to 64K), extended.
+call. `logits` is the forward as a layer calls it, with norms, gate and sigmoid inside the kernel. `family` is figure 2 of the
+Kimi Linear paper (KDA against DPLR, one sequence, 16 heads, T = 2K to 64K), extended.
 """
 
 import argparse
@@ -26,7 +27,8 @@ from benchmarks._timing import (
     relative_error,
     relatives,
 )  # fmt: skip
-from palimpsest import kda, kda_step_
+from palimpsest import kda, kda_from_logits, kda_step_
+from palimpsest.ops.gates import SigmoidDecay, SoftplusDecay
 
 SHAPES = [
     Shape(1, 8192, 96), Shape(1, 8192, 64), Shape(1, 8192, 16), Shape(1, 65536, 16), Shape(8, 2048, 32), Shape(1, 1024, 32),
@@ -35,6 +37,7 @@ LENGTHS = [2048 << x for x in range(6)]
 RIVALS = 8192  # tokens at which rivals' cousins are timed: each takes minutes to tune itself
 OURS = ["KDA", "DPLR", "Gated DeltaNet", "GLA", "softmax"]  # in the figure
 BATCHES = [1, 8, 64, 256, 1024]
+INSIDE = {"sigmoid gate": SigmoidDecay, "softplus gate": SoftplusDecay}
 COPY_TB = 4.3  # TB/s, read and written, of an H200
 
 
@@ -57,6 +60,18 @@ def forward(names, shapes):
     return [f"forward, {gates}, {size} | {name}" for gates in GATES for size in shapes for name in names], measure
 
 
+def logits(shapes):
+    def measure(key):
+        size, name = key.removeprefix("logits, ").split(" | ")
+        (q, k, v, g, beta), H, K = draw(shapes[size], "slow"), shapes[size].H, shapes[size].K
+        gate = INSIDE[name](A_log=torch.zeros(H, device="cuda"), dt_bias=torch.zeros(H, K, device="cuda"))
+        inputs = *(torch.randn_like(x) for x in (q, k, v)), torch.randn_like(g, dtype=q.dtype), torch.randn_like(beta)
+        with torch.no_grad():
+            return {"ms": gpu_ms(lambda: kda_from_logits(*inputs, gate=gate))}
+
+    return [f"logits, {size} | {name}" for size in shapes for name in INSIDE], measure
+
+
 def backward(names, shapes):
     def measure(key):
         where, name = key.split(" | ")
@@ -71,7 +86,9 @@ def backward(names, shapes):
 
 
 def backward_ms(output, inputs, d_output) -> float:
-    return gpu_ms(lambda: torch.autograd.grad(output, inputs, d_output, retain_graph=True), graph=False)
+    """Of the inputs that the output depends on: cousins take only some of them."""
+    gradients = lambda: torch.autograd.grad(output, inputs, d_output, retain_graph=True, allow_unused=True)
+    return gpu_ms(gradients, graph=False)
 
 
 def decode(heads: int = 32, K: int = 128):
@@ -98,19 +115,12 @@ def family():
                 return {"ms": gpu_ms(lambda: run(*inputs))}
         leaves = [x.requires_grad_() for x in inputs]
         output = run(*leaves)
-        used = [x for x, there in zip(leaves, reached(output, leaves)) if there]
-        return {"ms": backward_ms(output, used, torch.randn_like(output))}
+        return {"ms": backward_ms(output, leaves, torch.randn_like(output))}
 
     keys = [
         f"family, T{T} | {name}" for T in LENGTHS for name in relatives() if T == RIVALS or not name.startswith("FLA")
     ]
     return keys + [f"family backward, T{RIVALS} | {name}" for name in relatives()], measure
-
-
-def reached(output, leaves) -> list[bool]:
-    """Which leaves an output depends on: cousins take only some of the inputs."""
-    found = torch.autograd.grad(output.sum(), leaves, retain_graph=True, allow_unused=True)
-    return [x is not None for x in found]
 
 
 def plot(results: Results) -> None:
@@ -144,13 +154,14 @@ def plot(results: Results) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two shapes")
-    parser.add_argument("--only", choices=["forward", "backward", "decode", "family"])
+    parser.add_argument("--only", choices=["forward", "logits", "backward", "decode", "family"])
     parser.add_argument("--fresh", action="store_true", help="forget earlier results")
     options = parser.parse_args()
     results, names = Results("speed", options.fresh), list(contestants())
     shapes = {str(shape): shape for shape in (SHAPES[2:3] + SHAPES[5:] if options.quick else SHAPES)}
     parts = {
         "forward": forward(names, shapes),
+        "logits": logits(shapes),
         "backward": backward(names, shapes),
         "decode": decode(),
         "family": family(),
@@ -164,6 +175,7 @@ def main() -> None:
     )
     results.write(
         results.table(rows("forward"), names, full, "Forward"),
+        results.table(rows("logits"), list(INSIDE), lambda x: f"{x['ms']:.3f} ms", "Forward from logits"),
         results.table(rows("backward"), names, lambda x: f"{x['ms']:.3f} ms, {x['peak_mib']:.0f} MiB with forward", "Backward"),
         results.table(
             rows("decode"), ["hopper"], lambda x: f"{x['ms'] * 1e3:.1f} us, {x['tb_s'] / COPY_TB:.0%} of {COPY_TB} TB/s",

@@ -151,10 +151,7 @@ def linear_attention(
     B, T, H, HV, K, V = _sizes(q, k, v)
     q, k = feature_map(q), feature_map(k)
     write = torch.cat((v, torch.ones_like(v[..., :1])), -1) if normalise else v
-    _expect_one_device(q, (q, k, v))
-    _expect_state(state, write, K, cu_seqlens)
-    chosen = choose(_problem("core", "linear_attention", q, write, cu_seqlens, (q, k, v, state)), backend)
-    state = _begin(state, chosen, write, K, cu_seqlens)
+    chosen, state = _start("core", "linear_attention", (q, k, write), write, state, cu_seqlens, backend)
     if chosen.linear:
         result = DeltaOutput(*chosen.linear(q, k, write, state, scale, cu_seqlens))
     else:
@@ -308,13 +305,18 @@ VARIANTS = {
 
 
 def _run(op: Op, variant, tensors, values, state, scale, cu_seqlens, backend) -> DeltaOutput:
+    chosen, state = _start(op, variant, tensors, values, state, cu_seqlens, backend)
+    scale = tensors[0].shape[-1] ** -0.5 if scale is None else scale
+    return DeltaOutput(*getattr(chosen, op)(*tensors, state, scale, cu_seqlens))
+
+
+def _start(op: Op, variant, tensors, values, state, cu_seqlens, backend) -> tuple[Backend, Tensor | None]:
+    """Who runs a call, once it is checked, and from which state."""
     q = tensors[0]
-    K = q.shape[-1]
     _expect_one_device(q, tensors)
-    _expect_state(state, values, K, cu_seqlens)
+    _expect_state(state, values, q.shape[-1], cu_seqlens)
     chosen = choose(_problem(op, variant, q, values, cu_seqlens, (*tensors, state)), backend)
-    state = _begin(state, chosen, values, K, cu_seqlens)
-    return DeltaOutput(*getattr(chosen, op)(*tensors, state, K**-0.5 if scale is None else scale, cu_seqlens))
+    return chosen, _begin(state, chosen, values, q.shape[-1], cu_seqlens)
 
 
 def _problem(op: Op, variant, q, v, cu_seqlens, tensors, gate="none") -> Problem:

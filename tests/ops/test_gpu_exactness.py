@@ -226,7 +226,7 @@ def test_the_family():
         ours = with_gradients(call, inputs)
         truth = with_gradients(call, [x.double() for x in inputs])
         for at, (x, t) in enumerate(zip(ours, truth)):
-            assert relative(x, t.cpu()) < 1.5e-2, (name, at)
+            assert relative(x, t.cpu()) < (1.2e-2 if at < 2 else 1.5e-2), (name, at)  # output and state; gradients
 
 
 def test_steps_are_the_sequence():

@@ -215,7 +215,7 @@ NAMES = "output state d_q d_k d_v d_log_decay d_erase d_state".split()
 
 @pytest.mark.parametrize(
     ("T", "HV", "V", "decay"),
-    [(1, 8, 64, "slow"), (100, 2, 64, "half_slow"), (130, 1, 128, "fast"), (70, 1, 64, "floor")],
+    [(1, 8, 64, "slow"), (100, 2, 64, "half_slow"), (130, 1, 128, "fast"), (70, 1, 64, "floor"), (400, 1, 64, "half_slow")],
 )
 def test_every_gradient(lanes, T, HV, V, decay):
     inputs = drawn(T, HV=HV, V=V, decay=decay)
@@ -305,16 +305,18 @@ def test_packed_is_one_by_one(lanes):
 
 ORDER_PROGRAM = """
 static Layout layout;
-static int step, *found, *places;
-extern "C" int run(const int* cu_seqlens, const int* chunk_offsets, int T, int N, int HV, int by, int* out, int* at) {
-    layout = {cu_seqlens, chunk_offsets, T, N, HV}, step = by, found = out, places = at;
+static int step, room, beyond, *found, *places;
+extern "C" int run(const int* cu_seqlens, const int* chunk_offsets, int T, int N, int HV, int by, int tiles, int* out, int* at) {
+    layout = {cu_seqlens, chunk_offsets, T, N, HV}, step = by, room = tiles, beyond = 0, found = out, places = at;
     cpu_run(by, 1, 32, [] {
         int place = blockIdx.x;
         Order order(layout, threadIdx.x);
-        for (Chunk x = order.skip(place); x.count > 0; x = order.skip(step), place += step)
+        Chunk x = order.skip(place);
+        for (; x.count > 0 && place < room; x = order.skip(step), place += step)
             if (threadIdx.x == 0) found[place] = x.tile, places[place] = order.chunk;
+        beyond += x.count > 0;
     });
-    return 0;
+    return beyond;
 }
 """
 
@@ -331,9 +333,9 @@ def test_every_chunk_is_prepared_once_and_in_time(tmp_path, packed):
     found, level = (torch.full((tiles,), -1, dtype=torch.int32) for _ in range(2))
     where = (borders.data_ptr(), offsets.data_ptr()) if packed else (None, None)
     T = sum(lengths) if packed else lengths[0]
-    ctypes.CDLL(str(library)).run(
-        *map(ctypes.c_void_p, where), T, N, HV, by, *map(ctypes.c_void_p, (found.data_ptr(), level.data_ptr()))
-    )
+    results = map(ctypes.c_void_p, (found.data_ptr(), level.data_ptr()))
+    beyond = ctypes.CDLL(str(library)).run(*map(ctypes.c_void_p, where), T, N, HV, by, tiles, *results)
+    assert beyond == 0, "there are chunks after the last"
     assert sorted(found.tolist()) == list(range(tiles))
     assert level.tolist() == sorted(level.tolist()), "a later chunk comes before an earlier one"
 
@@ -402,3 +404,37 @@ def test_arguments_are_packed_as_the_kernels_read_them(fields, packed):
         parts.append(bytes(part(*ours)))
     bytes_ = struct.pack(getattr(delta_memory, packed), *values)
     assert b"".join(parts)[: len(bytes_)] == bytes_
+    assert len(bytes_) <= sum(map(len, parts)) <= 512  # the room that a launch has for them
+
+
+def test_a_launch_hands_over_its_arguments(tmp_path, monkeypatch):
+    """Against a driver that only remembers what it was given."""
+    from palimpsest.ops.cuda import launch
+
+    source = tmp_path / "driver.cpp"
+    source.write_text("""
+        #include <cstring>
+        extern "C" {
+        unsigned long long seen[16]; char bytes[24];
+        int cuModuleLoadData(void** m, const void*) { *m = (void*)0x1234567812345678; return 0; }
+        int cuModuleGetFunction(void** f, void* m, const char*) { *f = (char*)m + 1; return 0; }
+        int cuFuncSetAttribute(void*, int, int) { return 0; }
+        int cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                           unsigned shared, void* stream, void** parameters, void** extra) {
+            unsigned long long all[] = {(unsigned long long)f, gx, gy, gz, bx, by, bz, shared,
+                                        (unsigned long long)stream, (unsigned long long)extra};
+            memcpy(seen, all, sizeof all); memcpy(bytes, parameters[0], 24); return 0;
+        }
+        }""")
+    subprocess.run(["g++", "-shared", "-fPIC", str(source), "-o", str(tmp_path / "driver.so")], check=True)
+    driver = ctypes.CDLL(str(tmp_path / "driver.so"))
+    monkeypatch.setattr(launch, "_driver", lambda: driver)
+    monkeypatch.setattr(launch.torch, "zeros", lambda *size, device: None)
+    monkeypatch.setattr(launch.torch._C, "_cuda_getCurrentRawStream", lambda device: 0x7FFF00000010, raising=False)
+    launch._module.cache_clear()
+    address = 0x7F1234567890
+    launch.Kernel("chain_bf16_128", "any", "P2if", 160, 215040, 0).launch((9, 2), address, 3, True, 0.5)
+    launch._module.cache_clear()
+    seen = list((ctypes.c_ulonglong * 16).in_dll(driver, "seen"))
+    assert seen[:10] == [0x1234567812345679, 9, 2, 1, 160, 1, 1, 215040, 0x7FFF00000010, 0]
+    assert struct.unpack_from("P2if", (ctypes.c_char * 24).in_dll(driver, "bytes").raw) == (address, 3, 1, 0.5)

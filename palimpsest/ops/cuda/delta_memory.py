@@ -60,7 +60,6 @@ class Plan(NamedTuple):
     keep: tuple  # tensors whose addresses are above
 
 
-@cache
 def _kernel(
     file: str, kind: str, dtype: torch.dtype, K: int, shared: int, fields: str, name: str, device: int
 ) -> Kernel:

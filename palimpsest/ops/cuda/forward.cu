@@ -49,10 +49,11 @@ struct Order {
     }
 };
 
-template <bool GATED> DEVICE void prepare_all(const Arguments& a, char* shared, int ticket) {
+template <bool GATED> DEVICE void prepare_all(const Arguments& a, int ticket) {
     const int group = warp_index() / 4, step = a.producers * PREPARING, parts = a.walk.V / 64;
     const bool speaks = threadIdx.x % 128 == 0;
-    IntraShared& s = ((IntraShared*)shared)[group];
+    SHARED_MEMORY(IntraShared, first);
+    IntraShared& s = (&first)[group];
     Order order(a.intra.layout(), threadIdx.x % 32);
     int* done = nullptr;  // the flag of the chunk before, raised once its tile has surely left
     int place = ticket * PREPARING + group;
@@ -69,17 +70,13 @@ template <bool GATED> DEVICE void prepare_all(const Arguments& a, char* shared, 
 }
 
 template <bool GATED> DEVICE void all(const Arguments& a) {
-#ifdef WARP_ON_CPU
-    char* shared = cpu_shared;
-#else
-    extern __shared__ __align__(1024) char shared[];
-#endif
-    int *taken = a.ready + a.tiles, *ticket = (int*)shared;
-    if (threadIdx.x == 0) *ticket = take_ticket(taken + 1);
+    SHARED_MEMORY(int, ticket);
+    int* taken = a.ready + a.tiles;
+    if (threadIdx.x == 0) ticket = take_ticket(taken + 1);
     block_barrier();
-    const int mine = *ticket, walker = mine - a.producers, parts = a.walk.V / 64;
+    const int mine = ticket, walker = mine - a.producers, parts = a.walk.V / 64;
     block_barrier();
-    if (walker < 0) prepare_all<GATED>(a, shared, mine); else walk<FORWARD, 1>(a.walk, walker / parts, walker % parts, a.ready, taken);
+    if (walker < 0) prepare_all<GATED>(a, mine); else walk<FORWARD, 1>(a.walk, walker / parts, walker % parts, a.ready, taken);
 }
 
 extern "C" __global__ void __launch_bounds__(WALK_THREADS, 1) forward(const __grid_constant__ Arguments a) { all<false>(a); }

@@ -69,8 +69,6 @@ template <int V> struct Smem {
     float beta[C], d_beta[4][C], q_along[2][C], k_along[2][C], dA_log[8];
 };
 
-DEVICE u32 pair_at(const u16* p) { return *(const u32*)p; }
-struct alignas(8) Two { float x[2]; };
 DEVICE Two halves(u32 x) { return {{low(x), high(x)}}; }
 
 // First operands of a level of blocks of 2 S tokens, whose halves are gathered to 8 later and 8 earlier ones: dP and dA from
@@ -118,12 +116,7 @@ DEVICE void cross(Two (&to)[4], const float (&d)[2][4], float* sums, int lane) {
 }
 
 template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
-#ifdef WARP_ON_CPU
-    Smem<V>& s = *(Smem<V>*)cpu_shared;
-#else
-    extern __shared__ __align__(128) char shared[];
-    Smem<V>& s = *(Smem<V>*)shared;
-#endif
+    SHARED_MEMORY(Smem<V>, s);
     const int lane = threadIdx.x % 32, warp = warp_index(), w = warp % 4, z = warp / 4, r = lane / 4, c = lane % 4;
     const Chunk at = Layout{a.cu_seqlens, a.chunk_offsets, a.T, a.N, a.HV}.of_tile(blockIdx.x);
     if (at.count <= 0) return;

@@ -50,12 +50,9 @@ struct IntraArguments {
     DEVICE Layout layout() const { return {cu_seqlens, chunk_offsets, T, N, HV}; }
 };
 
-struct alignas(8) Two { float x[2]; };
-
 DEVICE u32 factor(Two f) { return pack(f.x[0], f.x[1]); }
 DEVICE Two product(Two f, Two by) { return {{f.x[0] * by.x[0], f.x[1] * by.x[1]}}; }
 DEVICE Two product(Two f, float by) { return {{f.x[0] * by, f.x[1] * by}}; }
-DEVICE u32 pair_at(const u16* p) { return *(const u32*)p; }
 DEVICE void put(u16* p, u32 x) { *(u32*)p = x; }
 constexpr Two NOTHING_FADES = {{1.0f, 1.0f}};
 

@@ -68,12 +68,7 @@ template <int N> DEVICE void fade(float (&S)[N], const float* D, int c) {
 
 // `ready`, if not null, says which tiles there are yet; `taken` counts those that were asked for.
 template <int MODE, int GROUPS> DEVICE void walk(const WalkArguments& a, const int task, const int part, const int* ready, int* taken) {
-#ifdef WARP_ON_CPU
-    WalkShared<GROUPS>& s = *(WalkShared<GROUPS>*)cpu_shared;
-#else
-    extern __shared__ __align__(1024) char shared[];
-    WalkShared<GROUPS>& s = *(WalkShared<GROUPS>*)shared;
-#endif
+    SHARED_MEMORY(WalkShared<GROUPS>, s);
     constexpr int PITCH = Stage<GROUPS>::PITCH;
     const int lane = threadIdx.x % 32, w = warp_index(), r = lane / 4, c = lane % 4;
     const int V = a.V, HV = a.HV, n = task / HV, head = task % HV;
@@ -148,8 +143,11 @@ template <int MODE, int GROUPS> DEVICE void walk(const WalkArguments& a, const i
 #pragma unroll
         for (int step = 0; step < 4; step++) wgmma<true, false>(o, fresh2 + 4 * step, by_rows(s.stage[x].tile.P, step));
     };
+    const auto put = [&](const float (&d)[32], int chunk, int x) {
+        put_rows<PITCH>(s.stage[x].rows + 16 * w, d, a.out + out_from + chunk * C * pitch, pitch, min(C, tokens - chunk * C), lane);
+    };
     const auto put_output = [&](int chunk, int x) {
-        put_rows<PITCH>(s.stage[x].rows + 16 * w, o, a.out + out_from + chunk * C * pitch, pitch, min(C, tokens - chunk * C), lane);
+        put(o, chunk, x);
         if (lane == 0) arrive(&s.empty[x]);
     };
     for (int i = 0; i < chunks; i++) {
@@ -157,8 +155,7 @@ template <int MODE, int GROUPS> DEVICE void walk(const WalkArguments& a, const i
         const long long tile = (first + chunk) * HV + head;
         Stage<GROUPS>& g = s.stage[x];
         u32 S2[S_REGS / 2];
-#pragma unroll
-        for (int y = 0; y < S_REGS / 2; y++) S2[y] = pack(S[2 * y], S[2 * y + 1]);
+        pack_all(S2, S);
         if (MODE != FORWARD)
 #pragma unroll
             for (int y = 0; y < K / 16; y++)
@@ -185,8 +182,7 @@ template <int MODE, int GROUPS> DEVICE void walk(const WalkArguments& a, const i
             if (MODE == FORWARD) multiply_fresh(i > 0 ? before : x);  // of the chunk before; at the first, nobody takes it
             wgmma_commit();
             wgmma_wait<0>();
-#pragma unroll
-            for (int y = 0; y < 16; y++) fresh2[y] = pack(fresh[2 * y], fresh[2 * y + 1]);
+            pack_all(fresh2, fresh);
             wgmma_fence();
 #pragma unroll
             for (int step = 0; step < 4; step++) wgmma<true, false>(S, fresh2 + 4 * step, by_rows(g.tile.W, step));
@@ -201,7 +197,7 @@ template <int MODE, int GROUPS> DEVICE void walk(const WalkArguments& a, const i
                 for (int step = 0; step < K / 16; step++) wgmma<false, false>(o, S2 + 4 * step, by_columns(g.tile.Q, step));
                 wgmma_commit();
             }
-            if (MODE == SAVE) put_rows<PITCH>(g.rows + 16 * w, fresh, a.out + out_from + chunk * C * pitch, pitch, min(C, tokens - chunk * C), lane);
+            if (MODE == SAVE) put(fresh, chunk, x);
             wgmma_wait<0>();
             if (lane == 0) arrive(&s.done[x]);
             if (MODE == SAVE && lane == 0) arrive(&s.empty[x]);
@@ -228,13 +224,12 @@ template <int MODE, int GROUPS> DEVICE void walk(const WalkArguments& a, const i
             wgmma_commit();
             wgmma_wait<1>();
             u32 dw2[16];
-#pragma unroll
-            for (int y = 0; y < 16; y++) dw2[y] = pack(dw[2 * y], dw[2 * y + 1]);
+            pack_all(dw2, dw);
             wgmma_fence();
 #pragma unroll
             for (int step = 0; step < 4; step++) wgmma<true, true>(S, dw2 + 4 * step, by_rows(g.tile.E, step));
             wgmma_commit();
-            put_rows<PITCH>(g.rows + 16 * w, dw, a.out + out_from + chunk * C * pitch, pitch, min(C, tokens - chunk * C), lane);
+            put(dw, chunk, x);
             wgmma_wait<0>();
             if (lane == 0) arrive(&s.done[x]), arrive(&s.empty[x]);
         }

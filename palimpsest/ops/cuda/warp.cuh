@@ -87,6 +87,20 @@ DEVICE void group_barrier(int group) { asm volatile("bar.sync %0, 128;" ::"r"(gr
 
 #endif
 
+// A block's shared memory, as what lies in it.
+#ifdef WARP_ON_CPU
+#define SHARED_MEMORY(type, name) type& name = *(type*)cpu_shared
+#else
+#define SHARED_MEMORY(type, name) extern __shared__ __align__(1024) char shared[]; type& name = *(type*)shared
+#endif
+struct alignas(8) Two { float x[2]; };
+DEVICE u32 pair_at(const u16* p) { return *(const u32*)p; }
+// Numbers in pairs, as products ask for them.
+template <int N> DEVICE void pack_all(u32 (&to)[N], const float (&from)[2 * N]) {
+#pragma unroll
+    for (int x = 0; x < N; x++) to[x] = pack(from[2 * x], from[2 * x + 1]);
+}
+
 // Products for M, in tf32, of numbers that are kept `as_factor`: rounded for bf16, whose own rounding is coarser; for fp16 of numbers in two parts each, which is
 // fp32, since what both low parts give is below it.
 struct Four { float x[4]; };

@@ -17,7 +17,6 @@ from palimpsest.ops.triton.configs import CHUNK, WIDE_CHUNK, config
 from palimpsest.ops.triton.gradient import gradient_kernel, scores_kernel
 from palimpsest.ops.triton.intra import intra_kernel
 from palimpsest.ops.triton.packing import borders_of
-from palimpsest.ops.triton.register import new_state
 from palimpsest.ops.triton.reverse import reverse_kernel
 
 GATES = {"none": 0, "softplus": 1, "sigmoid": 2}
@@ -101,7 +100,6 @@ def chain(plan: Plan, E, Q, W, P, D, v, erase, state, gate, save):
 
 def forward(q, k, v, log_decay, erase, state, scale, cu_seqlens, A_log, dt_bias, gate, floor, exclusive):
     """See register.py for the arguments."""
-    state = new_state(q, v, cu_seqlens).zero_() if state is None else state
     q, k, v, g, erase, state = (x.contiguous() for x in (q, k, v, log_decay, erase, state))
     plan = plan_of(q, v, cu_seqlens)
     E, Q, W, P, D, _, _ = intra(plan, q, k, g, erase, A_log, dt_bias, scale, floor, gate, exclusive, save=False)
@@ -113,8 +111,6 @@ def backward(
 ):
     """Gradients of q, k, v, log_decay, erase, state, A_log, dt_bias; the last two empty without a gate."""
     d_out = d_out.to(v.dtype)
-    state = new_state(q, v, cu_seqlens).zero_() if state is None else state
-    d_state = torch.zeros_like(state) if d_state is None else d_state
     d_out, d_state, q, k, v, g, erase, state = (
         x.contiguous() for x in (d_out, d_state, q, k, v, log_decay, erase, state)
     )

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from palimpsest.ops.triton.configs import config
 from palimpsest.ops.triton.packing import borders_of
-from palimpsest.ops.triton.register import new_state
 from palimpsest.ops.triton.tiles import find_chunk, find_sequence
 
 CHUNK = 256  # tokens
@@ -219,7 +218,6 @@ def reads(
 
 def forward(q, k, v, state, scale, cu_seqlens):
     """Output [B, T, HV, V] in v's dtype, and the last state."""
-    state = new_state(q, v, cu_seqlens).zero_() if state is None else state
     q, k, v, state = (x.contiguous() for x in (q, k, v, state))
     plan = plan_of(v, cu_seqlens)
     memories, last = memories_of(plan, k, v, state, 1.0, back=False)
@@ -228,8 +226,6 @@ def forward(q, k, v, state, scale, cu_seqlens):
 
 def backward(d_out, d_state, q, k, v, state, scale, cu_seqlens):
     """Gradients of q, k, v and state."""
-    state = new_state(q, v, cu_seqlens).zero_() if state is None else state
-    d_state = torch.zeros_like(state) if d_state is None else d_state
     d_out, d_state, q, k, v, state = (x.contiguous() for x in (d_out.to(v.dtype), d_state, q, k, v, state))
     plan = plan_of(v, cu_seqlens)
     memories, _ = memories_of(plan, k, v, state, 1.0, back=False)

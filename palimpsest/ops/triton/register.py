@@ -52,12 +52,14 @@ def _on_the_device_of_its_tensors(run):
 @_on_the_device_of_its_tensors
 def _forward(*arguments):
     *arguments, hopper = arguments
-    q, k, v, log_decay, erase, state, _, _, A_log, dt_bias, *_ = arguments
+    q, k, v, log_decay, erase, state, _, cu_seqlens, A_log, dt_bias, *_ = arguments
     _expect_one_device("q k v log_decay erase state A_log dt_bias", q, k, v, log_decay, erase, state, A_log, dt_bias)
     if hopper:
         from palimpsest.ops.cuda import delta_memory
     else:
         from palimpsest.ops.triton import delta_memory
+
+        arguments[5] = _or_zeros(state, q, v, cu_seqlens)
     return delta_memory.forward(*arguments)
 
 
@@ -68,6 +70,9 @@ def _backward(*arguments):
         from palimpsest.ops.cuda import delta_memory
     else:
         from palimpsest.ops.triton import delta_memory
+
+        q, v, cu_seqlens = arguments[2], arguments[4], arguments[9]
+        arguments[1], arguments[7] = (_or_zeros(arguments[x], q, v, cu_seqlens) for x in (1, 7))  # d_state, state
     return delta_memory.backward(*arguments)
 
 
@@ -76,14 +81,15 @@ def _linear_forward(q, k, v, state, scale, cu_seqlens):
     _expect_one_device("q k v state", q, k, v, state)
     from palimpsest.ops.triton import linear
 
-    return linear.forward(q, k, v, state, scale, cu_seqlens)
+    return linear.forward(q, k, v, _or_zeros(state, q, v, cu_seqlens), scale, cu_seqlens)
 
 
 @_on_the_device_of_its_tensors
-def _linear_backward(*arguments):
+def _linear_backward(d_out, d_state, q, k, v, state, scale, cu_seqlens):
     from palimpsest.ops.triton import linear
 
-    return linear.backward(*arguments)
+    d_state, state = (_or_zeros(x, q, v, cu_seqlens) for x in (d_state, state))
+    return linear.backward(d_out, d_state, q, k, v, state, scale, cu_seqlens)
 
 
 @_on_the_device_of_its_tensors
@@ -109,6 +115,10 @@ def new_state(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Room for the memory of each sequence."""
     N = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return v.new_empty(N, v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
+
+
+def _or_zeros(state: Tensor | None, q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    return new_state(q, v, cu_seqlens).zero_() if state is None else state
 
 
 def _fake_forward(q, k, v, log_decay, erase, state, scale, cu_seqlens, *rest):
