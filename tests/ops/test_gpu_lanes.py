@@ -215,7 +215,13 @@ NAMES = "output state d_q d_k d_v d_log_decay d_erase d_state".split()
 
 @pytest.mark.parametrize(
     ("T", "HV", "V", "decay"),
-    [(1, 8, 64, "slow"), (100, 2, 64, "half_slow"), (130, 1, 128, "fast"), (70, 1, 64, "floor"), (400, 1, 64, "half_slow")],
+    [
+        (1, 8, 64, "slow"),
+        (100, 2, 64, "half_slow"),
+        (130, 1, 128, "fast"),
+        (70, 1, 64, "floor"),
+        (400, 1, 64, "half_slow"),
+    ],
 )
 def test_every_gradient(lanes, T, HV, V, decay):
     inputs = drawn(T, HV=HV, V=V, decay=decay)

@@ -25,7 +25,7 @@ WIDE = dtype == "fp32" or K > 128
 CONSTANTS = dict(
     K=K, V=K, BLOCK_K=K, C=32 if WIDE else 64, PACKED=False, PRECISION="tf32x3" if dtype == "fp32" else "tf32", GATE=0,
     EXCLUSIVE=False, STRENGTH=True, LEVELS=5 if WIDE else 6, SAVE=False, EACH=False, ONE=True, DA=K, DB=K, DC=K, BLOCK_A=K,
-    BLOCK_B=K, SIZE=K * K, CHUNK=256, BACK=True, TURNED=True,
+    BLOCK_B=K, CHUNK=256, BACK=True, TURNED=True,
 )
 ABSENT = {"cu_seqlens", "chunk_offsets", "A_log", "dt_bias", "norms", "norms_out", "dA_log_out", "d_bias_out", "M_out", "states"}
 FLOATS = {"sums", "D", "D_out", "state", "state_out", "d_state", "d_state_out", "g", "dg_out"}
@@ -42,13 +42,15 @@ def build(name):
         constant = setting.upper()
         if setting in settings:
             constants[constant] = settings.pop(setting)
+            if setting.startswith("block_"):
+                constants[constant] = min(constants[constant], K)
     signature, constexprs, attributes = {}, {}, {}
     for at, parameter in enumerate(kernel.arg_names):
         if parameter in constants or parameter in ABSENT:
             signature[parameter], constexprs[(at,)] = "constexpr", constants.get(parameter)
         elif parameter in ("T", "N", "H", "HA", "HB", "HC", "HV"):
             signature[parameter] = "i32"
-        elif parameter in ("scale", "scale_memory", "floor"):
+        elif parameter in ("scale", "floor"):
             signature[parameter] = "fp32"
         else:
             signature[parameter] = "*fp32" if parameter in FLOATS else "*" + dtype
@@ -63,14 +65,18 @@ for name in KERNELS:
 """
 SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may have
 STACK = {  # bytes of spilled registers a thread uses, on sm_80 and sm_90: less is welcome, more is a step back
-    "bf16 128": dict(intra=(2776, 1792), chain=(288, 8), reverse=(608, 80), scores=(72, 0), gradient=(7016, 1912)),
+    "bf16 64": dict(intra=(1352, 1112), chain=(192, 0), reverse=(3944, 0), gradient=(8528, 1928)),
+    "bf16 128": dict(
+        intra=(2776, 1792), chain=(288, 8), reverse=(608, 80), scores=(72, 0), gradient=(7016, 1912), sums=(136, 0),
+        reads=(280, 0),
+    ),
     "bf16 256": dict(intra=(9720, 10024), chain=(240, 176), reverse=(8, 16), gradient=(248, 232)),
     "fp32 128": dict(
-        intra=(2968, 2832), chain=(6608, 920), reverse=(704, 728), scores=(432, 448), gradient=(1336, 1144), reads=(704, 768)
+        intra=(2968, 2832), chain=(6608, 920), reverse=(704, 728), scores=(432, 448), gradient=(1336, 1144), reads=(224, 288)
     ),
     "fp32 256": dict(
         intra=(27816, 32104), chain=(13024, 13104), reverse=(12488, 12760), scores=(8448, 8592), gradient=(1352, 1104),
-        reads=(9896, 9760),
+        reads=(9536, 8488),
     ),
 }  # fmt: skip
 

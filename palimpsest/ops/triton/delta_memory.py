@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from palimpsest.ops.triton.chain import chain_kernel
-from palimpsest.ops.triton.configs import CHUNK, WIDE_CHUNK, config
+from palimpsest.ops.triton.configs import CHUNK, WIDE_CHUNK, config, padded
 from palimpsest.ops.triton.gradient import gradient_kernel, scores_kernel
 from palimpsest.ops.triton.intra import intra_kernel
 from palimpsest.ops.triton.packing import borders_of
@@ -58,7 +58,7 @@ def plan_of(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Plan:
         cu_seqlens, offsets = borders_of(cu_seqlens, T, C, q.device)
     precision = "tf32x3" if q.dtype == torch.float32 else "tf32"
     shared = dict(K=K, C=C, PACKED=cu_seqlens is not None, PRECISION=precision)
-    block_k = max(16, triton.next_power_of_2(K))
+    block_k = padded(K, wide)
     return Plan(T, H, HV, K, V, sequences, chunks, C, block_k, wide, q.dtype, precision, cu_seqlens, offsets, shared)
 
 
@@ -87,7 +87,7 @@ def chain(plan: Plan, E, Q, W, P, D, v, erase, state, gate, save):
     else:
         out, state_out = torch.empty_like(v), torch.empty_like(state)
     settings = config("chain", plan.wide)
-    block_v, stages = min(settings.pop("block_v"), max(16, triton.next_power_of_2(plan.V))), settings.pop("stages")
+    block_v, stages = min(settings.pop("block_v"), padded(plan.V, plan.wide)), settings.pop("stages")
     if plan.sequences:
         chain_kernel[(plan.sequences * plan.HV, triton.cdiv(plan.V, block_v))](
             E, Q, W, P, D, v, erase, state, out, state_out, memories,
@@ -120,7 +120,7 @@ def backward(
 
     d_write, d_memories, d_state_in = torch.empty_like(v), torch.empty_like(memories), torch.empty_like(state)
     settings = config("reverse", plan.wide)
-    block_v, stages = min(settings.pop("block_v"), max(16, triton.next_power_of_2(plan.V))), settings.pop("stages")
+    block_v, stages = min(settings.pop("block_v"), padded(plan.V, plan.wide)), settings.pop("stages")
     if plan.sequences:
         reverse_kernel[(plan.sequences * plan.HV, triton.cdiv(plan.V, block_v))](
             E, Q, W, P, D, d_out, d_state, d_write, d_memories, d_state_in,
@@ -132,7 +132,7 @@ def backward(
     strength = erase.ndim == 3
     fresh, dP, dA = plan.empty(plan.C, plan.V, like=q), torch.empty_like(M), torch.empty_like(M)
     settings = config("scores", plan.wide)
-    block_v = min(settings.pop("block_v"), max(16, triton.next_power_of_2(plan.V)))
+    block_v = min(settings.pop("block_v"), padded(plan.V, plan.wide))
     if plan.chunks:
         scores_kernel[(plan.chunks * plan.HV,)](
             E, M, v, erase, d_out, d_write, memories, fresh, dP, dA,
@@ -147,7 +147,7 @@ def backward(
     dA_log = torch.zeros(plan.chunks, plan.HV, dtype=torch.float32, device=q.device) if gate else None
     d_bias = torch.zeros(plan.chunks, plan.HV, plan.K, dtype=torch.float32, device=q.device) if gate else None
     settings = config("gradient", plan.wide)
-    block_v = min(settings.pop("block_v"), max(16, triton.next_power_of_2(plan.V)))
+    block_v = min(settings.pop("block_v"), padded(plan.V, plan.wide))
     if plan.chunks:
         gradient_kernel[(plan.chunks * plan.HV,)](
             q, k, erase, g, A_log, dt_bias, v, norms, d_out, d_write, memories, d_memories, fresh, dP, dA,
