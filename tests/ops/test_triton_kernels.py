@@ -87,16 +87,17 @@ def test_the_general_core():
 
 
 @pytest.mark.parametrize(
-    ("T", "K", "V", "H", "HV", "B"), [(1, 16, 16, 1, 1, 1), (300, 24, 17, 1, 2, 1), (1300, 16, 33, 2, 2, 2)]
+    ("T", "K", "V", "H", "HV", "B", "scale"),
+    [(1, 16, 16, 1, 1, 1, 0.5), (300, 24, 17, 1, 2, 1, 0.5), (1300, 16, 33, 2, 2, 2, 0.5), (70, 16, 16, 1, 1, 1, 0.0)],
 )
-def test_linear_attention(T, K, V, H, HV, B):
+def test_linear_attention(T, K, V, H, HV, B, scale):
     q, k, v, *_, state = drawn(T, K, V, H, HV, B)
 
     def law(q, k, v, state):
         q, k = (x.repeat_interleave(v.shape[2] // k.shape[2], 2) for x in (q, k))
-        return reference.delta_memory(q / 2, k, torch.zeros_like(k), v, torch.zeros_like(k), state)
+        return reference.delta_memory(scale * q, k, torch.zeros_like(k), v, torch.zeros_like(k), state)
 
-    ours = lambda *x: TRITON.linear(*x, 0.5, None)
+    ours = lambda *x: TRITON.linear(*x, scale, None)
     assert_is_the_law((q, k, v, state), ours, law, "output state d_q d_k d_v d_state".split())
 
 
@@ -215,3 +216,21 @@ def test_borders_that_make_no_sense_are_refused(borders):
     state = torch.zeros(len(borders) - 1, 1, 16, 16)
     with pytest.raises(RuntimeError, match="cu_seqlens must rise from 0 to the number of tokens, 20"):
         ours(q, k, v, g, beta, state, torch.tensor(borders))
+
+
+def test_gradients_with_and_without_the_dispatcher_are_the_same():
+    """torch.compile and subclasses of Tensor take the operator, everybody else the functions behind it."""
+    q, k, v, g, beta, state = (x.requires_grad_() for x in drawn(40, HV=2))
+    operators = torch.ops.palimpsest_gpu
+    rest = (1.0, None, None, None, 0, 0.0, False, False)
+    calls = [
+        (TRITON.kda, operators.delta_memory, (q, k, v, g, beta, state), (1.0, None), rest),
+        (TRITON.linear, operators.linear_memory, (q, k, v, state), (1.0, None), (1.0, None)),
+    ]
+    for direct, operator, inputs, short, long in calls:
+        found = []
+        for results in (direct(*inputs, *short), operator(*inputs, *long)):
+            loss = sum(x.square().sum() for x in results)
+            found.append([*results, *torch.autograd.grad(loss, inputs)])
+        for x, y in zip(*found):
+            torch.testing.assert_close(x, y, rtol=0, atol=0)
