@@ -32,6 +32,7 @@ HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9,
 BACKENDS = [("triton", torch.float32), ("triton", torch.bfloat16), ("triton", torch.float16)]
 BACKENDS += [("hopper", torch.bfloat16), ("hopper", torch.float16)] if HOPPER else []
 LENGTHS = [1, 15, 16, 17, 31, 33, 63, 64, 65, 127, 500, 1000]
+PACKED = [0, 1, 63, 0, 64, 200, 72]  # tokens of sequences end to end
 NAMES = "output state d_q d_k d_v d_log_decay d_beta d_state".split()
 
 
@@ -177,9 +178,8 @@ def test_every_gradient_from_logits(backend, dtype, K, V, gate):
 def test_packed_permuted_and_in_segments(backend):
     dtype = torch.bfloat16
     q, k, v, g, beta, _ = drawn(400, dtype, B=1)
-    lengths = [0, 1, 63, 0, 64, 200, 72]
-    borders = torch.tensor([0, *itertools.accumulate(lengths)], device="cuda")
-    state = torch.randn(len(lengths), 2, 128, 128, device="cuda")
+    borders = torch.tensor([0, *itertools.accumulate(PACKED)], device="cuda")
+    state = torch.randn(len(PACKED), 2, 128, 128, device="cuda")
     output, last = kda(q, k, v, g, beta, state=state, cu_seqlens=borders, backend=backend)
     for n, (start, stop) in enumerate(itertools.pairwise(borders.tolist())):
         alone = kda(*(x[:, start:stop] for x in (q, k, v, g, beta)), state=state[n : n + 1], backend=backend)
@@ -193,10 +193,9 @@ def test_packed_permuted_and_in_segments(backend):
 
 @pytest.mark.parametrize("backend", ["triton", "hopper"] if HOPPER else ["triton"])
 def test_gradients_of_packed_sequences_are_their_own(backend):
-    lengths = [0, 1, 63, 0, 64, 200, 72]
-    borders = torch.tensor([0, *itertools.accumulate(lengths)], device="cuda")
+    borders = torch.tensor([0, *itertools.accumulate(PACKED)], device="cuda")
     *sequences, _ = drawn(400, torch.bfloat16, B=1)
-    state = torch.randn(len(lengths), 2, 128, 128, device="cuda")
+    state = torch.randn(len(PACKED), 2, 128, 128, device="cuda")
     d_out, d_state = torch.randn_like(sequences[2]), torch.randn_like(state)
 
     def gradients(sequences, state, d_out, d_state, **packing):
@@ -286,6 +285,9 @@ def test_the_family(backend, K, V):
         with rounded_products(torch.bfloat16):
             peer = with_gradients(partial(call, backend="chunked"), [x.float() for x in inputs])
         assert_honest(names, ours, truth, peer, torch.bfloat16)
+        for at, (part, x, t) in enumerate(zip(names, ours, truth)):
+            if backend == "auto" and part != "linear attention: 0":  # which cancels: an honest peer is off by a fifth
+                assert relative(x, t) < (1.2e-2 if at < 2 else 1.5e-2), part  # output and state; gradients
 
 
 @pytest.mark.parametrize(("K", "V"), [(128, 128), (32, 32), (24, 40), (256, 256)])

@@ -29,7 +29,7 @@ _SHARED = {  # bytes, by key channels; of walks also by groups, of gradient by v
 TILE = {64: 33280, 128: 58112}  # bytes of what is prepared of a chunk: struct Tile of warp.cuh
 FEW = 4 / 11  # of the multiprocessors: so many walks leave enough of them to prepare chunks meanwhile
 MANY = 700  # tiles; with fewer, waiting for the first ones costs more than a second launch
-PREPARING = 3  # chunks at a time on a multiprocessor that prepares
+PREPARING = THREADS["forward"] // THREADS["intra"]  # chunks at a time on a multiprocessor that prepares
 _SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 

@@ -149,6 +149,10 @@ def plan_of(v: Tensor, cu_seqlens: Tensor | None) -> Plan:
     return Plan(T, HV, N, T // CHUNK + N, cu_seqlens, offsets, precision, dtype)
 
 
+def _is_wide(a: Tensor, c: Tensor) -> bool:
+    return a.dtype == torch.float32 or max(a.shape[3], c.shape[3]) > 128
+
+
 def _tiling(kernel: str, wide: bool, channels: int) -> dict:
     settings = config(kernel, wide)
     blocks = dict(BLOCK_C=min(settings.pop("block_c"), padded(channels, wide)), BLOCK=settings.pop("block"))
@@ -158,7 +162,7 @@ def _tiling(kernel: str, wide: bool, channels: int) -> dict:
 def memories_of(plan: Plan, b: Tensor, c: Tensor, state: Tensor, scale: float, back: bool) -> tuple[Tensor, Tensor]:
     """The running sum of c_j b_j^T before each chunk, or after it, and scale times that of all; from state / scale."""
     DB, DC = b.shape[3], c.shape[3]
-    wide = b.dtype == torch.float32 or max(DB, DC) > 128
+    wide = _is_wide(b, c)
     sums = torch.empty(plan.chunks, plan.HV, DC, DB, dtype=torch.float32, device=b.device)
     memories, last = torch.empty_like(sums, dtype=plan.dtype), torch.empty_like(state)
     shared = plan.cu_seqlens, plan.chunk_offsets, plan.T
@@ -183,7 +187,7 @@ def reads(plan: Plan, a: Tensor, b: Tensor, c: Tensor, memories: Tensor, scale: 
     DA, DC = a.shape[3], c.shape[3]
     out = torch.empty(*a.shape[:2], plan.HV, DC, dtype=c.dtype, device=a.device)
     if plan.chunks:
-        wide = a.dtype == torch.float32 or max(DA, DC) > 128
+        wide = _is_wide(a, c)
         tiling = _tiling("reads", wide, DC)
         reads_kernel[(plan.chunks * plan.HV, triton.cdiv(DC, tiling["BLOCK_C"]))](
             a, b, c, memories, out, plan.cu_seqlens, plan.chunk_offsets, plan.T, plan.sequences, a.shape[2], b.shape[2],
