@@ -145,6 +145,20 @@ export function slider(label: string, { min, max, step, value, show = (x: number
   return { element, input, set, range };
 }
 
+let underWay = 0;
+
+/** Runs `work`; while any is under way the page says so, as html[data-busy]. */
+export async function busy<T>(work: () => Promise<T>): Promise<T> {
+  const { dataset } = document.documentElement;
+  dataset.busy = String(++underWay);
+  try {
+    return await work();
+  } finally {
+    if (--underWay) dataset.busy = String(underWay);
+    else delete dataset.busy;
+  }
+}
+
 /** Runs `work` for the newest arguments only: while one run is under way, later ones replace each other. */
 export function latest<A extends unknown[]>(work: (...args: A) => Promise<void>): (...args: A) => void {
   let running = false;
@@ -156,7 +170,7 @@ export function latest<A extends unknown[]>(work: (...args: A) => Promise<void>)
     }
     running = true;
     try {
-      await work(...args);
+      await busy(() => work(...args));
     } finally {
       running = false;
       const next = waiting;

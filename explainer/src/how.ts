@@ -1,6 +1,6 @@
 /** "How is this computed": the functions behind a figure, as they stand in the package, and the paper's equation. */
 
-import { h, icon } from "./dom.ts";
+import { busy, h, icon } from "./dom.ts";
 import type { Source } from "./source.ts";
 
 export function addHow(source: Source): void {
@@ -10,7 +10,7 @@ export function addHow(source: Source): void {
     if (event.target === dialog) dialog.close();
   });
   for (const button of document.querySelectorAll<HTMLButtonElement>("button[data-how]")) {
-    button.addEventListener("click", async () => {
+    const explain = async () => {
       const close = h("button", { type: "button", class: "icon", "aria-label": "Close", onclick: () => dialog.close() });
       close.append(icon("M4 4l8 8M12 4l-8 8"));
       const head = h("header", {}, h("h2", { id: "how-title" }, "How is this computed?"), close);
@@ -34,6 +34,7 @@ export function addHow(source: Source): void {
       } catch (error) {
         dialog.replaceChildren(head, h("p", { class: "message" }, (error as Error).message));
       }
-    });
+    };
+    button.addEventListener("click", () => void busy(explain));
   }
 }

@@ -4,7 +4,7 @@ import { axisBottom, axisLeft } from "d3-axis";
 import { scaleLinear } from "d3-scale";
 import { select } from "d3-selection";
 import { line } from "d3-shape";
-import { byId, bytes, count, h, slider, text } from "./dom.ts";
+import { busy, byId, bytes, count, h, latest, slider, text } from "./dom.ts";
 import type { Hybrid, Source } from "./source.ts";
 import type { Watching, Whiteboard } from "./whiteboard.ts";
 
@@ -26,8 +26,8 @@ export class HybridFigure {
     byId("hybrid-stack").append(this.layers);
     byId("hybrid-cache").append(element, this.says, this.chart);
     new ResizeObserver(() => this.draw()).observe(this.chart);
-    void this.load();
-    whiteboard.onWatch((watching) => void this.order(watching));
+    void busy(() => this.load());
+    whiteboard.onWatch(latest((watching: Watching) => this.order(watching)));
   }
 
   private async load(): Promise<void> {

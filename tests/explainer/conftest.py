@@ -6,6 +6,7 @@ import shutil
 import threading
 import time
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -71,6 +72,7 @@ class Reader:
         self.context = browser.new_context(
             viewport={"width": width, "height": 900}, color_scheme=scheme, reduced_motion="reduce"
         )
+        self.context.set_default_timeout(60_000)  # a machine under test may be busy with other things
         self.page = self.context.new_page()
         self.complaints: list[str] = []
         self.page.on(
@@ -85,11 +87,21 @@ class Reader:
             ),
         )
         self.page.goto(url)
-        self.page.wait_for_selector("html[data-ready], html[data-failed]", timeout=60_000)
+        self.page.wait_for_selector("html[data-ready], html[data-failed]")
+        self.settled()
+
+    def settled(self) -> None:
+        """Waits until the page has heard what was done to it, and computed and drawn all that follows."""
+        self.page.evaluate("new Promise((done) => requestAnimationFrame(() => setTimeout(done)))")
+        self.page.wait_for_selector("html:not([data-busy])")
+
+    def choose(self, role: Literal["button", "radio"], name: str, within: str = "body") -> None:
+        self.page.locator(within).get_by_role(role, name=name).click()
+        self.settled()
 
     def watch_model(self) -> None:
-        self.page.get_by_role("radio", name="A trained model").click()
-        self.page.wait_for_selector("#whiteboard[data-tokens='63']")
+        self.choose("radio", "A trained model")
+        assert self.page.locator("#whiteboard").get_attribute("data-tokens") == "63"
 
     def press(self, *keys: str) -> None:
         self.page.locator("#whiteboard").focus()
@@ -117,13 +129,14 @@ class Reader:
     def slide(self, figure: str, name: str, value: float) -> None:
         slider = self.page.locator(f"{figure} .slider", has_text=name).locator("input")
         slider.evaluate("(input, value) => { input.value = value; input.dispatchEvent(new Event('input')) }", value)
+        self.settled()
 
     def picture(self, name: str) -> None:
         PICTURES.mkdir(parents=True, exist_ok=True)
         self.page.screenshot(path=PICTURES / f"{name}.png", full_page=True)
 
-    def until(self, check, seconds: float = 10.0) -> None:
-        """Waits until check() is true; the page computes as it is touched."""
+    def until(self, check, seconds: float = 60.0) -> None:
+        """Waits until check() is true, of what the browser does in its own time: playing, focus, colours that fade."""
         end = time.monotonic() + seconds
         while not check():
             assert time.monotonic() < end, "the page never showed it"

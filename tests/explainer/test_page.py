@@ -55,8 +55,8 @@ def test_the_walk_shows_its_exact_numbers_beat_by_beat(reader):
 
 
 def test_one_key_writes_one_row(reader):
-    reader.page.get_by_role("radio", name="One key, one row").click()
-    reader.page.wait_for_selector("#whiteboard[data-scene='row']")
+    reader.choose("radio", "One key, one row")
+    assert reader.page.locator("#whiteboard").get_attribute("data-scene") == "row"
     reader.press("End")
     assert reader.cells(3, 3) == [["0"] * 3, ["5"] * 3, ["0"] * 3]
 
@@ -68,13 +68,11 @@ def test_a_sentence_of_ones_own_is_traced_and_its_numbers_are_the_librarys(reade
     box = reader.page.get_by_label("Your sentence")
     box.fill(text)
     box.press("Enter")
-    reader.page.wait_for_selector("#whiteboard[data-tokens='64']")
-    milliseconds = int(reader.page.locator("#whiteboard").get_attribute("data-milliseconds"))
-    print(f"64 tokens traced and drawn in {milliseconds} ms")
-    assert milliseconds < 2000  # the figure to reach is 500; a machine under test may be busy with other things
+    reader.settled()
+    assert reader.page.locator("#whiteboard").get_attribute("data-tokens") == "64"
     for layer, head in ((0, 0), (2, 3)):
-        reader.page.get_by_role("radio", name=f"Layer {layer + 1}, head {head + 1}").click()
-        reader.page.wait_for_selector(f"#whiteboard[data-scene='{layer}-{head}']")
+        reader.choose("radio", f"Layer {layer + 1}, head {head + 1}")
+        assert reader.page.locator("#whiteboard").get_attribute("data-scene") == f"{layer}-{head}"
         expected = scenes.sentence(library.get()[1], text, layer, head)
         reader.press("Home")
         reader.press(*["ArrowRight"] * 7)  # the second token, after it has written
@@ -123,16 +121,17 @@ def test_odd_sentences_are_answered_on_the_page(reader):
     for text, says in (("", "empty"), ("a" * 300, "300 tokens; up to 256")):
         box.fill(text)
         box.press("Enter")
-        reader.until(lambda says=says: says in message.inner_text())
+        reader.settled()
+        assert says in message.inner_text()
     box.fill("é 😀\u0007 \u202e!")
     box.press("Enter")
-    reader.page.wait_for_selector("#whiteboard[data-tokens='13']")
-    reader.until(lambda: message.inner_text() == "")
+    reader.settled()
+    assert message.inner_text() == ""
     chips = reader.page.locator(".tokens").first.locator("span").all_inner_texts()
     assert chips == ["é", "·", "␣", "😀", "·", "·", "·", "U+0007", "␣", "U+202E", "·", "·", "!"]
     # short of 16 tokens, figures 4 and 5 say so instead
-    reader.page.get_by_role("radiogroup", name="Tokens of a chunk").get_by_role("radio", name="16").click()
-    reader.until(lambda: "13 tokens" in reader.page.locator("#chunks-tokens .message").inner_text())
+    reader.choose("radio", "16", within="#chunks-controls")
+    assert "13 tokens" in reader.page.locator("#chunks-tokens .message").inner_text()
     reader.complaints[:] = [c for c in reader.complaints if "400" not in c]  # the browser's own note on a refusal
 
 
@@ -149,7 +148,7 @@ def test_sliders_move_everything_by_the_librarys_numbers(reader):
     expected = scenes.touch([0.6, 0.9], 1.5, 70.0, [-0.5, 0.8], 5, True)
     answers = reader.page.locator("#touch-answers")
     wanted = [shown(x, 3) for x in expected["new_answers"][-1]]
-    reader.until(lambda: f"[{', '.join(wanted)}]" in answers.inner_text())
+    assert f"[{', '.join(wanted)}]" in answers.inner_text()
     old = [shown(x, 3) for x in expected["old_answers"][-1]]
     assert f"[{', '.join(old)}]" in answers.inner_text()
     label = reader.page.locator("#touch-stages canvas").last.get_attribute("aria-label")
@@ -157,19 +156,39 @@ def test_sliders_move_everything_by_the_librarys_numbers(reader):
     assert entries == [shown(x, 3) for x in expected["written"][-1].flatten()]
 
 
+def test_of_many_moves_the_last_one_stands(reader):
+    """A slider that is dragged asks faster than answers come."""
+    strength = reader.page.locator("#figure-2 .slider", has_text="β").locator("input")
+    strength.evaluate(
+        """(input) => {
+            for (let i = 0; i <= 40; i++) {
+                input.value = i / 20;
+                input.dispatchEvent(new Event("input"));
+            }
+            input.value = 0.35;
+            input.dispatchEvent(new Event("input"));
+        }"""
+    )
+    reader.settled()
+    expected = scenes.touch([1.0, 1.0], 0.35, 30.0, [0.8, 0.8], 1, True)
+    label = reader.page.locator("#touch-stages canvas").last.get_attribute("aria-label")
+    assert label.split(": ")[1].split(", ") == [shown(x, 3) for x in expected["written"][-1].flatten()]
+
+
 def test_the_experiments_show_what_they_say(reader):
     answers = reader.page.locator("#touch-answers")
-    said = lambda: vectors(answers.inner_text())
-    reader.page.get_by_role("button", name="β = 1: wiped").click()
-    reader.until(lambda: said()[0] == [0.8, 0.8])
-    reader.page.get_by_role("button", name="No eraser").click()
-    reader.until(lambda: said()[0] == [1.3, 0.5])
-    reader.page.get_by_role("button", name="β = 0").click()
-    reader.until(lambda: said()[2] == [1, -0.6])
-    reader.page.get_by_role("button", name="No decay").click()
-    reader.until(lambda: said()[2] == [1.15, -0.05])
-    reader.page.get_by_role("button", name="Decay: it goes").click()
-    reader.until(lambda: said()[0] == [0.8, 0.8] and abs(said()[2][0] - 0.45) < 0.01)
+
+    def said(preset: str) -> list[list[float]]:
+        reader.choose("button", preset, within="#touch-presets")
+        return vectors(answers.inner_text())
+
+    assert said("β = 1: wiped")[0] == [0.8, 0.8]
+    assert said("No eraser")[0] == [1.3, 0.5]
+    assert said("β = 0")[2] == [1, -0.6]
+    assert said("No decay")[2] == [1.15, -0.05]
+    new, _, old = said("Decay: it goes")[:3]
+    assert new == [0.8, 0.8]
+    assert abs(old[0] - 0.45) < 0.01
     handle = reader.page.locator(".handle")
     handle.scroll_into_view_if_needed()
     box = handle.bounding_box()
@@ -177,24 +196,24 @@ def test_the_experiments_show_what_they_say(reader):
     reader.page.mouse.down()
     reader.page.mouse.move(box["x"] - 60, box["y"] - 40)
     reader.page.mouse.up()
+    reader.settled()
     angle = reader.page.locator("#figure-2 .slider", has_text="Angle").locator("output")
-    reader.until(lambda: number(angle.inner_text().rstrip("°")) > 35)
+    assert number(angle.inner_text().rstrip("°")) > 35
 
 
 def test_the_family_tells_its_story(reader):
     verdict = lambda member: reader.page.locator(f"[data-member={member}] .verdict").inner_text()
-    reader.until(lambda: verdict("softmax_lookup") == "It cannot tell red from blue.")
-    assert verdict("linear_attention") == "It cannot tell red from blue."
+    assert verdict("softmax_lookup") == verdict("linear_attention") == "It cannot tell red from blue."
     assert verdict("kda") == verdict("delta_rule") == verdict("gated_delta") == "It says blue."
-    reader.page.get_by_role("button", name="door is red").click()
-    reader.until(lambda: verdict("kda") == "It says red.")
-    reader.page.get_by_role("radio", name="A long silence").click()
+    reader.choose("button", "door is red")
+    assert verdict("kda") == "It says red."
+    reader.choose("radio", "A long silence")
     reader.slide("#family", "door’s row", 0.5)
     expected = scenes.family("silence", 1.0, [0.5, 0.98])["members"]
     figures = lambda member: reader.page.locator(f"[data-member={member}] .bars .figure").all_inner_texts()
     for member in ("kda", "delta_rule", "gated_delta", "softmax_lookup"):
         wanted = [f"{float(f'{x:.2f}'):g}" for x in expected[member]["answer"][-1].tolist()]
-        reader.until(lambda m=member, w=wanted: figures(m) == w)
+        assert figures(member) == wanted
     reader.slide("#family-size", "Tokens", 20)
     assert "times as much as" in reader.page.locator("#family-size .story").inner_text()
     reader.slide("#family-size", "Tokens", 6)
@@ -203,19 +222,23 @@ def test_the_family_tells_its_story(reader):
 
 def test_chunks_agree_with_one_token_after_the_other(reader, library):
     result = reader.page.locator("#chunks-result")
+    chips = reader.page.locator("#chunks-tokens .tokens span")
     for size in scenes.CHUNK_SIZES:
-        sizes = reader.page.get_by_role("radiogroup", name="Tokens of a chunk")
-        sizes.get_by_role("radio", name=str(size), exact=True).click()
-        reader.page.wait_for_selector(f"#chunks-result[data-size='{size}']")
+        reader.choose("radio", str(size), within="#chunks-controls")
         reader.slide("#chunks", "First token", 21)
-        reader.page.wait_for_selector("#chunks-result[data-start='20']")
         expected = scenes.chunk_of_sentence(library.get()[1], EXAMPLES[0], 0, 0, 20, size)
-        reader.until(lambda e=expected: float(result.get_attribute("data-output")) == e["output_difference"])
-        assert expected["output_difference"] < 1e-13
-        assert reader.page.locator("#chunks-tokens .tokens span").count() == size
-    reader.page.locator("#chunks-tokens .tokens span").nth(3).hover()
-    assert "now" in reader.page.locator("#chunks-tokens .tokens span").nth(3).get_attribute("class")
+        assert (result.get_attribute("data-size"), result.get_attribute("data-start")) == (str(size), "20")
+        assert float(result.get_attribute("data-output")) == expected["output_difference"] < 1e-13
+        assert chips.count() == size
+    lit = lambda: [i for i, chip in enumerate(chips.all()) if "now" in (chip.get_attribute("class") or "")]
+    assert lit() == []
+    chips.nth(3).hover()
+    reader.until(lambda: lit() == [3])
     reader.picture("chunks")
+    reader.slide("#chunks", "First token", 11)  # the pointer stays where it is, and so does what it marks
+    assert lit() == [3]
+    reader.page.mouse.move(1, 1)
+    reader.until(lambda: lit() == [])
 
 
 def test_the_hybrid_holds_what_the_library_accounts_for(reader):
@@ -227,18 +250,19 @@ def test_the_hybrid_holds_what_the_library_accounts_for(reader):
         assert float(chart.get_attribute(f"data-{name}")) == wanted
     assert "73.9 % is saved" in reader.page.locator("#hybrid-cache .story").inner_text()
     assert reader.page.locator(".layers li").count() == 27
-    reader.until(lambda: reader.page.locator("#hybrid-order .line").count() == 2)
+    assert reader.page.locator("#hybrid-order .line").count() == 2
 
 
 def test_every_figure_says_how_it_is_computed(reader):
     buttons = reader.page.get_by_role("button", name="How is this computed?")
     for i in range(5):
         buttons.nth(i).click()
+        reader.settled()
         dialog = reader.page.locator("dialog[open]")
-        reader.until(lambda d=dialog: "def " in d.inner_text())
+        assert "def " in dialog.inner_text()
         assert "arXiv:2510.26692" in dialog.inner_text()
         reader.page.keyboard.press("Escape")
-        assert reader.page.locator("dialog[open]").count() == 0
+        reader.until(lambda: reader.page.locator("dialog[open]").count() == 0)
 
 
 def test_dark_and_light(reader):
@@ -248,7 +272,7 @@ def test_dark_and_light(reader):
     light = paper()
     reader.page.locator("#theme").click()
     assert theme() == "dark"
-    assert paper() != light
+    reader.until(lambda: paper() != light)  # colours fade
     reader.page.reload()
     reader.page.wait_for_selector("html[data-ready]")
     assert theme() == "dark"
@@ -264,7 +288,7 @@ def test_no_one_is_shut_out(open_page, address, width, scheme, beat):
     page = open_page(address, width=width, scheme=scheme)
     page.watch_model()
     page.press("Home", *["ArrowRight"] * (4 * 20 + beat))
-    page.page.wait_for_timeout(300)
+    page.until(lambda: page.page.evaluate("document.getAnimations().length") == 0)  # colours have faded
     assert page.page.evaluate("document.documentElement.scrollWidth") <= width
     page.picture(f"page-{width}-{scheme}-{beat}")
     found = axe.Axe().run(page.page).response["violations"]
@@ -274,35 +298,23 @@ def test_no_one_is_shut_out(open_page, address, width, scheme, beat):
     assert serious == []
 
 
-def test_large_memories_move_smoothly(open_page, tmp_path, run_server):
-    """128 x 128: what one step of the animation costs, measured on the board itself."""
+def test_large_memories_are_drawn(open_page, tmp_path, run_server):
+    """128 x 128, with heads as large as the published model's; `python -m benchmarks.explainer` times it."""
     torch.manual_seed(0)
     config = palimpsest.KimiLinearConfig.tiny("K", linear_head_dim=128, linear_num_heads=1, num_experts=0)
     palimpsest.KimiLinearForCausalLM(config).save_pretrained(tmp_path)
     with run_server(Library(tmp_path)) as url:
         page = open_page(url)
-        page.page.get_by_role("radio", name="A trained model").click()
-        page.page.wait_for_selector("#whiteboard[data-tokens='63']")
-        costs = page.page.evaluate(
-            """() => {
-                const costs = [];
-                const keys = () => document.querySelector("#whiteboard").dispatchEvent(
-                    new KeyboardEvent("keydown", { key: "ArrowRight", bubbles: true }));
-                for (let i = 0; i < 60; i++) {
-                    const begun = performance.now();
-                    keys();
-                    document.querySelector(".board canvas").getContext("2d").getImageData(0, 0, 1, 1); // wait for the drawing
-                    costs.push(performance.now() - begun);
-                }
-                return costs.sort((a, b) => a - b);
-            }"""
-        )
-        print(f"a whole step of a 128 x 128 board: median {costs[30]:.1f} ms, slowest {costs[-1]:.1f} ms")
-        assert (
-            costs[30] < 50
-        )  # the figure to reach is 16.7 for a frame, which is less than a step; the machine may be busy
+        page.watch_model()
+        page.press("Home")
+        drawn = lambda: page.page.locator(".board canvas").screenshot()
+        pictures = [drawn()]
+        for _ in range(4):
+            page.press("ArrowRight")
+            pictures.append(drawn())
+        assert len(set(pictures)) == 5  # each beat changes what is seen
+        assert page.page.locator("#whiteboard").get_attribute("data-position") == "4"
         page.picture("board-128")
-        page.complaints[:] = [c for c in page.complaints if "readback" not in c]  # of this measurement, not of the page
 
 
 def test_a_checkpoint_that_cannot_be_used_is_said_on_the_page(open_page, tmp_path, run_server):
@@ -324,8 +336,8 @@ def test_the_exported_site_works_with_the_network_off(open_page, tmp_path, libra
         page.press("End")
         assert page.cells(2, 2) == [["10", "10"], ["5", "5"]]
         page.watch_model()
-        page.page.get_by_role("radio", name="Layer 3, head 2").click()
-        page.page.wait_for_selector("#whiteboard[data-scene='2-1']")
+        page.choose("radio", "Layer 3, head 2")
+        assert page.page.locator("#whiteboard").get_attribute("data-scene") == "2-1"
         drift = float(page.page.locator("#whiteboard").get_attribute("data-drift"))
         assert drift < 1e-12  # the browser's memory against the one that the library wrote beside it
         expected = scenes.sentence(library.get()[1], EXAMPLES[0], 2, 1)
@@ -334,17 +346,19 @@ def test_the_exported_site_works_with_the_network_off(open_page, tmp_path, libra
         row = page.cells(1, 16)[0]
         assert torch.tensor([number(x) for x in row]).sub(expected["written"][1][0]).abs().max() < 1e-4
         page.page.get_by_label("Sentence", exact=True).select_option(EXAMPLES[1])
-        page.page.wait_for_selector(f"#whiteboard[data-tokens='{len(EXAMPLES[1])}']")
+        page.settled()
+        assert page.page.locator("#whiteboard").get_attribute("data-tokens") == str(len(EXAMPLES[1]))
         page.slide("#figure-2", "β", 0.5)
         halves = scenes.touch([1.0, 1.0], 0.5, 30.0, [0.8, 0.8], 1, True)["new_answers"][-1].tolist()
         wanted = ", ".join(shown(x, 3) for x in halves)
-        page.until(lambda: f"[{wanted}]" in page.page.locator("#touch-answers").inner_text())
-        page.page.get_by_role("radio", name="Two keys that overlap").click()
+        assert f"[{wanted}]" in page.page.locator("#touch-answers").inner_text()
+        page.choose("radio", "Two keys that overlap")
         kda = scenes.family("overlap", 1.0, [0.7, 0.98])["members"]["kda"]["answer"][-1].tolist()
         figures = page.page.locator("[data-member=kda] .bars .figure")
-        page.until(lambda: figures.all_inner_texts() == [f"{float(f'{x:.2f}'):g}".replace("-", "−") for x in kda])
-        page.until(lambda: float(page.page.locator("#chunks-result").get_attribute("data-output") or 1) < 1e-13)
+        assert figures.all_inner_texts() == [f"{float(f'{x:.2f}'):g}".replace("-", "−") for x in kda]
+        assert float(page.page.locator("#chunks-result").get_attribute("data-output")) < 1e-13
         page.page.get_by_role("button", name="How is this computed?").first.click()
-        page.until(lambda: "copy of the law" in page.page.locator("dialog[open]").inner_text())
+        page.settled()
+        assert "copy of the law" in page.page.locator("dialog[open]").inner_text()
         page.picture("export")
         host.shutdown()
