@@ -1,12 +1,12 @@
 """The command line as a user meets it: words, exit codes, streams, interrupts."""
 
+import itertools
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -86,7 +86,7 @@ def test_wrong_usage_exits_2(capsys):
 
 def test_help_does_not_wait_for_torch():
     code = "import sys; from palimpsest import cli; cli.run(['--help']); print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.stdout.strip().endswith("False"), done.stderr
 
 
@@ -118,7 +118,9 @@ def test_quiet_says_the_result_alone(capsys, place, tmp_path):
     assert "this model" in out
 
 
-def test_progress_names_rate_loss_bits_and_time_left():
+def test_progress_names_rate_loss_bits_and_time_left(monkeypatch):
+    seconds = itertools.count()
+    monkeypatch.setattr(cli.time, "monotonic", lambda: 30.0 * next(seconds))
     standing = cli._Standing()
     for i in range(3):
         event = {
@@ -131,12 +133,9 @@ def test_progress_names_rate_loss_bits_and_time_left():
             "skipped": 1,
         }
         standing.take(event)
-        time.sleep(0.01)
     standing.take({"event": "evaluate", "heldout_bits_per_byte": 3.1})
     words = standing.words(event)
-    for pattern in (r"[\d,]+ tok/s", "loss 2.00", "bits/byte 2.90", "held out 3.10", "1 skipped", r"ETA \d+:\d\d"):
-        assert re.search(pattern, words), (pattern, words)
-    assert 0 < standing.remaining < 1
+    assert words == "3 tok/s  loss 2.00  bits/byte 2.90  held out 3.10  1 skipped  ETA 4:00"
     assert cli._clock(3700) == "1:01:40"
 
 
@@ -291,7 +290,7 @@ def test_killed_resumed_and_interrupted(place, tmp_path):
         assert start["step"] == int(whole.name.removeprefix("step-"))
         until(p, "train")
         p.send_signal(signal.SIGTERM)
-        out, err = p.communicate(timeout=60)
+        out, err = p.communicate(timeout=120)
     assert p.returncode == 130, err
     assert "saved; go on with --resume" in err
     assert "Traceback" not in err
@@ -299,7 +298,7 @@ def test_killed_resumed_and_interrupted(place, tmp_path):
 
 def test_without_typer_the_command_says_what_to_install():
     code = "import sys; sys.modules['typer'] = None; sys.argv = ['palimpsest']; from palimpsest.__main__ import main; main()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == 1
     assert "pip install palimpsest-kda[cli]" in done.stderr
     assert "Traceback" not in done.stderr

@@ -33,13 +33,11 @@ def pieces_of(tokenizer, ids):
     return [pieces.push(i) for i in ids] + [pieces.end()]
 
 
-@settings(deadline=None)
 @given(st.text())
 def test_bytes_return_the_text(text):
     assert ByteTokenizer().decode(ByteTokenizer().encode(text)) == text
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 300)))
 def test_pieces_of_any_bytes_join_to_the_decoded_text(ids):
     assert "".join(pieces_of(ByteTokenizer(), ids)) == ByteTokenizer().decode(ids)
@@ -53,7 +51,7 @@ def test_an_unfinished_character_is_shown_as_one_replacement():
     assert pieces_of(ByteTokenizer(), "🙂".encode()[:3]) == ["", "", "", "\ufffd"]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.text(max_size=20))
 def test_pieces_of_a_tokenizer_file_join_to_the_text(byte_level, text):
     tokenizer = FileTokenizer(byte_level)

@@ -111,7 +111,7 @@ def test_what_is_too_large_is_not_read(address):
             yield b"x" * 1024
 
     place = urlsplit(address)
-    connection = http.client.HTTPConnection(HOST, place.port, timeout=30)
+    connection = http.client.HTTPConnection(HOST, place.port, timeout=60)
     connection.request(
         "POST", "/api/scene/sentence", pieces(), {"content-type": "application/json"}, encode_chunked=True
     )
@@ -129,7 +129,7 @@ def test_what_is_too_large_is_not_read(address):
     ],
 )
 def test_what_is_no_http_is_turned_away(address, raw):
-    with socket.create_connection((HOST, urlsplit(address).port), timeout=5) as line:
+    with socket.create_connection((HOST, urlsplit(address).port), timeout=60) as line:
         line.sendall(raw)
         line.shutdown(socket.SHUT_WR)
         answer = line.recv(200)

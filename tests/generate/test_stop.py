@@ -1,7 +1,7 @@
 """Stop strings end the text wherever the pieces are cut, and nothing of them gets out."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from palimpsest.generate.stop import StopScan
@@ -13,7 +13,6 @@ def scan(stop, pieces):
     return "".join(out) + ("" if stop_scan.found else stop_scan.end()), stop_scan.found
 
 
-@settings(deadline=None)
 @given(st.text("ab"), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.data())
 def test_cuts_do_not_matter(text, stop, data):
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
@@ -21,7 +20,6 @@ def test_cuts_do_not_matter(text, stop, data):
     assert scan(stop, pieces) == scan(stop, list(text)) == scan(stop, [text])
 
 
-@settings(deadline=None)
 @given(st.text("ab"), st.text("ab", min_size=1, max_size=4))
 def test_the_text_ends_before_the_first_stop_string(text, stop):
     assert scan([stop], list(text)) == (text.partition(stop)[0], stop if stop in text else None)

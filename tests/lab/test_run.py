@@ -29,9 +29,10 @@ from palimpsest.lab.run import (
 from palimpsest.lab.spread import Spread, against, diverged, tuned
 
 RECIPE = '''
-"""An experiment whose points take no time."""
+"""An experiment whose points take no time, unless they wait for other processes, or for a file named go."""
 import os, time
 from dataclasses import dataclass
+from pathlib import Path
 from palimpsest.lab.experiment import Experiment, Verdict
 from palimpsest.lab.plots import figure
 
@@ -43,16 +44,25 @@ class Count:
     def to_dict(self): return {"kind": "count", **vars(self)}
     def prepare(self):
         if self.number < 0: raise ValueError(f"number is {self.number}; give 0 or more")
-    def work(self): return 1.0
+    def work(self): return float(WORK(self))
     def bytes_needed(self): return 1
     def run(self, device, tell, unfinished):
-        for i in range(4):
-            tell(i / 4, f"{i}")
-            time.sleep(PAUSE)
+        for i in range(4): tell(i / 4, f"{i}")
+        (HERE / f"process-{os.getpid()}").touch()
+        while len(list(HERE.glob("process-*"))) < PROCESSES: wait(tell)
+        while self.number + POINTS * self.seed >= FREE and not (HERE / "go").exists(): wait(tell)
         if self.number == BROKEN: raise RuntimeError("a bad number")
         return {"rows": [{"square": float(self.number**2 + self.seed), "process": os.getpid()}]}
 
-PAUSE, BROKEN, POINTS = 0.0, None, 4
+HERE = Path(__file__).parent
+BROKEN, POINTS = None, 4
+PROCESSES = 1  # that have begun a point before any ends one
+FREE = 1000  # points of the plan that do not wait for the file
+WORK = lambda point: 1
+
+def wait(tell):
+    tell(0.5, "")
+    time.sleep(0.02)
 
 def draw(records):
     found, (ax,) = figure()
@@ -68,11 +78,7 @@ EXPERIMENT = Experiment(
 
 
 def recipe(folder: Path, name: str = "count.py", **changes) -> Experiment:
-    text = RECIPE
-    for key, value in changes.items():
-        text = text.replace(f"{key} = ", f"{key}_BEFORE = ", 0)
-        text += f"\n{key} = {value!r}\n"
-    (folder / name).write_text(text)
+    (folder / name).write_text("\n".join([RECIPE, *(f"{key} = {value}" for key, value in changes.items())]))
     return load_experiment(str(folder / name))
 
 
@@ -203,22 +209,19 @@ def test_a_point_that_fails_is_told_and_tried_again(tmp_path):
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_sweep_ends_in_its_time_and_goes_on(tmp_path, workers):
-    experiment, times = recipe(tmp_path, "slow.py", PAUSE=1.0), 0
-    began = time.monotonic()
-    minutes = (1.5 if workers == 1 else 8) / 60
-    assert not run(experiment, "tiny", tmp_path / "out", device="cpu", workers=workers, minutes=minutes)
-    assert time.monotonic() - began < 60 * minutes + 12
-    assert len(read_records(tmp_path / "out")) < 8
-    while not run(recipe(tmp_path, "fast.py"), "tiny", tmp_path / "out", device="cpu", minutes=1):
-        times += 1
-        assert times < 3
+    """Points that would wait for ever do not keep it."""
+    experiment = recipe(tmp_path, FREE=2)
+    seconds = 2 if workers == 1 else 10
+    assert not run(experiment, "tiny", tmp_path / "out", device="cpu", workers=workers, minutes=seconds / 60)
+    assert len(read_records(tmp_path / "out")) <= 2
+    (tmp_path / "go").touch()
+    assert run(experiment, "tiny", tmp_path / "out", device="cpu", minutes=60)
     assert len(read_records(tmp_path / "out")) == 8
 
 
 @pytest.mark.timeout(240)
 def test_points_run_in_processes_side_by_side(tmp_path):
-    experiment = recipe(tmp_path, "slow.py", PAUSE=0.3)
-    assert run(experiment, "tiny", tmp_path / "out", device="cpu", workers=2)
+    assert run(recipe(tmp_path, PROCESSES=2), "tiny", tmp_path / "out", device="cpu", workers=2)
     records = read_records(tmp_path / "out")
     assert len(records) == 8
     processes = {r.rows[0]["process"] for r in records}
@@ -228,35 +231,35 @@ def test_points_run_in_processes_side_by_side(tmp_path):
 
 @pytest.mark.timeout(240)
 def test_long_points_are_begun_first(tmp_path):
-    text = RECIPE.replace("def work(self): return 1.0", "def work(self): return float(1 + self.number)")
-    (tmp_path / "uneven.py").write_text(text.replace("PAUSE, BROKEN, POINTS = 0.0", "PAUSE, BROKEN, POINTS = 0.2"))
-    run(load_experiment(str(tmp_path / "uneven.py")), "tiny", tmp_path / "out", device="cpu", workers=2)
-    numbers = [line["label"]["number"] for line in read_lines(tmp_path / "out" / "results.jsonl")]
-    assert set(numbers[:3]) <= {3, 2}  # neighbours may end in any order
-    assert set(numbers[-3:]) <= {1, 0}
+    run(recipe(tmp_path, WORK="lambda point: 1 + point.number"), "tiny", tmp_path / "out", device="cpu", workers=2)
+    done: dict[int, list[int]] = {}
+    for line in read_lines(tmp_path / "out" / "results.jsonl"):
+        done.setdefault(line["result"]["rows"][0]["process"], []).append(line["label"]["number"])
+    for numbers in done.values():  # whoever takes how many of them
+        assert numbers == sorted(numbers, reverse=True)
 
 
 @pytest.mark.timeout(240)
 def test_ctrl_c_ends_the_workers_too(tmp_path):
-    recipe(tmp_path, "slow.py", PAUSE=0.4)
+    experiment = recipe(tmp_path, FREE=2)
     code = (
         "from palimpsest.lab.experiment import load_experiment\nfrom palimpsest.lab.run import *\n"
         "if __name__ == '__main__':\n"
-        "    try:\n        run(load_experiment('slow.py'), 'tiny', 'out', device='cpu', workers=2)\n"
+        "    try:\n        run(load_experiment('count.py'), 'tiny', 'out', device='cpu', workers=2)\n"
         "    except InterruptedSweep:\n        raise SystemExit(130)\n"
     )
     (tmp_path / "main.py").write_text(code)
     root = str(Path(__file__).parents[2])
     child = subprocess.Popen([sys.executable, "main.py"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": root})
     results = tmp_path / "out" / "results.jsonl"
-    began = time.monotonic()
-    while not (results.is_file() and len(read_lines(results)) >= 2) and time.monotonic() - began < 120:
+    while not (results.is_file() and len(read_lines(results)) >= 2):
+        assert child.poll() is None
         time.sleep(0.1)
     child.send_signal(signal.SIGINT)
-    assert child.wait(60) == 130
-    done = read_records(tmp_path / "out")
-    assert 2 <= len(done) < 8
-    assert run(recipe(tmp_path, "fast.py"), "tiny", tmp_path / "out", device="cpu")
+    assert child.wait() == 130
+    assert len(read_records(tmp_path / "out")) == 2
+    (tmp_path / "go").touch()
+    assert run(experiment, "tiny", tmp_path / "out", device="cpu")
     assert len(read_records(tmp_path / "out")) == 8
 
 

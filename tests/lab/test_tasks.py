@@ -1,7 +1,6 @@
 """Every generator against an independent solver, and what a fair experiment needs of them."""
 
 import re
-import time
 from dataclasses import replace
 
 import pytest
@@ -58,7 +57,7 @@ def test_every_task_is_tested():
 
 @pytest.mark.parametrize("name", TASKS)
 def test_an_independent_solver_finds_every_answer_and_no_other(name):
-    @settings(max_examples=25, deadline=None, derandomize=True)
+    @settings(max_examples=25)
     @given(ANY[name], seeds)
     def agree(task, seed):
         assert isinstance(task, Task)
@@ -152,25 +151,6 @@ def test_a_stack_is_asked_at_every_depth():
 def test_swaps_are_exchanges_of_two_things():
     task = StateTracking(kind="group", degree=4, letters="swaps")
     assert len(task.draw(8, Key("train", 0, 0)).tokens.unique()) == 6
-
-
-QUICK_TO_DRAW = {
-    "mqar": MQAR(length=1024, vocab_size=8192, pairs=256),
-    "palindrome": Palindrome(length=1024, vocab_size=8192),
-    "stack": Stack(length=1024, stacks=64, elements=445),
-}
-
-
-@pytest.mark.timeout(60)
-@pytest.mark.parametrize("name", QUICK_TO_DRAW)
-def test_sequences_are_drawn_at_a_million_tokens_a_second(name):
-    task = QUICK_TO_DRAW[name]
-    best = 1e9
-    for step in range(5):
-        began = time.perf_counter()
-        task.draw(64, Key("train", 0, step))
-        best = min(best, time.perf_counter() - began)
-    assert 64 * 1024 / best > 1e6
 
 
 BAD = {
