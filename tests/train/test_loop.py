@@ -325,6 +325,15 @@ def test_minutes_end_a_run_as_steps_do(tmp_path, texts):
     assert shares == sorted(shares)
 
 
+@pytest.fixture
+def hears_ctrl_c():
+    """Programs started in the background may have been told to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("hears_ctrl_c")
 def test_the_second_signal_acts_as_ever():
     with pytest.raises(KeyboardInterrupt), interrupts() as interrupted:
         signal.raise_signal(signal.SIGINT)
