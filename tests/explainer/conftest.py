@@ -31,7 +31,7 @@ def running(library: Library):
 
     thread = threading.Thread(target=serve, args=(listener, library, up), daemon=True)
     thread.start()
-    assert ready.wait(30)
+    assert ready.wait(120)
     yield address[0]
 
 
@@ -60,7 +60,7 @@ def chromium():
     if program is None:
         pytest.skip("the page is tested in Chromium, and none is installed: apt-get install chromium")
     with playwright.sync_playwright() as run:
-        browser = run.chromium.launch(executable_path=program, args=list(FLAGS), env=dict(os.environ))
+        browser = run.chromium.launch(executable_path=program, args=list(FLAGS), env=dict(os.environ), timeout=120_000)
         yield browser
         browser.close()
 
