@@ -1,4 +1,4 @@
-"""How fast the lab's tasks draw their sequences; a GPU trains small models at a million tokens a second.
+"""How fast the lab's tasks draw their sequences: below a million tokens a second, a GPU would wait for them.
 
     python -m benchmarks.tasks
 
