@@ -9,7 +9,7 @@ from benchmarks.cpu import machine
 HERE = Path(__file__).parent / "results"
 
 
-def publish(name: str, unit: str, samples: dict[str, list[float]], note: str = "") -> None:
+def publish(name: str, unit: str, samples: dict[str, list[float]]) -> None:
     """Writes <name>.json and <name>.md to benchmarks/results/<name>, and prints the table."""
     folder, where = HERE / name, machine()
     folder.mkdir(parents=True, exist_ok=True)
@@ -20,6 +20,6 @@ def publish(name: str, unit: str, samples: dict[str, list[float]], note: str = "
     for what, found in samples.items():
         figures = (f"{x:,.3g}" if x < 1000 else f"{x:,.0f}" for x in (statistics.median(found), min(found), max(found)))
         lines.append(f"| {what} | {' | '.join(figures)} |")
-    text = "\n".join([*lines, *(["", note] if note else []), ""])
+    text = "\n".join(lines) + "\n"
     (folder / f"{name}.md").write_text(text)
     print(text)

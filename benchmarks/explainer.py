@@ -5,14 +5,11 @@
 Needs playwright and Chromium. Writes explainer.json (every sample) and explainer.md to benchmarks/results/explainer.
 """
 
-import gzip
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -22,14 +19,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from benchmarks._page import FLAGS, browser, served, settled
 from benchmarks._samples import publish
 from palimpsest import KimiLinearConfig, KimiLinearForCausalLM
-from palimpsest.explainer.server import STATIC, Library, listen, serve
+from palimpsest.explainer.server import Library
 
 REPEATS = 10
 SENTENCES = (
     "The lamp is gold, then the lamp is blue. Say it again, the lamp?",
-    "The door is red, then the door is blue. Say it again, the door?",
+    "The door is grey, then the door is blue. Say it again, the door?",
 )
 STEP = """() => {
     const begun = performance.now();
@@ -56,28 +54,21 @@ def until_the_page_answers() -> float:
 
 @contextmanager
 def reading(library: Library) -> Iterator:
-    """A page of this library, open in a browser."""
+    """A page of this library, open in a browser at its trained model."""
     from playwright.sync_api import sync_playwright
 
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    program = browser()
     if program is None:
         sys.exit("the page is timed in Chromium, and none is installed: apt-get install chromium")
-    address, ready = [], threading.Event()
-    up = lambda url: (address.append(url), ready.set())
-    threading.Thread(target=serve, args=(listen(), library, up), daemon=True).start()
-    ready.wait()
-    with sync_playwright() as run:
-        browser = run.chromium.launch(
-            executable_path=program, args=["--no-sandbox", "--disable-gpu"], env=dict(os.environ)
-        )
-        page = browser.new_page(viewport={"width": 1280, "height": 900}, reduced_motion="reduce")
-        page.goto(address[0])
-        page.wait_for_selector("html[data-ready]:not([data-busy])", timeout=60_000)
+    with served(library) as address, sync_playwright() as run:
+        chromium = run.chromium.launch(executable_path=program, args=FLAGS, env=dict(os.environ))
+        page = chromium.new_page(viewport={"width": 1280, "height": 900}, reduced_motion="reduce")
+        page.goto(address)
+        page.wait_for_selector("html[data-ready]", timeout=60_000)
         page.get_by_role("radio", name="A trained model").click()
-        page.wait_for_selector("#whiteboard[data-tokens='63']")
-        page.wait_for_selector("html:not([data-busy])")
+        settled(page)
         yield page
-        browser.close()
+        chromium.close()
 
 
 def sentences(progress: tqdm) -> list[float]:
@@ -86,11 +77,9 @@ def sentences(progress: tqdm) -> list[float]:
     with reading(Library()) as page:
         box = page.get_by_label("Your sentence")
         for i in range(REPEATS + 1):
-            text = SENTENCES[i % 2]
-            box.fill(text)
+            box.fill(SENTENCES[i % 2])
             box.press("Enter")
-            page.wait_for_selector(f"#whiteboard[data-tokens='{len(text)}']")
-            page.wait_for_selector("html:not([data-busy])")
+            settled(page)
             samples.append(float(page.locator("#whiteboard").get_attribute("data-milliseconds")))
             progress.update()
     return samples[1:]
@@ -113,7 +102,7 @@ def steps(progress: tqdm) -> list[float]:
 
 def main() -> None:
     torch.manual_seed(0)
-    with tqdm(total=REPEATS + REPEATS + 1 + 6 * REPEATS, unit=" moves", file=sys.stderr) as progress:
+    with tqdm(total=8 * REPEATS + 1, unit=" moves", file=sys.stderr) as progress:
         up = []
         for _ in range(REPEATS):
             up.append(until_the_page_answers())
@@ -123,9 +112,7 @@ def main() -> None:
             "64 tokens traced and drawn": sentences(progress),
             "one step of a 128 x 128 board": steps(progress),
         }
-    packed = lambda path: len(path.read_bytes() if path.suffix == ".woff2" else gzip.compress(path.read_bytes()))
-    weight = sum(packed(path) for path in STATIC.rglob("*") if path.is_file())
-    publish("explainer", "milliseconds", samples, f"All files of the page, compressed: {weight / 1e6:.2f} MB.")
+    publish("explainer", "milliseconds", samples)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,9 @@ export class ChunksFigure {
   private message = h("p", { class: "message", role: "alert" });
   private about = h("p", { class: "small" });
   private tokens = h("div", {
-    ...{ class: "tokens bytes", role: "group", "aria-label": "Tokens of the chunk" },
+    class: "tokens bytes",
+    role: "group",
+    "aria-label": "Tokens of the chunk",
     onpointerover: (event: PointerEvent) => this.mark(this.rowOf(event.target)),
     onpointerleave: () => this.mark(null),
   });

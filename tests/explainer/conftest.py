@@ -1,43 +1,21 @@
 """A running explainer, and a browser to read it with."""
 
-import contextlib
 import os
-import shutil
-import threading
 import time
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
-from palimpsest.explainer.server import Library, listen, serve
+from benchmarks._page import FLAGS, browser, served, settled
+from palimpsest.explainer.server import Library
 
 PICTURES = Path(__file__).parents[2] / "build" / "explainer"  # screenshots, to be looked at; never committed
-FLAGS = (
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-)  # fmt: skip
-
-
-@contextlib.contextmanager
-def running(library: Library):
-    """The address of a server that answers in a thread of this process."""
-    listener, ready = listen(), threading.Event()
-    address = []
-
-    def up(url: str) -> None:
-        address.append(url)
-        ready.set()
-
-    thread = threading.Thread(target=serve, args=(listener, library, up), daemon=True)
-    thread.start()
-    assert ready.wait(120)
-    yield address[0]
 
 
 @pytest.fixture(scope="session")
 def run_server():
-    return running
+    return served
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +25,7 @@ def library() -> Library:
 
 @pytest.fixture(scope="session")
 def address(library):
-    with running(library) as url:
+    with served(library) as url:
         yield url
 
 
@@ -56,13 +34,13 @@ def chromium():
     playwright = pytest.importorskip(
         "playwright.sync_api", reason="the page is tested with playwright: pip install playwright"
     )
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    program = browser()
     if program is None:
         pytest.skip("the page is tested in Chromium, and none is installed: apt-get install chromium")
     with playwright.sync_playwright() as run:
-        browser = run.chromium.launch(executable_path=program, args=list(FLAGS), env=dict(os.environ), timeout=120_000)
-        yield browser
-        browser.close()
+        chromium = run.chromium.launch(executable_path=program, args=FLAGS, env=dict(os.environ), timeout=120_000)
+        yield chromium
+        chromium.close()
 
 
 class Reader:
@@ -91,9 +69,7 @@ class Reader:
         self.settled()
 
     def settled(self) -> None:
-        """Waits until the page has heard what was done to it, and computed and drawn all that follows."""
-        self.page.evaluate("new Promise((done) => requestAnimationFrame(() => setTimeout(done)))")
-        self.page.wait_for_selector("html:not([data-busy])")
+        settled(self.page)
 
     def choose(self, role: Literal["button", "radio"], name: str, within: str = "body") -> None:
         self.page.locator(within).get_by_role(role, name=name).click()

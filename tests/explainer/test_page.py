@@ -300,7 +300,6 @@ def test_no_one_is_shut_out(open_page, address, width, scheme, beat):
 
 def test_large_memories_are_drawn(open_page, tmp_path, run_server):
     """128 x 128, with heads as large as the published model's; `python -m benchmarks.explainer` times it."""
-    torch.manual_seed(0)
     config = palimpsest.KimiLinearConfig.tiny("K", linear_head_dim=128, linear_num_heads=1, num_experts=0)
     palimpsest.KimiLinearForCausalLM(config).save_pretrained(tmp_path)
     with run_server(Library(tmp_path)) as url:

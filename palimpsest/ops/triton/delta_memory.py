@@ -44,6 +44,10 @@ class Plan(NamedTuple):
     def empty(self, *shape: int, dtype: torch.dtype | None = None, like: Tensor) -> Tensor:
         return torch.empty(self.chunks, self.HV, *shape, dtype=dtype or self.dtype, device=like.device)
 
+    def block_v(self, settings: dict) -> int:
+        """Takes the value columns of a tile out of a launch's settings: no more than there are."""
+        return min(settings.pop("block_v"), padded(self.V, self.wide))
+
 
 def plan_of(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Plan:
     B, T, H, K = q.shape
@@ -87,7 +91,7 @@ def chain(plan: Plan, E, Q, W, P, D, v, erase, state, gate, save):
     else:
         out, state_out = torch.empty_like(v), torch.empty_like(state)
     settings = config("chain", plan.wide)
-    block_v, stages = min(settings.pop("block_v"), padded(plan.V, plan.wide)), settings.pop("stages")
+    block_v, stages = plan.block_v(settings), settings.pop("stages")
     if plan.sequences:
         chain_kernel[(plan.sequences * plan.HV, triton.cdiv(plan.V, block_v))](
             E, Q, W, P, D, v, erase, state, out, state_out, memories,
@@ -120,7 +124,7 @@ def backward(
 
     d_write, d_memories, d_state_in = torch.empty_like(v), torch.empty_like(memories), torch.empty_like(state)
     settings = config("reverse", plan.wide)
-    block_v, stages = min(settings.pop("block_v"), padded(plan.V, plan.wide)), settings.pop("stages")
+    block_v, stages = plan.block_v(settings), settings.pop("stages")
     if plan.sequences:
         reverse_kernel[(plan.sequences * plan.HV, triton.cdiv(plan.V, block_v))](
             E, Q, W, P, D, d_out, d_state, d_write, d_memories, d_state_in,
@@ -132,7 +136,7 @@ def backward(
     strength = erase.ndim == 3
     fresh, dP, dA = plan.empty(plan.C, plan.V, like=q), torch.empty_like(M), torch.empty_like(M)
     settings = config("scores", plan.wide)
-    block_v = min(settings.pop("block_v"), padded(plan.V, plan.wide))
+    block_v = plan.block_v(settings)
     if plan.chunks:
         scores_kernel[(plan.chunks * plan.HV,)](
             E, M, v, erase, d_out, d_write, memories, fresh, dP, dA,
@@ -147,7 +151,7 @@ def backward(
     dA_log = torch.zeros(plan.chunks, plan.HV, dtype=torch.float32, device=q.device) if gate else None
     d_bias = torch.zeros(plan.chunks, plan.HV, plan.K, dtype=torch.float32, device=q.device) if gate else None
     settings = config("gradient", plan.wide)
-    block_v = min(settings.pop("block_v"), padded(plan.V, plan.wide))
+    block_v = plan.block_v(settings)
     if plan.chunks:
         gradient_kernel[(plan.chunks * plan.HV,)](
             q, k, erase, g, A_log, dt_bias, v, norms, d_out, d_write, memories, d_memories, fresh, dP, dA,
