@@ -43,14 +43,7 @@ export class ChunksFigure {
   private result = byId("chunks-result");
   private message = h("p", { class: "message", role: "alert" });
   private about = h("p", { class: "small" });
-  private tokens = h("div", {
-    class: "tokens bytes",
-    role: "group",
-    "aria-label": "Tokens of the chunk",
-    onpointerover: (event: PointerEvent) => this.mark(this.rowOf(event.target)),
-    onpointerleave: () => this.mark(null),
-  });
-  private row: number | null = null; // that the pointer is on
+  private tokens = h("div", { class: "tokens bytes", role: "group", "aria-label": "Tokens of the chunk" });
   private place: ReturnType<typeof slider>;
   private total = 0;
   private ask = latest(() => this.load());
@@ -82,13 +75,7 @@ export class ChunksFigure {
     });
   }
 
-  private rowOf(chip: EventTarget | null): number | null {
-    const row = [...this.tokens.children].indexOf(chip as Element);
-    return row < 0 ? null : row;
-  }
-
   private mark(row: number | null): void {
-    this.row = row;
     this.heats.forEach((heat, name) => name !== "memory" && heat.mark(row));
     [...this.tokens.children].forEach((chip, i) => chip.classList.toggle("now", i === row));
   }
@@ -114,7 +101,13 @@ export class ChunksFigure {
   private show(scene: Chunked, { text: sentence, layer, head }: Watching): void {
     const { size } = scene;
     this.about.textContent = `Layer ${layer + 1}, head ${head + 1} of “${sentence.length > 60 ? `${sentence.slice(0, 60)}…` : sentence}”, tokens ${scene.start + 1} to ${scene.start + size}, over the memory that the tokens before them left.`;
-    this.tokens.replaceChildren(...scene.tokens.map((token) => h("span", {}, token.part && token.part > 1 ? "·" : token.text)));
+    if (this.tokens.childElementCount !== size) {
+      const chip = (i: number) => h("span", { onpointerenter: () => this.mark(i), onpointerleave: () => this.mark(null) });
+      this.tokens.replaceChildren(...Array.from({ length: size }, (_, i) => chip(i)));
+      this.mark(null);
+    }
+    // the chips stay, so that the one under the pointer stays marked
+    scene.tokens.forEach((token, i) => (this.tokens.children[i].textContent = token.part && token.part > 1 ? "·" : token.text));
     const square = Math.round(Math.min(24, 160 / size));
     const wide = scene.W.shape[1];
     const narrow = Math.max(2, Math.min(10, Math.floor(176 / wide)));
@@ -124,7 +117,6 @@ export class ChunksFigure {
       const most = name === "A" ? undefined : name === "M" ? 1 : name === "inter" || name === "intra" || name === "output" || name === "by_token" ? outputs : undefined;
       heat.show(scene[name], { height: name === "memory" ? Math.min(square, narrow) : square, width: isSquare ? square : narrow, most });
     }
-    this.mark(this.row !== null && this.row < size ? this.row : null);
     const line = (value: number, about: string) => h("p", {}, h("strong", {}, text(value, 2)), h("span", {}, about));
     this.result.replaceChildren(
       line(scene.output_difference, "largest difference of any output from the token-by-token form"),

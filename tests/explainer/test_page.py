@@ -235,8 +235,11 @@ def test_chunks_agree_with_one_token_after_the_other(reader, library):
     chips.nth(3).hover()
     reader.until(lambda: lit() == [3])
     reader.picture("chunks")
-    reader.slide("#chunks", "First token", 11)  # the pointer stays where it is, and so does what it marks
-    assert lit() == [3]
+    marked = chips.nth(3).element_handle()
+    reader.slide("#chunks", "First token", 11)
+    assert marked.evaluate("chip => chip.isConnected")  # the pointer is on the same chip, with another token
+    under = "chips => chips.flatMap((chip, i) => (chip.matches(':hover') ? [i] : []))"
+    reader.until(lambda: lit() == chips.evaluate_all(under))
     reader.page.mouse.move(1, 1)
     reader.until(lambda: lit() == [])
 
