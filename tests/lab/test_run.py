@@ -252,11 +252,14 @@ def test_ctrl_c_ends_the_workers_too(tmp_path):
     root = str(Path(__file__).parents[2])
     child = subprocess.Popen([sys.executable, "main.py"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": root})
     results = tmp_path / "out" / "results.jsonl"
-    while not (results.is_file() and len(read_lines(results)) >= 2):
-        assert child.poll() is None
-        time.sleep(0.1)
-    child.send_signal(signal.SIGINT)
-    assert child.wait() == 130
+    try:
+        while not (results.is_file() and len(read_lines(results)) >= 2):
+            assert child.poll() is None
+            time.sleep(0.1)
+        child.send_signal(signal.SIGINT)
+        assert child.wait(200) == 130
+    finally:
+        child.kill()
     assert len(read_records(tmp_path / "out")) == 2
     (tmp_path / "go").touch()
     assert run(experiment, "tiny", tmp_path / "out", device="cpu")
