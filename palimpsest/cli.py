@@ -323,7 +323,7 @@ def generate(
 
     Example: `palimpsest generate runs/demo --prompt "def read_lines(path):"`
     """
-    from palimpsest.generate import Ready, Sampling
+    from palimpsest.generate import DecodeState, Sampling
     from palimpsest.models.kimi_linear import KimiLinearForCausalLM
 
     folder = _checkpoint_of(model)
@@ -335,28 +335,28 @@ def generate(
         raise ValueError("no prompt was given; use --prompt TEXT, --prompt-file FILE or --load FILE")
     network = KimiLinearForCausalLM.from_pretrained(folder, device=_device(device))
     words = _tokenizer_of(folder, tokenizer)
-    ready = None if load is None else Ready.load(load, network)
+    start = None if load is None else DecodeState.load(load, network)
     options = {"max_new_tokens": max_new_tokens, "sampling": sampling, "stop": tuple(stop or ()), "tokenizer": words}
     began, count, last = time.monotonic(), 0, None
     for i, text in enumerate(prompts or [""]):
-        last = _continue(network, text, ready, i, seed + i, options, quiet, as_json)
+        last = _continue(network, text, start, i, seed + i, options, quiet, as_json)
         count += len(last.tokens[0])
     if save is not None and last is not None:
-        last.ready.save(save, network)
+        last.decode_state.save(save, network)
     if not quiet and not as_json:
         seconds = time.monotonic() - began
         notes.print(f"\n{count} tokens, {count / max(seconds, 1e-9):,.0f} tok/s", style="dim")
     return 0
 
 
-def _continue(network, text: str, ready, number: int, seed: int, options: dict[str, Any], quiet: bool, as_json: bool):
+def _continue(network, text: str, start, number: int, seed: int, options: dict[str, Any], quiet: bool, as_json: bool):
     """Streams one continuation to standard output and returns the generation."""
     from palimpsest.generate import stream
 
-    if ready is None or text:
-        pieces = stream(network, text, state=None if ready is None else ready.state, seed=seed, **options)
+    if start is None or text:
+        pieces = stream(network, text, state=None if start is None else start.state, seed=seed, **options)
     else:
-        pieces = stream(network, ready, seed=seed, **options)
+        pieces = stream(network, start, seed=seed, **options)
     if not as_json and not quiet:
         if number:
             typer.echo("\n")

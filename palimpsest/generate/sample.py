@@ -1,7 +1,7 @@
 """Prompts in, text out: read the prompt in chunks, then choose a token, read it, and so on.
 
 Memory   A KDA layer holds as much after a million tokens as after one; a latent layer one short row per token.
-Same     A sequence gets the same tokens alone, in any batch, in one run, and in several runs through a saved `Ready`.
+Same     A sequence gets the same tokens alone, in any batch, in one run, and in several runs through a saved state.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Literal
 from torch import Tensor
 
 from palimpsest.generate.arguments import is_count, require
+from palimpsest.generate.decode_state import DecodeState
+from palimpsest.generate.decoder import Decoder
 from palimpsest.generate.prompts import Prompts, read_prompts
-from palimpsest.generate.reader import Reader, Ready
 from palimpsest.generate.sampling import GREEDY, Sampling, choose_tokens
 from palimpsest.generate.stop import StopScan
 from palimpsest.models.kimi_linear.history import StateHistory
@@ -53,8 +54,8 @@ class Generation:
         tokens: the new tokens of each sequence, with the one that ended it.
         texts: their text, without the stop string; "" without a tokenizer.
         reasons: why each ended: "length", "end" (an end token), "stop" (a stop string) or "nonfinite".
-        ready: the sequences after all these tokens, to continue or to save. A token that only completed a stop string
-            has been read too.
+        decode_state: the sequences after all these tokens, to continue or to save. A token that only completed a stop
+            string has been read too.
         faults: for sequences that ended as "nonfinite", where; by place in the batch.
         history: the one given, with this run in it.
         num_calls: forward passes taken.
@@ -63,7 +64,7 @@ class Generation:
     tokens: list[list[int]]
     texts: list[str]
     reasons: list[Reason]
-    ready: Ready
+    decode_state: DecodeState
     faults: dict[int, Fault]
     history: StateHistory | None
     num_calls: int
@@ -71,12 +72,12 @@ class Generation:
     @property
     def state(self) -> ModelState:
         """The state after all tokens."""
-        return self.ready.state
+        return self.decode_state.state
 
 
 def generate(
     model: KimiLinearForCausalLM,
-    prompts: Prompts | Ready,
+    prompts: Prompts | DecodeState,
     *,
     max_new_tokens: int,
     tokenizer: Tokenizer | None = None,
@@ -84,7 +85,7 @@ def generate(
     stop: Sequence[str] = (),
     end_tokens: Sequence[int] | None = None,
     seed: int | Sequence[int] = 0,
-    state: ModelState | Ready | None = None,
+    state: ModelState | DecodeState | None = None,
     mask: Tensor | None = None,
     prefill_chunk: int = 1024,
     on_nonfinite: Literal["raise", "stop"] = "raise",
@@ -94,15 +95,15 @@ def generate(
     """Continue each prompt.
 
     Args:
-        prompts: a text or several (with a tokenizer), ids or several lists of them, or ids [B, T]; or a `Ready`, to go
-            on exactly where `prefill` or an earlier generation ended.
+        prompts: a text or several (with a tokenizer), ids or several lists of them, or ids [B, T]; or a `DecodeState`, to
+            go on exactly where `prefill` or an earlier generation ended.
         max_new_tokens: at most this many per sequence, >= 1.
         sampling: how tokens are chosen; greedy by default.
         stop: texts that end a sequence; they need a tokenizer.
         end_tokens: ids that end a sequence; by default the tokenizer's end mark or, without a tokenizer, the model's.
         seed: sequence i draws with seed + i; or one seed per sequence.
-        state: what was read before the prompts, one row each; not changed. A `Ready` also tells the repetition penalty
-            which tokens that was; with a state it counts the prompts alone.
+        state: what was read before the prompts, one row each; not changed. A `DecodeState` also tells the repetition
+            penalty which tokens that was; with a state it counts the prompts alone.
         mask: for ids [B, T], bool, True for a token; left and right padding are the same.
         prefill_chunk: tokens of a prompt read at once, which bounds the memory that a prompt needs.
         on_nonfinite: "raise" NonFiniteError, which names sequence, layer, head and token, or "stop" that sequence at
@@ -146,7 +147,7 @@ def generate(
 
 def stream(
     model: KimiLinearForCausalLM,
-    prompts: Prompts | Ready,
+    prompts: Prompts | DecodeState,
     *,
     max_new_tokens: int,
     tokenizer: Tokenizer | None = None,
@@ -154,7 +155,7 @@ def stream(
     stop: Sequence[str] = (),
     end_tokens: Sequence[int] | None = None,
     seed: int | Sequence[int] = 0,
-    state: ModelState | Ready | None = None,
+    state: ModelState | DecodeState | None = None,
     mask: Tensor | None = None,
     prefill_chunk: int = 1024,
     on_nonfinite: Literal["raise", "stop"] = "raise",
@@ -178,8 +179,8 @@ def stream(
         raise ValueError("stop was given without a tokenizer; give one, or end_tokens instead")
     stop = [stop] if isinstance(stop, str) else list(stop)
     StopScan(stop)
-    ready, rows = _start(model, prompts, tokenizer, state, mask, prefill_chunk, history)
-    count = ready.state.batch_size
+    start, rows = _start(model, prompts, tokenizer, state, mask, prefill_chunk, history)
+    count = start.state.batch_size
     if count > 1 and (draft is not None or history is not None):
         name = "draft" if draft is not None else "history"
         raise ValueError(f"{name} was given with {count} sequences; it takes one")
@@ -188,9 +189,9 @@ def stream(
         end_token = model.config.eos_token_id if tokenizer is None else tokenizer.eos_id
         end_tokens = () if end_token is None else (end_token,)
 
-    reader = Reader(model, ready, stop_at_fault=on_nonfinite == "stop", history=history)
+    decoder = Decoder(model, start, stop_at_fault=on_nonfinite == "stop", history=history)
     writers = [_Writer(i, max_new_tokens, tokenizer, stop, end_tokens) for i in range(count)]
-    return _run(reader, rows, prefill_chunk, writers, sampling, seeds, draft)
+    return _run(decoder, rows, prefill_chunk, writers, sampling, seeds, draft)
 
 
 def prefill(
@@ -198,22 +199,22 @@ def prefill(
     prompts: Prompts,
     *,
     tokenizer: Tokenizer | None = None,
-    state: ModelState | Ready | None = None,
+    state: ModelState | DecodeState | None = None,
     mask: Tensor | None = None,
     prefill_chunk: int = 1024,
-) -> Ready:
+) -> DecodeState:
     """Read prompts and stop there: to save, to fork, or to continue with `generate`. Arguments as in `generate`.
 
     >>> from palimpsest.models.kimi_linear import KimiLinearConfig
     >>> model = KimiLinearForCausalLM(KimiLinearConfig.tiny())
-    >>> ready = prefill(model, [[1, 2, 3, 4]], prefill_chunk=3)
-    >>> ready.state.position, ready.logits.shape
+    >>> state = prefill(model, [[1, 2, 3, 4]], prefill_chunk=3)
+    >>> state.state.position, state.logits.shape
     (tensor([4]), torch.Size([1, 257]))
     """
-    ready, rows = _start(model, prompts, tokenizer, state, mask, prefill_chunk, None)
-    reader = Reader(model, ready)
-    _read_prompts(reader, rows or [], prefill_chunk)
-    return reader.result()
+    start, rows = _start(model, prompts, tokenizer, state, mask, prefill_chunk, None)
+    decoder = Decoder(model, start)
+    _read_prompts(decoder, rows or [], prefill_chunk)
+    return decoder.result()
 
 
 class _Writer:
@@ -253,7 +254,7 @@ class _Writer:
 
 
 def _run(
-    reader: Reader,
+    decoder: Decoder,
     prompts: list[list[int]] | None,
     prefill_chunk: int,
     writers: list[_Writer],
@@ -262,30 +263,30 @@ def _run(
     draft: Draft | None,
 ) -> Generator[Piece, None, Generation]:
     def choose(logits: Tensor, seen: Tensor, ahead: int = 0) -> list[int]:
-        positions = [reader.positions[row] + ahead for row in reader.rows]
-        rows = [seeds[row] for row in reader.rows]
+        positions = [decoder.positions[row] + ahead for row in decoder.rows]
+        rows = [seeds[row] for row in decoder.rows]
         return choose_tokens(logits, sampling, seeds=rows, positions=positions, seen=seen).tolist()
 
     if prompts is not None:
-        _read_prompts(reader, prompts, prefill_chunk)
-    starts = list(reader.positions)
+        _read_prompts(decoder, prompts, prefill_chunk)
+    starts = list(decoder.positions)
     failed: set[int] = set()
     while True:
-        for row in sorted(reader.faults.keys() - failed):
-            yield writers[row].fail(reader.positions[row] - starts[row])
+        for row in sorted(decoder.faults.keys() - failed):
+            yield writers[row].fail(decoder.positions[row] - starts[row])
             failed.add(row)
-        if not reader.rows:
+        if not decoder.rows:
             break
-        tokens = choose(reader.ready.logits, reader.ready.seen)
-        for row, token in zip(reader.rows, tokens):
+        tokens = choose(decoder.current.logits, decoder.current.seen)
+        for row, token in zip(decoder.rows, tokens):
             yield writers[row].write(token)
-        writer = writers[reader.rows[0]]
-        guesses = [] if draft is None or writer.reason else _guesses(draft, prompts, writer, reader)
+        writer = writers[decoder.rows[0]]
+        guesses = [] if draft is None or writer.reason else _guesses(draft, prompts, writer, decoder)
         if not guesses:
-            reader.read([[token] for token in tokens])
+            decoder.read([[token] for token in tokens])
         else:
-            seen, count = reader.ready.seen, 1
-            logits_TN = reader.try_out([*tokens, *guesses])
+            seen, count = decoder.current.seen, 1
+            logits_TN = decoder.verify([*tokens, *guesses])
             for guess in guesses:
                 seen = seen.clone()
                 seen[0, tokens] = True
@@ -296,66 +297,66 @@ def _run(
                 yield writer.write(guess)
                 if writer.reason:
                     break
-            reader.keep(count)
-        reader.leave([row for row in reader.rows if writers[row].reason])
+            decoder.accept(count)
+        decoder.retire([row for row in decoder.rows if writers[row].reason])
 
     return Generation(
         [w.tokens for w in writers],
         [w.text for w in writers],
         [w.reason or "length" for w in writers],
-        reader.result(),
-        reader.faults,
-        reader.history,
-        reader.num_calls,
+        decoder.result(),
+        decoder.faults,
+        decoder.history,
+        decoder.num_calls,
     )
 
 
-def _guesses(draft: Draft, prompts: list[list[int]] | None, writer: _Writer, reader: Reader) -> list[int]:
+def _guesses(draft: Draft, prompts: list[list[int]] | None, writer: _Writer, decoder: Decoder) -> list[int]:
     """At most as many as may still be written, and as the history has room for."""
     most = writer.limit - len(writer.tokens)
-    if reader.history is not None:
-        most = min(most, reader.history.room - 1)
+    if decoder.history is not None:
+        most = min(most, decoder.history.room - 1)
     known = [*(prompts[0] if prompts else []), *writer.tokens]
-    vocab_size = reader.model.config.vocab_size
+    vocab_size = decoder.model.config.vocab_size
     return [] if most < 1 else [t for t in draft(known) if 0 <= t < vocab_size][:most]
 
 
-def _read_prompts(reader: Reader, prompts: list[list[int]], chunk: int) -> None:
+def _read_prompts(decoder: Decoder, prompts: list[list[int]], chunk: int) -> None:
     """Each prompt in the chunks that it would be read in alone; the shorter ones wait for the others."""
     for start in range(0, max(map(len, prompts), default=0), chunk):
-        reader.leave([row for row in reader.rows if len(prompts[row]) <= start])
-        if reader.rows:
-            reader.read([prompts[row][start : start + chunk] for row in reader.rows])
-    reader.return_all()
+        decoder.retire([row for row in decoder.rows if len(prompts[row]) <= start])
+        if decoder.rows:
+            decoder.read([prompts[row][start : start + chunk] for row in decoder.rows])
+    decoder.resume()
 
 
 def _start(
     model: KimiLinearForCausalLM,
-    prompts: Prompts | Ready,
+    prompts: Prompts | DecodeState,
     tokenizer: Tokenizer | None,
-    state: ModelState | Ready | None,
+    state: ModelState | DecodeState | None,
     mask: Tensor | None,
     prefill_chunk: int,
     history: StateHistory | None,
-) -> tuple[Ready, list[list[int]] | None]:
-    """Where the sequences stand and what they have to read first; None for a `Ready`, which has read."""
+) -> tuple[DecodeState, list[list[int]] | None]:
+    """Where the sequences stand and what they have to read first; None for a `DecodeState`, which has read."""
     require("prefill_chunk", prefill_chunk, is_count(prefill_chunk), "a whole number >= 1")
     if history is not None:
-        if state is not None or isinstance(prompts, Ready):
+        if state is not None or isinstance(prompts, DecodeState):
             raise ValueError(
                 "history was given with another state; it continues from history.latest, so give one of the two"
             )
         state = history.latest
-    if isinstance(prompts, Ready):
+    if isinstance(prompts, DecodeState):
         if state is not None or mask is not None:
-            raise ValueError("prompts is a Ready, which has its own state; leave state and mask out")
+            raise ValueError("prompts is a DecodeState, which has its own state; leave state and mask out")
         check_state(prompts.state, model)
         if not prompts.logits.isfinite().all():
-            raise ValueError("prompts is a Ready whose logits are not finite; nothing can be chosen from them")
+            raise ValueError("prompts is a DecodeState whose logits are not finite; nothing can be chosen from them")
         return prompts, None
     rows = read_prompts(prompts, vocab_size=model.config.vocab_size, tokenizer=tokenizer, mask=mask)
-    seen = state.seen if isinstance(state, Ready) else None
-    state = state.state if isinstance(state, Ready) else state
+    seen = state.seen if isinstance(state, DecodeState) else None
+    state = state.state if isinstance(state, DecodeState) else state
     if state is None:
         state = ModelState.empty(model.config, len(rows), device=model.device, dtype=model.dtype)
     check_state(state, model, len(rows))
@@ -363,7 +364,7 @@ def _start(
         raise ValueError(
             f"state is not finite in layer {broken[0].layer}, before any prompt; go back to an earlier state"
         )
-    return Ready.before(state, model.config.vocab_size, seen), rows
+    return DecodeState.before(state, model.config.vocab_size, seen), rows
 
 
 def _seeds(seed: int | Sequence[int], count: int) -> list[int]:

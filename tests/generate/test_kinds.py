@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from palimpsest.generate import Ready, Sampling, generate, prompt_lookup
+from palimpsest.generate import DecodeState, Sampling, generate, prompt_lookup
 from palimpsest.models.kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
 
 PROMPTS = [[1, 2, 3], list(range(50, 75)), [7]]
@@ -16,8 +16,8 @@ def check(model, tmp_path):
     assert together.tokens == alone
 
     first = generate(model, PROMPTS, max_new_tokens=3, seed=2, **rest)
-    first.ready.save(tmp_path / "ready", model)
-    second = generate(model, Ready.load(tmp_path / "ready", model), max_new_tokens=5, seed=2, **rest)
+    first.decode_state.save(tmp_path / "ready", model)
+    second = generate(model, DecodeState.load(tmp_path / "ready", model), max_new_tokens=5, seed=2, **rest)
     assert [a + b for a, b in zip(first.tokens, second.tokens)] == alone
 
     drafted = generate(model, [PROMPTS[1]], max_new_tokens=8, seed=3, draft=prompt_lookup, **rest)

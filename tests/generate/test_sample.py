@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from palimpsest.generate import Ready, Sampling, generate, prefill, prompt_lookup, stream
+from palimpsest.generate import DecodeState, Sampling, generate, prefill, prompt_lookup, stream
 from palimpsest.generate.sampling import choose_tokens
 from palimpsest.models.kimi_linear import KimiLinearConfig, KimiLinearForCausalLM, ModelState
 from palimpsest.models.kimi_linear.history import StateHistory
@@ -145,7 +145,9 @@ def test_a_model_in_training_is_left_as_it_was(model):
 def test_two_runs_are_one_run(model, sampling):
     whole = generate(model, PROMPTS, sampling=sampling, **REST)
     first = generate(model, PROMPTS, sampling=sampling, end_tokens=(), max_new_tokens=5)
-    again = [generate(model, first.ready, sampling=sampling, end_tokens=(), max_new_tokens=7).tokens for _ in range(2)]
+    again = [
+        generate(model, first.decode_state, sampling=sampling, end_tokens=(), max_new_tokens=7).tokens for _ in range(2)
+    ]
     assert [a + b for a, b in zip(first.tokens, again[0])] == whole.tokens
     assert again[0] == again[1]  # the first continuation did not write into what it was given
 
@@ -174,10 +176,10 @@ def test_one_prompt_many_continuations(model):
 
 CONTINUE = """
 import sys
-from palimpsest.generate import Ready, Sampling, generate
+from palimpsest.generate import DecodeState, Sampling, generate
 from palimpsest.models.kimi_linear import KimiLinearForCausalLM
 model = KimiLinearForCausalLM.from_pretrained(sys.argv[1])
-ready = Ready.load(sys.argv[2], model)
+ready = DecodeState.load(sys.argv[2], model)
 sampling = Sampling(0.9, top_p=0.95, repetition_penalty=1.3)
 print(generate(model, ready, sampling=sampling, max_new_tokens=12, end_tokens=(), seed=4).tokens)
 """
@@ -397,7 +399,7 @@ def test_states_that_do_not_fit_are_refused_in_a_sentence(model):
         generate(model, [[1]], state=ModelState.empty(model.config, 3), max_new_tokens=2)
     with pytest.raises(ValueError, match="not one of this model's"):
         generate(model, prefill(other, [[1]]), max_new_tokens=2)
-    with pytest.raises(ValueError, match="prompts is a Ready, which has its own state"):
+    with pytest.raises(ValueError, match="prompts is a DecodeState, which has its own state"):
         generate(model, prefill(model, [[1]]), state=ModelState.empty(model.config), max_new_tokens=2)
     broken = ModelState.empty(model.config)
     broken.layers[0].memory[0, 1, 0, 0] = torch.inf
@@ -408,4 +410,4 @@ def test_states_that_do_not_fit_are_refused_in_a_sentence(model):
 def test_a_state_alone_is_not_a_ready(model, tmp_path):
     ModelState.empty(model.config).save(tmp_path / "state", model)
     with pytest.raises(ValueError, match="holds a state alone"):
-        Ready.load(tmp_path / "state", model)
+        DecodeState.load(tmp_path / "state", model)
