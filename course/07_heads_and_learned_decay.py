@@ -120,7 +120,7 @@ def _():
     torch.manual_seed(0)
     layer = KimiDeltaAttention(64, num_heads=4, head_dim=32)
     with torch.no_grad():
-        edits = layer.edits(0.1 * torch.randn(1, 200, 64))
+        edits = layer.recurrence_inputs(0.1 * torch.randn(1, 200, 64))
     half_lives = 0.693 / -edits.log_decay.mean(1)[0]  # [heads, channels], in tokens
     print("half lives from", round(half_lives.min().item(), 1), "to", round(half_lives.max().item(), 1), "tokens")
     print("parameters of the gate:", layer.A_log.numel(), "rates,", layer.dt_bias.numel(), "biases")

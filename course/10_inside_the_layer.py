@@ -81,7 +81,7 @@ def _():
     x = torch.randn(1, 50, 64)
     with torch.no_grad():
         y, state = layer(x)
-        q, k, v, log_decay, beta = layer.edits(x)  # what the layer tells its memory
+        q, k, v, log_decay, beta = layer.recurrence_inputs(x)  # what the layer tells its memory
         o, _ = kda(q, k, v, log_decay, beta)
         by_hand = layer.o_norm(o) * layer.g_b_proj(layer.g_a_proj(x)).view_as(o).sigmoid()
         by_hand = layer.o_proj(by_hand.flatten(-2))

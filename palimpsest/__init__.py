@@ -29,7 +29,7 @@ _HOME = {  # name -> where it lives
     "MultiHeadLatentAttention": "layers.latent_attention",
     "KimiLinearConfig": "models.kimi_linear.config",
     "KimiLinearForCausalLM": "models.kimi_linear.model",
-    "ModelState": "models.kimi_linear.state",
+    "ModelState": "models.kimi_linear.model_state",
 }
 _ROOMS = {"gates", "backends"}  # names that are modules
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from palimpsest.layers.latent_attention import MultiHeadLatentAttention as MultiHeadLatentAttention
     from palimpsest.models.kimi_linear.config import KimiLinearConfig as KimiLinearConfig
     from palimpsest.models.kimi_linear.model import KimiLinearForCausalLM as KimiLinearForCausalLM
-    from palimpsest.models.kimi_linear.state import ModelState as ModelState
+    from palimpsest.models.kimi_linear.model_state import ModelState as ModelState
     from palimpsest.ops import backends as backends
     from palimpsest.ops import gates as gates
     from palimpsest.ops.trace import trace as trace

@@ -20,7 +20,7 @@ PAPERS = {
 FIGURES = {  # figure -> what in the paper, functions (file, name), further papers
     "whiteboard": (
         "equation 1, its four factors taken one after the other",
-        (("ops/trace.py", "trace_memory"), ("layers/kimi_delta_attention.py", "KimiDeltaAttention.edits")),
+        (("ops/trace.py", "trace_memory"), ("layers/kimi_delta_attention.py", "KimiDeltaAttention.recurrence_inputs")),
         (),
     ),
     "touch": ("equation 1", (("explainer/scenes.py", "touch"), ("ops/trace.py", "trace_memory")), ("delta",)),
@@ -42,7 +42,7 @@ FIGURES = {  # figure -> what in the paper, functions (file, name), further pape
         "section 4, the model's architecture",
         (
             ("explainer/scenes.py", "hybrid"),
-            ("models/kimi_linear/state.py", "ModelState.account"),
+            ("models/kimi_linear/model_state.py", "ModelState.account"),
             ("explainer/scenes.py", "order"),
         ),
         ("latent",),

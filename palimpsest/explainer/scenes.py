@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from palimpsest.layers.kimi_delta_attention import Edits, KimiDeltaAttention
+from palimpsest.layers.kimi_delta_attention import KimiDeltaAttention, RecurrenceInputs
 from palimpsest.layers.latent_attention import MultiHeadLatentAttention
 from palimpsest.models.kimi_linear.config import KimiLinearConfig
 from palimpsest.models.kimi_linear.model import KimiLinearForCausalLM
-from palimpsest.models.kimi_linear.state import ModelState
+from palimpsest.models.kimi_linear.model_state import ModelState
 from palimpsest.ops import chunked, reference, variants
 from palimpsest.ops.trace import trace_memory
 from palimpsest.text import ByteTokenizer, Tokenizer, load_tokenizer
@@ -253,7 +253,7 @@ def _scroll(q: Tensor, k: Tensor, v: Tensor) -> Scene:
 # Chunks --------------------------------------------------------------------------------------------------------------
 
 
-def chunk(tokens: list[dict], edits: Edits, start: int, size: int) -> Scene:
+def chunk(tokens: list[dict], edits: RecurrenceInputs, start: int, size: int) -> Scene:
     """Tokens start .. start + size in matrix products, beside the same tokens one by one.
 
     Args:
@@ -383,7 +383,9 @@ class Watched:
 
     def watchable(self) -> list[int]:
         """Layers, from 0, that erase and write with a beta."""
-        return [i for i, m in enumerate(self.mixers()) if isinstance(m, KimiDeltaAttention) and m.parts.rule == "delta"]
+        return [
+            i for i, m in enumerate(self.mixers()) if isinstance(m, KimiDeltaAttention) and m.options.rule == "delta"
+        ]
 
     def describe(self) -> Scene:
         config = self.model.config
@@ -409,16 +411,16 @@ class Watched:
             return byte_labels(text), ids
         return [{"text": shown(self.tokenizer.decode([i])) or "·"} for i in ids], ids
 
-    def head(self, ids: tuple[int, ...], layer: int, head: int) -> Edits:
+    def head(self, ids: tuple[int, ...], layer: int, head: int) -> RecurrenceInputs:
         """One head's edits as rows [T, *], in float64."""
         if layer not in self.watchable():
             raise ValueError(f"Layer {layer} cannot be watched; the layers that can are {self.watchable()}.")
         edits, _ = self._run(ids)
         if not 0 <= head < edits[layer].k.shape[2]:
             raise ValueError(f"Head {head} does not exist; the heads are 0 to {edits[layer].k.shape[2] - 1}.")
-        return Edits(*(x[0, :, head].double() for x in edits[layer]))
+        return RecurrenceInputs(*(x[0, :, head].double() for x in edits[layer]))
 
-    def edits(self, ids: tuple[int, ...]) -> list[Edits]:
+    def edits(self, ids: tuple[int, ...]) -> list[RecurrenceInputs]:
         """The edits of all layers that can be watched, [1, T, H, *], first layer first."""
         seen, _ = self._run(ids)
         return [seen[layer] for layer in self.watchable()]
@@ -446,15 +448,15 @@ class Watched:
             return "end" if token > 255 else shown(chr(token)) if token < 128 else f"{token:02X}"
         return shown(self.tokenizer.decode([token])) or "·"
 
-    def _run_once(self, ids: tuple[int, ...]) -> tuple[dict[int, Edits], Tensor]:
+    def _run_once(self, ids: tuple[int, ...]) -> tuple[dict[int, RecurrenceInputs], Tensor]:
         """Layer by layer, so that what enters each can be seen; several readers may do so at once."""
-        seen: dict[int, Edits] = {}
+        seen: dict[int, RecurrenceInputs] = {}
         whole, watchable = self.model.model, self.watchable()
         with torch.no_grad():
             x = whole.embed_tokens(torch.tensor([ids]))
             for i, block in enumerate(whole.layers):
                 if i in watchable:
-                    seen[i] = block.self_attn.edits(block.input_layernorm(x))  # type: ignore[operator]
+                    seen[i] = block.self_attn.recurrence_inputs(block.input_layernorm(x))  # type: ignore[operator]
                 x, _ = block(x, None)
             logits = self.model.lm_head(whole.norm(x))
         return seen, logits[0].softmax(-1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.models.kimi_linear.model import KimiLinearForCausalLM
-from palimpsest.models.kimi_linear.state import ModelState
+from palimpsest.models.kimi_linear.model_state import ModelState
 from palimpsest.models.kimi_linear.state_file import read_state, save_state
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from palimpsest.generate.decode_state import DecodeState
 from palimpsest.models.kimi_linear.history import StateHistory
 from palimpsest.models.kimi_linear.model import CausalOutput, KimiLinearForCausalLM
+from palimpsest.models.kimi_linear.model_state import ModelState
 from palimpsest.models.kimi_linear.nonfinite import Fault, NonFiniteError, read_until_fault
-from palimpsest.models.kimi_linear.state import ModelState
 
 CHECK_EVERY = 64  # steps between two checks of the whole state; the logits are checked at every one
 

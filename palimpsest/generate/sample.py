@@ -20,8 +20,8 @@ from palimpsest.generate.sampling import GREEDY, Sampling, choose_tokens
 from palimpsest.generate.stop import StopScan
 from palimpsest.models.kimi_linear.history import StateHistory
 from palimpsest.models.kimi_linear.model import KimiLinearForCausalLM
+from palimpsest.models.kimi_linear.model_state import ModelState
 from palimpsest.models.kimi_linear.nonfinite import Fault
-from palimpsest.models.kimi_linear.state import ModelState
 from palimpsest.models.kimi_linear.state_file import check_state
 from palimpsest.text import TextPieces, Tokenizer
 

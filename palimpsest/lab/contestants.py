@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from palimpsest.lab.tasks.task import check
-from palimpsest.layers.parts import CHOICES, MemoryParts
+from palimpsest.layers.options import CHOICES, MixerOptions
 from palimpsest.models.kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
 from palimpsest.models.kimi_linear.config import LATENT_TYPES, read_layer_types
 
@@ -29,7 +29,7 @@ class Contestant:
     """Args:
         name: in tables and plots.
         pattern: letters of `KimiLinearConfig.layer_types`, repeated to the model's depth: "K", "KKKM", "R".
-        parts: changes to `MemoryParts`, such as {"conv": False}.
+        parts: changes to `MixerOptions`, such as {"conv": False}.
 
     >>> Contestant("KDA, no convolution", "K", {"conv": False}).pattern
     'K'
@@ -45,7 +45,7 @@ class Contestant:
         for part in self.parts:
             near = difflib.get_close_matches(part, known, n=1, cutoff=0.4) or [", ".join(known)]
             check(part in known, f"contestant {self.name!r} changes part {part!r}; did you mean {near[0]}?")
-        MemoryParts(**self.parts)
+        MixerOptions(**self.parts)
         object.__setattr__(self, "parts", MappingProxyType(dict(self.parts)))
 
     def __reduce__(self):  # a read-only mapping does not travel to other processes by itself
@@ -169,14 +169,14 @@ def _config(who: Contestant, size: Size, vocab_size: int, mlp: int) -> KimiLinea
         num_experts=0,
         tie_word_embeddings=False,
         eos_token_id=None,
-        parts=MemoryParts(**who.parts),
+        mixer_options=MixerOptions(**who.parts),
     )
 
 
 def build(who: Contestant, size: Size, vocab_size: int) -> KimiLinearForCausalLM:
     """The contestant's model, fresh; torch's seed decides its weights."""
     model = KimiLinearForCausalLM(config(who, size, vocab_size))
-    if model.config.parts.gate == "sigmoid":
+    if model.config.mixer_options.gate == "sigmoid":
         for name, parameter in model.named_parameters():
             if name.endswith("A_log"):  # as the bounded gate's authors start it; larger rates leave it no gradient
                 torch.nn.init.zeros_(parameter)
@@ -192,6 +192,8 @@ def count_parameters(config: KimiLinearConfig) -> int:
 def state_numbers(config: KimiLinearConfig, length: int) -> int:
     """How many numbers one sequence's state holds after `length` tokens: memories, windows, and latents a token."""
     D = config.linear_num_heads * config.linear_head_dim
-    memory = D * config.linear_head_dim + (3 * D * (config.short_conv_kernel_size - 1) if config.parts.conv else 0)
+    memory = D * config.linear_head_dim + (
+        3 * D * (config.short_conv_kernel_size - 1) if config.mixer_options.conv else 0
+    )
     latent = length * (config.kv_lora_rank + config.qk_rope_head_dim)
     return sum(latent if kind in LATENT_TYPES else memory for kind in config.layer_types)

@@ -22,10 +22,10 @@ from palimpsest.lab.experiment import Row, Tell
 from palimpsest.lab.tasks.task import check
 from palimpsest.layers.kimi_delta_attention import KimiDeltaAttention
 from palimpsest.layers.latent_attention import MultiHeadLatentAttention
-from palimpsest.layers.parts import MemoryParts
-from palimpsest.layers.state import KDAState, LatentState
+from palimpsest.layers.layer_state import KDAState, LatentState
+from palimpsest.layers.options import MixerOptions
 from palimpsest.models.kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
-from palimpsest.models.kimi_linear.state import ModelState
+from palimpsest.models.kimi_linear.model_state import ModelState
 from palimpsest.ops.gates import l2norm
 from palimpsest.ops.variants import dplr, kda
 
@@ -278,8 +278,8 @@ def _build_layer(name: str, shape: Shape) -> nn.Module:
             shape.hidden_size, shape.heads, kv_lora_rank=shape.latent, qk_nope_head_dim=shape.head_dim,
             qk_rope_head_dim=shape.positions, v_head_dim=shape.head_dim,
         )  # fmt: skip
-    parts = MemoryParts(decay="head") if name == "gdn" else MemoryParts()
-    return KimiDeltaAttention(shape.hidden_size, shape.heads, shape.head_dim, parts=parts)
+    options = MixerOptions(decay="head") if name == "gdn" else MixerOptions()
+    return KimiDeltaAttention(shape.hidden_size, shape.heads, shape.head_dim, options=options)
 
 
 def _memory(shape: Shape, B: int, device: str, dtype: torch.dtype) -> KDAState:

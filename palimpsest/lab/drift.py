@@ -14,9 +14,9 @@ from palimpsest.lab.experiment import Row, Tell
 from palimpsest.lab.formats import FORMATS, Format
 from palimpsest.lab.tasks.task import Task, check
 from palimpsest.lab.training import Training, draw_test, evaluate, learn
-from palimpsest.layers.state import KDAState
+from palimpsest.layers.layer_state import KDAState
 from palimpsest.models.kimi_linear import KimiLinearForCausalLM
-from palimpsest.models.kimi_linear.state import ModelState
+from palimpsest.models.kimi_linear.model_state import ModelState
 from palimpsest.ops.gates import l2norm
 from palimpsest.ops.variants import kda, kda_step_
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from palimpsest.lab.experiment import Row, Tell
 from palimpsest.lab.tasks.task import Key, check
 from palimpsest.lab.training import TEST_SEED, Training, learn
-from palimpsest.layers.kimi_delta_attention import Edits, KimiDeltaAttention
+from palimpsest.layers.kimi_delta_attention import KimiDeltaAttention, RecurrenceInputs
 from palimpsest.models.kimi_linear import KimiLinearForCausalLM
 from palimpsest.models.kimi_linear.model import DecoderLayer
 from palimpsest.ops.trace import trace
@@ -66,7 +66,7 @@ class Spectrum(NamedTuple):
 
 
 @torch.no_grad()
-def spectrum(edits: Edits) -> Spectrum:
+def spectrum(edits: RecurrenceInputs) -> Spectrum:
     """Measures a layer's edits; see `layer_edits`."""
     q, k, v, log_decay, beta = (x.double().cpu() for x in edits)
     B, T, H, K = k.shape
@@ -92,11 +92,11 @@ def _norm(M: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def layer_edits(model: KimiLinearForCausalLM, tokens: Tensor) -> dict[int, Edits]:
+def layer_edits(model: KimiLinearForCausalLM, tokens: Tensor) -> dict[int, RecurrenceInputs]:
     """What every delta-rule layer of the model tells its memory about tokens [B, T]: layer -> edits."""
     inputs: dict[int, Tensor] = {}
     mixers = [cast(DecoderLayer, layer).self_attn for layer in model.model.layers]
-    watched = {i: m for i, m in enumerate(mixers) if isinstance(m, KimiDeltaAttention) and m.parts.rule == "delta"}
+    watched = {i: m for i, m in enumerate(mixers) if isinstance(m, KimiDeltaAttention) and m.options.rule == "delta"}
 
     def watch(i: int):
         def note(module, args) -> None:
@@ -110,7 +110,7 @@ def layer_edits(model: KimiLinearForCausalLM, tokens: Tensor) -> dict[int, Edits
     finally:
         for hook in hooks:
             hook.remove()
-    return {i: watched[i].edits(x) for i, x in inputs.items()}
+    return {i: watched[i].recurrence_inputs(x) for i, x in inputs.items()}
 
 
 def warnings(layer: int, found: Spectrum, length: int) -> list[str]:

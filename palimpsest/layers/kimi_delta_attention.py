@@ -14,17 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from palimpsest.layers.layer_state import KDAState
 from palimpsest.layers.norms import RMSNorm
+from palimpsest.layers.options import OFFICIAL, MixerOptions
 from palimpsest.layers.padding import check_rows, pack, unpack
-from palimpsest.layers.parts import OFFICIAL, MemoryParts
 from palimpsest.layers.precision import Float32Tensors, float32
 from palimpsest.layers.short_conv import ShortConvolution
-from palimpsest.layers.state import KDAState
 from palimpsest.ops.gates import SigmoidDecay, SoftplusDecay, l2norm
 from palimpsest.ops.variants import gated_delta, gated_linear_attention, gdn2, kda, kda_from_logits, kda_step_
 
 
-class Edits(NamedTuple):
+class RecurrenceInputs(NamedTuple):
     """The arguments of `kda` and `trace`, as a layer makes them."""
 
     q: Tensor  # [B, T, H, K]
@@ -42,7 +42,7 @@ class KimiDeltaAttention(Float32Tensors):
         num_heads, head_dim: H and K; each head has a K x K memory.
         conv_size: width W of the short convolutions.
         norm_eps: of the norm on the way out.
-        parts: what the layer is made of; the default is the released layer.
+        options: what the layer is made of; the default is the released layer.
 
     >>> layer = KimiDeltaAttention(64, num_heads=2, head_dim=16)
     >>> y, state = layer(torch.randn(3, 10, 64))
@@ -61,32 +61,32 @@ class KimiDeltaAttention(Float32Tensors):
         *,
         conv_size: int = 4,
         norm_eps: float = 1e-5,
-        parts: MemoryParts = OFFICIAL,
+        options: MixerOptions = OFFICIAL,
     ):
         super().__init__()
-        self.num_heads, self.head_dim, self.parts = num_heads, head_dim, parts
+        self.num_heads, self.head_dim, self.options = num_heads, head_dim, options
         D, H, K = num_heads * head_dim, num_heads, head_dim
         linear = lambda inputs, outputs: nn.Linear(inputs, outputs, bias=False)
 
         self.q_proj, self.k_proj, self.v_proj = (linear(hidden_size, D) for _ in range(3))
-        if parts.conv:
+        if options.conv:
             self.q_conv1d, self.k_conv1d, self.v_conv1d = (ShortConvolution(D, conv_size) for _ in range(3))
 
-        if parts.decay != "none":
-            rates = H if parts.decay == "head" else D
+        if options.decay != "none":
+            rates = H if options.decay == "head" else D
             self.A_log = nn.Parameter(torch.empty(1, 1, H, 1, dtype=torch.float32))
             self.dt_bias = nn.Parameter(torch.empty(rates, dtype=torch.float32))
-        if parts.decay == "channel" and parts.gate_rank == "low":
+        if options.decay == "channel" and options.gate_rank == "low":
             self.f_a_proj, self.f_b_proj = linear(hidden_size, K), linear(K, D)
-        elif parts.decay in ("channel", "head"):
-            self.f_proj = linear(hidden_size, D if parts.decay == "channel" else H)
+        elif options.decay in ("channel", "head"):
+            self.f_proj = linear(hidden_size, D if options.decay == "channel" else H)
 
-        if parts.rule in ("delta", "write"):
+        if options.rule in ("delta", "write"):
             self.b_proj = linear(hidden_size, H)
-        elif parts.rule == "gdn2":
+        elif options.rule == "gdn2":
             self.e_proj, self.w_proj = linear(hidden_size, D), linear(hidden_size, D)
 
-        if parts.output_gate != "none":
+        if options.output_gate != "none":
             self.g_a_proj, self.g_b_proj = linear(hidden_size, K), linear(K, D)
         self.o_norm = RMSNorm(K, norm_eps)
         self.o_proj = linear(D, hidden_size)
@@ -97,10 +97,10 @@ class KimiDeltaAttention(Float32Tensors):
 
         The bounded gate starts at rate 1: within its sigmoid a larger one leaves no gradient.
         """
-        if self.parts.decay == "none":
+        if self.options.decay == "none":
             return
         with torch.no_grad():
-            if self.parts.gate == "softplus":
+            if self.options.gate == "softplus":
                 self.A_log.uniform_(1, 16).log_()
             else:
                 self.A_log.zero_()
@@ -156,7 +156,7 @@ class KimiDeltaAttention(Float32Tensors):
         H, K = self.num_heads, self.head_dim
         held = None if mask is None else [window.clone() for window in state.conv]
         streams = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
-        if self.parts.conv:
+        if self.options.conv:
             convs = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
             streams = [conv.step_(s, window) for conv, s, window in zip(convs, streams, state.conv)]
         else:
@@ -167,11 +167,11 @@ class KimiDeltaAttention(Float32Tensors):
             for window, before in zip(state.conv, held):
                 window.copy_(torch.where(mask[:, None, None], window, before))
 
-        if self.parts.rule == "delta":
+        if self.options.rule == "delta":
             log_decay_BHK, beta_BH = self._log_decay(x), self._beta(x)
             if mask is not None:
                 log_decay_BHK, beta_BH = log_decay_BHK * mask[:, None, None], beta_BH * mask[:, None]
-            if self.parts.qk_norm:
+            if self.options.qk_norm:
                 q_BHK, k_BHK = l2norm(q_BHK), l2norm(k_BHK)
             output_BHK = kda_step_(q_BHK, k_BHK, v_BHK, log_decay_BHK.expand_as(k_BHK), beta_BH, state.memory)
         else:
@@ -182,8 +182,8 @@ class KimiDeltaAttention(Float32Tensors):
             output_BHK = output_B1HK[:, 0]
         return self._way_out(x, output_BHK), state
 
-    def edits(self, x: Tensor, state: KDAState | None = None) -> Edits:
-        """What the layer tells its memory about each token, for those who want to watch: `trace(*layer.edits(x))`.
+    def recurrence_inputs(self, x: Tensor, state: KDAState | None = None) -> RecurrenceInputs:
+        """What the layer tells its memory about each token, for those who want to watch: `trace(*layer.recurrence_inputs(x))`.
 
         Args:
             x: [B, T, hidden_size].
@@ -192,21 +192,23 @@ class KimiDeltaAttention(Float32Tensors):
         Raises:
             ValueError: the layer's rule is not the delta rule, so it has no beta.
 
-        >>> KimiDeltaAttention(64, num_heads=2, head_dim=16).edits(torch.randn(1, 5, 64)).k.shape
+        >>> KimiDeltaAttention(64, num_heads=2, head_dim=16).recurrence_inputs(torch.randn(1, 5, 64)).k.shape
         torch.Size([1, 5, 2, 16])
         """
-        if self.parts.rule != "delta":
-            raise ValueError(f"the layer's rule is {self.parts.rule!r}; only a layer of the delta rule has these edits")
+        if self.options.rule != "delta":
+            raise ValueError(
+                f"the layer's rule is {self.options.rule!r}; only a layer of the delta rule has these edits"
+            )
         (q_BTHK, k_BTHK, v_BTHK), _ = self._streams(x, state)
-        if self.parts.qk_norm:
+        if self.options.qk_norm:
             q_BTHK, k_BTHK = l2norm(q_BTHK), l2norm(k_BTHK)
-        return Edits(q_BTHK, k_BTHK, v_BTHK, self._log_decay(x).expand_as(k_BTHK), self._beta(x))
+        return RecurrenceInputs(q_BTHK, k_BTHK, v_BTHK, self._log_decay(x).expand_as(k_BTHK), self._beta(x))
 
     def _streams(self, x: Tensor, state: KDAState | None, cu_seqlens: Tensor | None = None):
         """q, k and v as [B, T, H, K], through their convolutions, and the windows that these leave."""
         streams = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
         windows: tuple[Tensor, ...] = ()
-        if self.parts.conv:
+        if self.options.conv:
             before = (None,) * 3 if state is None else state.conv
             convs = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
             streams, windows = zip(
@@ -217,40 +219,40 @@ class KimiDeltaAttention(Float32Tensors):
         return [s.unflatten(-1, (self.num_heads, self.head_dim)) for s in streams], windows
 
     def _remember(self, x, q, k, v, memory, cu_seqlens=None):
-        parts, rest = self.parts, {"state": memory, "cu_seqlens": cu_seqlens}
-        if parts.rule == "delta" and parts.decay == "channel" and parts.qk_norm:
+        options, rest = self.options, {"state": memory, "cu_seqlens": cu_seqlens}
+        if options.rule == "delta" and options.decay == "channel" and options.qk_norm:
             logits = self._decay_logits(x), self.b_proj(x)
-            return kda_from_logits(q, k, v, *logits, gate=self._gate(), beta_max=parts.beta_max, **rest)
+            return kda_from_logits(q, k, v, *logits, gate=self._gate(), beta_max=options.beta_max, **rest)
 
-        if parts.qk_norm:
+        if options.qk_norm:
             q, k = l2norm(q), l2norm(k)
         log_decay = self._log_decay(x)
-        if parts.rule == "delta" and parts.decay == "head":
+        if options.rule == "delta" and options.decay == "head":
             return gated_delta(q, k, v, log_decay[..., 0], self._beta(x), **rest)
         log_decay = log_decay.expand_as(k)
-        if parts.rule == "delta":
+        if options.rule == "delta":
             return kda(q, k, v, log_decay, self._beta(x), **rest)
-        if parts.rule == "gdn2":
+        if options.rule == "gdn2":
             erase_gate, write_gate = (
                 float32(p(x)).sigmoid().unflatten(-1, (self.num_heads, self.head_dim))
                 for p in (self.e_proj, self.w_proj)
             )
             return gdn2(q, k, v, log_decay, erase_gate, write_gate, **rest)
-        if parts.rule == "write":
+        if options.rule == "write":
             v = (v * self._beta(x)[..., None]).to(v.dtype)
         return gated_linear_attention(q, k, v, log_decay, **rest)
 
     def _way_out(self, x: Tensor, output: Tensor) -> Tensor:
         """Each head at its own scale, gated, and back to the hidden size."""
         y = self.o_norm(float32(output))
-        if self.parts.output_gate != "none":
+        if self.options.output_gate != "none":
             gate = float32(self.g_b_proj(self.g_a_proj(x))).view_as(y)
-            y = y * (gate.sigmoid() if self.parts.output_gate == "sigmoid" else F.silu(gate))
+            y = y * (gate.sigmoid() if self.options.output_gate == "sigmoid" else F.silu(gate))
         return self.o_proj(y.to(x.dtype).flatten(-2))
 
     def _decay_logits(self, x: Tensor) -> Tensor:
         """[..., H, K], or [..., H, 1] for one rate a head."""
-        if self.parts.decay == "constant":
+        if self.options.decay == "constant":
             logits = x.new_zeros(*x.shape[:-1], self.num_heads * self.head_dim)
         elif hasattr(self, "f_proj"):
             logits = self.f_proj(x)
@@ -259,18 +261,18 @@ class KimiDeltaAttention(Float32Tensors):
         return logits.unflatten(-1, (self.num_heads, -1))
 
     def _gate(self):
-        if self.parts.gate == "softplus":
+        if self.options.gate == "softplus":
             return SoftplusDecay(self.A_log, self.dt_bias)
-        return SigmoidDecay(self.A_log, self.dt_bias, self.parts.floor)
+        return SigmoidDecay(self.A_log, self.dt_bias, self.options.floor)
 
     def _log_decay(self, x: Tensor) -> Tensor:
-        if self.parts.decay == "none":
+        if self.options.decay == "none":
             return float32(x).new_zeros(*x.shape[:-1], self.num_heads, 1)
         return self._gate()(self._decay_logits(x))
 
     def _beta(self, x: Tensor) -> Tensor:
-        return self.parts.beta_max * float32(self.b_proj(x)).sigmoid()
+        return self.options.beta_max * float32(self.b_proj(x)).sigmoid()
 
     def extra_repr(self) -> str:
-        changes = "".join(f", {name}={value!r}" for name, value in self.parts.changes().items())
+        changes = "".join(f", {name}={value!r}" for name, value in self.options.changes().items())
         return f"heads={self.num_heads}, head_dim={self.head_dim}{changes}"

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, einsum, nn
 
+from palimpsest.layers.layer_state import LatentState
 from palimpsest.layers.norms import RMSNorm
 from palimpsest.layers.padding import borders, check_rows, pack, unpack
 from palimpsest.layers.precision import float32
-from palimpsest.layers.state import LatentState
 
 ABSORB_UP_TO = (
     128  # tokens: absorbing costs R - N more products a pair and head, expanding N + V times R once a held token

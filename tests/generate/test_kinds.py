@@ -32,7 +32,7 @@ def test_every_kind_of_layer(pattern, tmp_path):
 
 def test_without_convolutions(tmp_path):
     torch.manual_seed(0)
-    config = KimiLinearConfig.tiny("KM", initializer_range=0.2, parts={"conv": False})
+    config = KimiLinearConfig.tiny("KM", initializer_range=0.2, mixer_options={"conv": False})
     check(KimiLinearForCausalLM(config).eval(), tmp_path)
 
 

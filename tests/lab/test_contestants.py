@@ -18,7 +18,7 @@ from palimpsest.lab.contestants import (
 from palimpsest.lab.tasks import Palindrome
 from palimpsest.lab.training import Training, learn
 from palimpsest.models.kimi_linear.config import LATENT_TYPES
-from palimpsest.models.kimi_linear.state import ModelState
+from palimpsest.models.kimi_linear.model_state import ModelState
 from palimpsest.ops import variants
 
 EVERYONE = [*CONTESTANTS, "KKKM", "KM"]

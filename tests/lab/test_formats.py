@@ -5,7 +5,7 @@ import torch
 
 from palimpsest.lab.drift import Drift, StepReader
 from palimpsest.lab.formats import FORMATS, Format
-from palimpsest.layers.parts import MemoryParts
+from palimpsest.layers.options import MixerOptions
 from palimpsest.models.kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
 
 
@@ -72,7 +72,7 @@ def test_feedback_loses_less_than_plain_int8():
 
 def test_reading_in_steps_is_reading_at_once():
     torch.manual_seed(0)
-    model = KimiLinearForCausalLM(KimiLinearConfig.tiny("KM", num_experts=0, parts=MemoryParts())).eval()
+    model = KimiLinearForCausalLM(KimiLinearConfig.tiny("KM", num_experts=0, mixer_options=MixerOptions())).eval()
     tokens = torch.randint(257, (2, 20))
     with torch.no_grad():
         assert StepReader(FORMATS["float32"], "cpu")(model, tokens).allclose(model.model(tokens)[0], atol=1e-4)

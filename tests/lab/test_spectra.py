@@ -4,17 +4,17 @@ import torch
 
 from palimpsest.lab.contestants import CONTESTANTS, Size, build
 from palimpsest.lab.spectra import eigenvalues, layer_edits, spectrum, transition_matrix, warnings
-from palimpsest.layers.kimi_delta_attention import Edits
+from palimpsest.layers.kimi_delta_attention import RecurrenceInputs
 from palimpsest.ops.gates import l2norm
 from palimpsest.ops.variants import kda
 
 
-def edits(T: int = 24, K: int = 6, beta_max: float = 1.0, rate: float = 0.3, unit: bool = True) -> Edits:
+def edits(T: int = 24, K: int = 6, beta_max: float = 1.0, rate: float = 0.3, unit: bool = True) -> RecurrenceInputs:
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, T, 2, K, dtype=torch.float64) for _ in range(3))
     log_decay = -rate * torch.rand(1, T, 2, K, dtype=torch.float64)
     beta = beta_max * torch.rand(1, T, 2, dtype=torch.float64)
-    return Edits(l2norm(q), l2norm(k) if unit else 2 * k, v, log_decay, beta)
+    return RecurrenceInputs(l2norm(q), l2norm(k) if unit else 2 * k, v, log_decay, beta)
 
 
 def test_eigenvalues_are_those_of_the_matrix():
@@ -92,6 +92,6 @@ def test_the_edits_of_a_model_are_those_of_its_layers():
     assert list(found) == [0, 1]
     first = model.model.layers[0]
     x = first.input_layernorm(model.model.embed_tokens(tokens))
-    for mine, theirs in zip(found[0], first.self_attn.edits(x)):
+    for mine, theirs in zip(found[0], first.self_attn.recurrence_inputs(x)):
         assert mine.allclose(theirs)
     assert not model.model.layers[0].self_attn._forward_pre_hooks

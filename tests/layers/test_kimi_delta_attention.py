@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from palimpsest.layers.kimi_delta_attention import KimiDeltaAttention
-from palimpsest.layers.parts import MemoryParts
-from palimpsest.layers.state import KDAState
+from palimpsest.layers.layer_state import KDAState
+from palimpsest.layers.options import MixerOptions
 from palimpsest.ops import trace
 from palimpsest.testing import assert_within_budget
 
@@ -33,7 +33,7 @@ PARTS = {
 
 def layer(parts="released", dtype=torch.float64, seed=0):
     torch.manual_seed(seed)
-    made = KimiDeltaAttention(HIDDEN, H, K, conv_size=W, parts=MemoryParts(**PARTS[parts]))
+    made = KimiDeltaAttention(HIDDEN, H, K, conv_size=W, options=MixerOptions(**PARTS[parts]))
     for name, parameter in made.named_parameters():
         if "o_norm" in name:
             torch.nn.init.normal_(parameter, 1, 0.2)
@@ -52,7 +52,7 @@ def sigmoid(x):
 
 def plainly(m: KimiDeltaAttention, x):
     """One token, one head at a time, as the paper says it. x [T, hidden] -> y [T, hidden], S [H, K, K]."""
-    p, weights = m.parts, dict(m.named_parameters())
+    p, weights = m.options, dict(m.named_parameters())
     T = len(x)
 
     def project(*names):
@@ -222,7 +222,7 @@ def test_gradients_reach_every_parameter_and_the_state():
     for parts in PARTS:
         m, x = layer(parts), draw(1, 6, HIDDEN).requires_grad_()
         memory = draw(1, H, K, K).requires_grad_()
-        windows = tuple(draw(1, H * K, W - 1, seed=i).requires_grad_() for i in range(3)) if m.parts.conv else ()
+        windows = tuple(draw(1, H * K, W - 1, seed=i).requires_grad_() for i in range(3)) if m.options.conv else ()
         y, state = m(x, KDAState(memory, windows))
         (y.square().sum() + state.memory.sum()).backward()
         for name, tensor in (*m.named_parameters(), ("x", x), ("memory", memory), *(("w", w) for w in windows)):
@@ -245,7 +245,7 @@ def test_the_watched_edits_are_the_ones_made():
     m, x = layer("negative eigenvalues"), draw(2, 9, HIDDEN)
     with torch.no_grad():
         _, state = m(x)
-        torch.testing.assert_close(trace.trace(*m.edits(x)).written[:, -1], state.memory)
+        torch.testing.assert_close(trace.trace(*m.recurrence_inputs(x)).written[:, -1], state.memory)
 
 
 def test_names_and_shapes_are_the_released_ones():
@@ -276,7 +276,7 @@ def test_decays_start_where_the_released_code_starts_them():
     assert step.min() >= 1e-3 * 0.999
     assert step.max() <= 1e-1 * 1.001
     assert abs(step.log10().mean() + 2) < 0.1  # uniform in the logarithm
-    assert not KimiDeltaAttention(2, 4, 2, parts=MemoryParts(gate="sigmoid")).A_log.any()
+    assert not KimiDeltaAttention(2, 4, 2, options=MixerOptions(gate="sigmoid")).A_log.any()
 
 
 def test_in_bfloat16_decay_and_strength_stay_exact():
@@ -313,11 +313,11 @@ def test_single_precision_is_within_budget_of_the_definition():
 
 MUTANTS = {
     "eps of the norm": lambda m: setattr(m.o_norm, "eps", 1e-1),
-    "silu output gate": lambda m: setattr(m, "parts", dataclasses.replace(m.parts, output_gate="silu")),
-    "bounded gate": lambda m: setattr(m, "parts", dataclasses.replace(m.parts, gate="sigmoid")),
-    "double beta": lambda m: setattr(m, "parts", dataclasses.replace(m.parts, beta_max=2.0)),
-    "no erasing": lambda m: setattr(m, "parts", dataclasses.replace(m.parts, rule="write")),
-    "no q/k norm": lambda m: setattr(m, "parts", dataclasses.replace(m.parts, qk_norm=False)),
+    "silu output gate": lambda m: setattr(m, "options", dataclasses.replace(m.options, output_gate="silu")),
+    "bounded gate": lambda m: setattr(m, "options", dataclasses.replace(m.options, gate="sigmoid")),
+    "double beta": lambda m: setattr(m, "options", dataclasses.replace(m.options, beta_max=2.0)),
+    "no erasing": lambda m: setattr(m, "options", dataclasses.replace(m.options, rule="write")),
+    "no q/k norm": lambda m: setattr(m, "options", dataclasses.replace(m.options, qk_norm=False)),
     "k through q's convolution": lambda m: setattr(m, "k_conv1d", m.q_conv1d),
     "taps reversed": lambda m: m.v_conv1d.weight.data.copy_(m.v_conv1d.weight.data.flip(-1)),
     "bias without its place": lambda m: m.dt_bias.data.copy_(m.dt_bias.data.view(H, K).T.flatten()),

@@ -7,7 +7,7 @@ import torch
 
 from palimpsest.layers import latent_attention
 from palimpsest.layers.latent_attention import MultiHeadLatentAttention, rotate
-from palimpsest.layers.state import LatentState
+from palimpsest.layers.layer_state import LatentState
 from palimpsest.testing import assert_within_budget
 
 HIDDEN, H, R, N, P, V = 24, 3, 10, 6, 4, 5
@@ -178,10 +178,10 @@ def test_an_older_state_keeps_its_value_and_can_branch():
     torch.testing.assert_close(three.latent[:, :10], first, rtol=0, atol=0)
     assert not two.latent[:, 9].equal(one.latent[:, 9])
 
-    shorter = LatentState(one.latent[:, :5], None, one.room)  # rolled back
+    shorter = LatentState(one.latent[:, :5], None, one.buffer)  # rolled back
     _, again = m.step_(x[:, 13], shorter)
     torch.testing.assert_close(one.latent, first, rtol=0, atol=0)
-    other = LatentState(again.latent[:1], None, again.room)  # one of the sequences
+    other = LatentState(again.latent[:1], None, again.buffer)  # one of the sequences
     _, again = m.step_(x[:1, 13], other)
     assert again.latent.shape == (1, 7, R + P)
     torch.testing.assert_close(three.latent[:, :10], first, rtol=0, atol=0)
@@ -199,13 +199,13 @@ def test_a_cache_begun_in_inference_mode_goes_on_outside_it():
 
 @torch.no_grad()
 def test_appending_copies_rarely():
-    m, state, rooms = layer(), LatentState(torch.empty(1, 0, R + P, dtype=torch.float64)), []
+    m, state, buffers = layer(), LatentState(torch.empty(1, 0, R + P, dtype=torch.float64)), []
     for t in range(600):
         _, state = m.step_(draw(1, HIDDEN, seed=t), state)
-        if not rooms or rooms[-1] is not state.room:
-            rooms.append(state.room)  # and keeps it, so that no two can share an address
-        assert state.room.rows.shape[1] <= 1.125 * (t + 1) + 64
-    assert len(rooms) <= 10, len(rooms)
+        if not buffers or buffers[-1] is not state.buffer:
+            buffers.append(state.buffer)  # and keeps it, so that no two can share an address
+        assert state.buffer.rows.shape[1] <= 1.125 * (t + 1) + 64
+    assert len(buffers) <= 10, len(buffers)
 
 
 def test_gradients_reach_every_parameter_and_the_past():

@@ -6,8 +6,8 @@ from torch import nn
 
 from palimpsest.layers.mlp import Expert, GatedMLP
 from palimpsest.layers.norms import RMSNorm
+from palimpsest.layers.options import MixerOptions
 from palimpsest.layers.padding import borders, check_rows, pack, unpack
-from palimpsest.layers.parts import MemoryParts
 from palimpsest.layers.precision import Float32Tensors
 from palimpsest.layers.short_conv import ShortConvolution
 from palimpsest.testing import assert_within_budget
@@ -152,4 +152,4 @@ def test_named_tensors_stay_in_float32(cast):
 )
 def test_unknown_parts_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        MemoryParts(**change)
+        MixerOptions(**change)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from palimpsest.layers.moe import MoE
-from palimpsest.layers.parts import MemoryParts
+from palimpsest.layers.options import MixerOptions
 from palimpsest.models.kimi_linear.config import LETTERS, KimiLinearConfig
 from palimpsest.models.kimi_linear.model import KimiLinearForCausalLM
 
@@ -83,12 +83,19 @@ def test_the_48b_preset_is_the_released_config():
         KimiLinearConfig.tiny(),
         KimiLinearConfig.tiny("M"),
         KimiLinearConfig.tiny("KR", router="official_alias", num_experts=0),
-        KimiLinearConfig.tiny("GDEALSKM", parts=MemoryParts(output_gate="silu", conv=False, beta_max=2.0)),
+        KimiLinearConfig.tiny("GDEALSKM", mixer_options=MixerOptions(output_gate="silu", conv=False, beta_max=2.0)),
         KimiLinearConfig.tiny("KKKK", first_k_dense_replace=2, moe_layer_freq=2, tie_word_embeddings=True),
     ],
 )
 def test_every_config_survives_json(config):
     assert KimiLinearConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_options_are_read_under_their_former_name():
+    config = KimiLinearConfig.tiny(mixer_options={"conv": False})
+    former = config.to_dict()
+    former["palimpsest"]["parts"] = former["palimpsest"].pop("mixer_options")
+    assert KimiLinearConfig.from_dict(former) == config
 
 
 @pytest.mark.parametrize(
@@ -109,9 +116,9 @@ def test_patterns_may_be_letters_or_names():
     assert KimiLinearConfig.tiny("KM").num_hidden_layers == 2
 
 
-def test_letters_choose_the_memory_and_parts_the_rest():
-    config = KimiLinearConfig.tiny("KGDEALS", parts={"conv": False})
-    assert [(p.rule, p.decay, p.conv) for p in map(config.memory_parts, range(7))] == [
+def test_letters_choose_the_memory_and_options_the_rest():
+    config = KimiLinearConfig.tiny("KGDEALS", mixer_options={"conv": False})
+    assert [(p.rule, p.decay, p.conv) for p in map(config.options_of, range(7))] == [
         ("delta", "channel", False),
         ("delta", "head", False),
         ("delta", "none", False),
@@ -136,7 +143,7 @@ def test_eos_lists_and_absent_experts_are_read():
         (lambda: KimiLinearConfig.tiny(num_expert=4), "has no field 'num_expert'; did you mean 'num_experts'?"),
         (lambda: KimiLinearConfig.tiny(zzz=4), "has no field 'zzz'; the fields are vocab_size"),
         (lambda: KimiLinearConfig.tiny().replace(hidden=4), "has no field 'hidden'; did you mean 'hidden_size'?"),
-        (lambda: KimiLinearConfig.tiny(parts={"convolution": True}), "parts has no field 'convolution'; the fields are"),
+        (lambda: KimiLinearConfig.tiny(mixer_options={"convolution": True}), "mixer_options has no field 'convolution'; the"),
         (lambda: KimiLinearConfig.tiny(hidden_size=0), "hidden_size is 0; expected at least 1"),
         (lambda: KimiLinearConfig.tiny(hidden_size=64.0), "hidden_size is 64.0; expected a whole number"),
         (lambda: KimiLinearConfig.tiny(vocab_size="257"), "vocab_size is '257'; expected a whole number"),

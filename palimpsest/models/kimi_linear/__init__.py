@@ -3,8 +3,8 @@
 from palimpsest.models.kimi_linear.config import KimiLinearConfig
 from palimpsest.models.kimi_linear.history import StateHistory
 from palimpsest.models.kimi_linear.model import CausalOutput, KimiLinearForCausalLM, KimiLinearModel
+from palimpsest.models.kimi_linear.model_state import ModelState
 from palimpsest.models.kimi_linear.nonfinite import NonFiniteError
-from palimpsest.models.kimi_linear.state import ModelState
 
 __all__ = [
     "CausalOutput",

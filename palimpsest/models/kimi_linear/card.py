@@ -13,7 +13,7 @@ import torch
 
 from palimpsest.models.kimi_linear.config import LATENT_TYPES, LETTERS, KimiLinearConfig
 from palimpsest.models.kimi_linear.model import KimiLinearForCausalLM
-from palimpsest.models.kimi_linear.state import ModelState
+from palimpsest.models.kimi_linear.model_state import ModelState
 from palimpsest.ops import backends
 
 CONTEXTS = (4096, 32768, 131072, 1048576)

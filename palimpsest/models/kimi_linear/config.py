@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from palimpsest.layers.parts import MemoryParts
+from palimpsest.layers.options import MixerOptions
 
 LETTERS = {
     "K": "kda",
@@ -26,7 +26,7 @@ LETTERS = {
     "S": "scalar_decay",
 }
 LATENT_TYPES = ("mla", "mla_rope")
-MEMORY_RULES = {  # layer type -> the parts that make it what it is
+MEMORY_RULES = {  # layer type -> the options that make it what it is
     "kda": {},
     "gated_delta": {"rule": "delta", "decay": "head"},
     "delta_rule": {"rule": "delta", "decay": "none"},
@@ -59,7 +59,7 @@ class KimiLinearConfig:
             second.
         router: "unbiased" weighs experts by their scores; "official_alias" by the biased scores, as the released remote
             code does by mistake.
-        parts: what the memory layers are made of; `layer_types` other than "kda" override its rule and decay.
+        mixer_options: what the memory layers are made of; `layer_types` other than "kda" override its rule and decay.
         pad_token_id, bos_token_id, eos_token_id: None where the tokenizer has none.
 
     Raises:
@@ -77,7 +77,7 @@ class KimiLinearConfig:
     linear_num_heads: int = 32
     linear_head_dim: int = 128
     short_conv_kernel_size: int = 4
-    parts: MemoryParts = field(default_factory=MemoryParts)
+    mixer_options: MixerOptions = field(default_factory=MixerOptions)
 
     num_attention_heads: int = 32
     kv_lora_rank: int = 512
@@ -110,8 +110,9 @@ class KimiLinearConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "layer_types", read_layer_types(self.layer_types))
-        if isinstance(self.parts, Mapping):
-            object.__setattr__(self, "parts", _build(MemoryParts, dict(self.parts), "parts"))
+        if isinstance(self.mixer_options, Mapping):
+            options = _build(MixerOptions, dict(self.mixer_options), "mixer_options")
+            object.__setattr__(self, "mixer_options", options)
         _check(self)
 
     @property
@@ -126,9 +127,9 @@ class KimiLinearConfig:
         """Whether layer (from 0) has a mixture of experts instead of a dense MLP."""
         return self.num_experts > 0 and layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
 
-    def memory_parts(self, layer: int) -> MemoryParts:
-        """The parts of memory layer `layer` (from 0)."""
-        return dataclasses.replace(self.parts, **MEMORY_RULES[self.layer_types[layer]])
+    def options_of(self, layer: int) -> MixerOptions:
+        """The options of memory layer `layer` (from 0)."""
+        return dataclasses.replace(self.mixer_options, **MEMORY_RULES[self.layer_types[layer]])
 
     def replace(self, **changes: Any) -> KimiLinearConfig:
         """The same config but for some fields.
@@ -335,8 +336,8 @@ def _to_official(config: KimiLinearConfig) -> dict[str, Any]:
     ours: dict[str, Any] = {}
     if set(config.layer_types) - {"kda", "mla"}:
         ours["layer_types"] = list(config.layer_types)
-    if config.parts.changes():
-        ours["parts"] = config.parts.changes()
+    if config.mixer_options.changes():
+        ours["mixer_options"] = config.mixer_options.changes()
     if config.router != "unbiased":
         ours["router"] = config.router
     return official | ({"palimpsest": ours} if ours else {})
@@ -362,6 +363,8 @@ def _from_official(cls, official: Mapping[str, Any]) -> KimiLinearConfig:
     if not isinstance(linear, Mapping):
         raise ValueError("the config has no linear_attn_config; it lists kda_layers and full_attn_layers from 1")
     extra = dict(official.get("palimpsest", {}))
+    if "parts" in extra:  # its name in earlier files
+        extra.setdefault("mixer_options", extra.pop("parts"))
     values = {name: official[name] for name in SAME_NAME if name in official}
     values |= {ours: linear[theirs] for theirs, ours in LINEAR_NAMES.items() if theirs in linear}
     if values.get("num_experts") is None:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from palimpsest.layers.state import KDAState, LatentState
-from palimpsest.models.kimi_linear.state import ModelState
+from palimpsest.layers.layer_state import KDAState, LatentState
+from palimpsest.models.kimi_linear.model_state import ModelState
 
 if TYPE_CHECKING:
     from palimpsest.models.kimi_linear.model import KimiLinearForCausalLM

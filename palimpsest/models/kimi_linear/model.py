@@ -16,14 +16,14 @@ from torch.utils.checkpoint import checkpoint
 
 from palimpsest.layers.kimi_delta_attention import KimiDeltaAttention
 from palimpsest.layers.latent_attention import MultiHeadLatentAttention
+from palimpsest.layers.layer_state import KDAState, LatentState
 from palimpsest.layers.mlp import GatedMLP
 from palimpsest.layers.moe import MoE
 from palimpsest.layers.norms import RMSNorm
 from palimpsest.layers.padding import borders, check_rows, pack, unpack
 from palimpsest.layers.precision import float32
-from palimpsest.layers.state import KDAState, LatentState
 from palimpsest.models.kimi_linear.config import LATENT_TYPES, KimiLinearConfig
-from palimpsest.models.kimi_linear.state import ModelState
+from palimpsest.models.kimi_linear.model_state import ModelState
 
 
 class CausalOutput(NamedTuple):
@@ -317,5 +317,5 @@ def _mixer(config: KimiLinearConfig, index: int) -> KimiDeltaAttention | MultiHe
         config.linear_head_dim,
         conv_size=config.short_conv_kernel_size,
         norm_eps=config.rms_norm_eps,
-        parts=config.memory_parts(index),
+        options=config.options_of(index),
     )

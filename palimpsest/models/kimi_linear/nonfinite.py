@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from palimpsest.models.kimi_linear.state import ModelState
+from palimpsest.models.kimi_linear.model_state import ModelState
 
 if TYPE_CHECKING:
     from palimpsest.models.kimi_linear.model import KimiLinearForCausalLM

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from palimpsest.layers.state import KDAState, LatentState
+from palimpsest.layers.layer_state import KDAState, LatentState
 from palimpsest.models.kimi_linear.config import KimiLinearConfig
-from palimpsest.models.kimi_linear.state import ModelState
+from palimpsest.models.kimi_linear.model_state import ModelState
 
 if TYPE_CHECKING:
     from palimpsest.models.kimi_linear.model import KimiLinearForCausalLM

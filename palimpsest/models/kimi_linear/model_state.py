@@ -1,6 +1,6 @@
 """What a whole model remembers between calls.
 
-Letters as in layers/state.py.
+Letters as in layers/layer_state.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from palimpsest.layers.state import KDAState, LatentState
+from palimpsest.layers.layer_state import KDAState, LatentState
 from palimpsest.models.kimi_linear.config import KimiLinearConfig
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class ModelState:
                 layers.append(LatentState(torch.empty(batch_size, 0, width, device=device, dtype=dtype)))
             else:
                 memory = torch.zeros(batch_size, H, K, K, device=device, dtype=memory_dtype)
-                windows = 3 if config.parts.conv else 0
+                windows = 3 if config.mixer_options.conv else 0
                 conv = tuple(torch.zeros(window, device=device, dtype=dtype) for _ in range(windows))
                 layers.append(KDAState(memory, conv))
         return cls(tuple(layers), torch.zeros(batch_size, device=device, dtype=torch.int64))
@@ -155,7 +155,7 @@ class ModelState:
                 rows.append(LayerBytes(i, "kda", layer.memory.nbytes, sum(w.nbytes for w in layer.conv), 0, 0, 0))
             else:
                 size = layer.latent.nbytes + (0 if layer.valid is None else layer.valid.nbytes)
-                spare = 0 if layer.room is None else layer.room.rows.nbytes - layer.latent.nbytes
+                spare = 0 if layer.buffer is None else layer.buffer.rows.nbytes - layer.latent.nbytes
                 per_token = layer.latent.shape[-1] * layer.latent.element_size()
                 rows.append(LayerBytes(i, "latent", 0, 0, size, spare, per_token))
         return tuple(rows)

@@ -1,4 +1,4 @@
-"""What the memory layer is made of, as values: the official layer is the default, the rest is for comparison."""
+"""What a memory layer is made of, as values: the official layer is the default, the rest is for comparison."""
 
 from dataclasses import asdict, dataclass, fields
 
@@ -12,8 +12,8 @@ CHOICES = {
 
 
 @dataclass(frozen=True)
-class MemoryParts:
-    """The parts of a memory layer. The defaults are Kimi Delta Attention as released.
+class MixerOptions:
+    """The options of a memory layer. The defaults are Kimi Delta Attention as released.
 
     Attributes:
         rule: what a token does to the memory. "delta" erases and writes with one strength beta; "gdn2" erases per key
@@ -28,7 +28,7 @@ class MemoryParts:
         conv: a short convolution on q, k and v.
         qk_norm: q and k at unit length.
 
-    >>> MemoryParts(decay="head").rule
+    >>> MixerOptions(decay="head").rule
     'delta'
     """
 
@@ -52,11 +52,11 @@ class MemoryParts:
             raise ValueError(f"beta_max is {self.beta_max}; beyond 2 the memory grows without bound: give 1.0 or 2.0")
 
     def changes(self) -> dict:
-        """The parts that differ from the released layer."""
+        """The options that differ from the released layer."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
 
     def to_dict(self) -> dict:
         return asdict(self)
 
 
-OFFICIAL = MemoryParts()
+OFFICIAL = MixerOptions()

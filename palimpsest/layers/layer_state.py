@@ -28,8 +28,8 @@ class KDAState:
 
 
 @dataclass
-class Room:
-    """Rows behind a latent, with room to grow. Nobody rewrites a row that is filled, so older states stay true."""
+class CacheBuffer:
+    """Rows behind a latent, with space to grow. Nobody rewrites a row that is filled, so older states stay true."""
 
     rows: Tensor  # [B, capacity, C]
     filled: int
@@ -40,14 +40,14 @@ class LatentState:
     """The cache of one latent attention layer: one latent row a token, shared by all heads.
 
     Attributes:
-        latent: [B, S, R + P], the normalised latent beside the position channels of the key; often a view of `room`.
+        latent: [B, S, R + P], the normalised latent beside the position channels of the key; often a view of `buffer`.
         valid: [B, S], True where a row is a token and not padding; None when every row is.
-        room: spare rows behind latent, None if there are none; never needed to tell what the state holds.
+        buffer: spare rows behind latent, None if there are none; never needed to tell what the state holds.
     """
 
     latent: Tensor
     valid: Tensor | None = None
-    room: Room | None = field(default=None, repr=False, compare=False)
+    buffer: CacheBuffer | None = field(default=None, repr=False, compare=False)
 
     def num_tokens(self) -> Tensor:
         """Tokens of each sequence, [B]."""
@@ -73,7 +73,7 @@ class LatentState:
     def append(self, latent: Tensor, valid: Tensor | None = None) -> LatentState:
         """The state with T more rows, [B, T, C]; valid [B, T] says which of them are tokens, all if None.
 
-        This state keeps its value. Without a graph to record, the rows go where the last append left room.
+        This state keeps its value. Without a graph to record, the rows go into the spare rows that the last append left.
         """
         S, T = self.latent.shape[1], latent.shape[1]
         if self.valid is not None or valid is not None:
@@ -85,25 +85,25 @@ class LatentState:
         if torch.is_grad_enabled() and (self.latent.requires_grad or latent.requires_grad):
             return LatentState(torch.cat([self.latent, latent], dim=1), valid)
 
-        room = self._room_for(latent)
-        room.rows[:, S : S + T] = latent
-        room.filled = S + T
-        return LatentState(room.rows[:, : S + T], valid, room)
+        buffer = self._buffer_for(latent)
+        buffer.rows[:, S : S + T] = latent
+        buffer.filled = S + T
+        return LatentState(buffer.rows[:, : S + T], valid, buffer)
 
-    def _room_for(self, latent: Tensor) -> Room:
-        """Room that begins with this state's rows: its own if nobody has written behind them, otherwise a copy."""
-        room, S, count = self.room, self.latent.shape[1], latent.shape[1]
+    def _buffer_for(self, latent: Tensor) -> CacheBuffer:
+        """A buffer that begins with this state's rows: its own if nobody has written behind them, otherwise a copy."""
+        buffer, S, count = self.buffer, self.latent.shape[1], latent.shape[1]
         if (
-            room is not None
-            and room.filled == S
-            and room.rows.data_ptr() == self.latent.data_ptr()
-            and room.rows.shape[0] == len(latent)
-            and room.rows.shape[1] >= S + count
-            and room.rows.dtype == latent.dtype
-            and (torch.is_inference_mode_enabled() or not room.rows.is_inference())  # torch forbids such writes
+            buffer is not None
+            and buffer.filled == S
+            and buffer.rows.data_ptr() == self.latent.data_ptr()
+            and buffer.rows.shape[0] == len(latent)
+            and buffer.rows.shape[1] >= S + count
+            and buffer.rows.dtype == latent.dtype
+            and (torch.is_inference_mode_enabled() or not buffer.rows.is_inference())  # torch forbids such writes
         ):
-            return room
+            return buffer
         capacity = S + count + max(64, S // 8)  # an eighth more: few copies, little waste
         rows = latent.new_empty(len(latent), capacity, latent.shape[2])
         rows[:, :S] = self.latent
-        return Room(rows, S)
+        return CacheBuffer(rows, S)
