@@ -21,7 +21,7 @@ from mkdocs.structure.files import File
 COURSE = Path(__file__).parents[1] / "course"
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 FILE_LINK = re.compile(
-    r"\[([^\]]+)\]\((?:\.\./)+((?:benchmarks|lab|palimpsest|tests|recipes|course|explainer)/[^)#]+)\)"
+    r"\[([^\]]+)\]\((?:\.\./)+((?:benchmarks|palimpsest|tests|recipes|results|course|web)/[^)#]+)\)"
 )  # not of the site
 _pages: dict[tuple[str, str], tuple[str, dict[str, bytes]]] = {}  # (name, source) -> page, figures: for `mkdocs serve`
 

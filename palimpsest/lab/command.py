@@ -71,7 +71,7 @@ def show(
 ) -> int:
     """What an experiment asks and runs, or what its results say.
 
-    Example: `palimpsest lab show fig4`, `palimpsest lab show lab/results/fig4-small`
+    Example: `palimpsest lab show fig4`, `palimpsest lab show results/lab/fig4-small`
     """
     console = Console(highlight=False)
     if Path(target).is_dir():
@@ -189,7 +189,7 @@ def compare(
 ) -> int:
     """Results side by side: the same points, their spread over seeds, and whether the difference is beyond it.
 
-    Example: `palimpsest lab compare lab/results/fig4-small runs/lab/fig4-small --metric accuracy`
+    Example: `palimpsest lab compare results/lab/fig4-small runs/lab/fig4-small --metric accuracy`
     """
     from palimpsest.lab.report import compare as side_by_side
 

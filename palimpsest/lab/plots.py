@@ -1,4 +1,4 @@
-"""Plots as PNG and SVG, alike in all experiments: a colour and a marker belong to a contestant, a band to the seeds."""
+"""Plots as PNG, alike in all experiments: a colour and a marker belong to a contestant, a band to the seeds."""
 
 from __future__ import annotations
 
@@ -133,11 +133,7 @@ def legend_below(found: Any, axes: Sequence[Any]) -> None:
 
 
 def save(figures: Mapping[str, Any], folder: Path) -> list[str]:
-    """Writes NAME.png and NAME.svg, the same bytes for the same figure; returns the names."""
-    from matplotlib import rc_context
-
-    with rc_context({"svg.hashsalt": "palimpsest"}):
-        for name, each in figures.items():
-            for kind in ("png", "svg"):
-                each.savefig(folder / f"{name}.{kind}", dpi=140, metadata={"Date": None} if kind == "svg" else None)
+    """Writes NAME.png; returns the names."""
+    for name, each in figures.items():
+        each.savefig(folder / f"{name}.png", dpi=140)
     return list(figures)

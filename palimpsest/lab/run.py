@@ -4,7 +4,7 @@ FOLDER/sweep.json      the experiment, its scale and its points: who this folder
 FOLDER/results.jsonl   a line a finished point, with curves
 FOLDER/unfinished/     what an interrupted point left, to be taken up again
 FOLDER/results.csv     the same as results.jsonl, a line a row, without curves
-FOLDER/*.png, *.svg    plots
+FOLDER/*.png           plots
 FOLDER/report.md       one page: the verdict, the tables, the machine
 """
 

@@ -12,7 +12,7 @@ from palimpsest.explainer.scenes import worked
 from palimpsest.explainer.server import STATIC
 from palimpsest.explainer.wire import pack
 
-SOURCES = Path(__file__).parents[2] / "explainer"
+SOURCES = Path(__file__).parents[2] / "web"
 
 
 def test_the_built_page_is_of_these_sources():
@@ -28,7 +28,7 @@ def test_the_built_page_is_of_these_sources():
     for name in sorted(names):
         digest.update(f"{name}\n".encode() + (SOURCES / name).read_bytes())
     built = json.loads((STATIC / "build.json").read_text())["sources"]
-    assert built == digest.hexdigest(), "run npm ci && npm run build in explainer/, and commit what it writes"
+    assert built == digest.hexdigest(), "run npm ci && npm run build in web/, and commit what it writes"
 
 
 def test_the_whole_page_weighs_less_than_a_megabyte_and_a_half():

@@ -94,7 +94,7 @@ def test_a_sweep_leaves_results_csv_plots_and_a_report(tmp_path):
         note="a note",
     )
     names = {file.name for file in (tmp_path / "out").iterdir()}
-    assert names == {"sweep.json", "results.jsonl", "results.csv", "squares.png", "squares.svg", "report.md"}
+    assert names == {"sweep.json", "results.jsonl", "results.csv", "squares.png", "report.md"}
     report = (tmp_path / "out" / "report.md").read_text()
     for words in (
         "what are the squares?",
