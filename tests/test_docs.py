@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 MODULES = sorted(
     str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__")
     for path in (ROOT / "palimpsest").rglob("*.py")
-    if ">>>" in path.read_text() and not {"triton", "cuda", "static"} & set(path.parts)
+    if ">>>" in path.read_text() and not {"gpu", "static"} & set(path.parts)
 )
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 LINK = re.compile(r"\]\((?!https?://|mailto:|#)([^)#\s]+)")

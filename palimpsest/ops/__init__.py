@@ -1,8 +1,8 @@
 """Functions on tensors: the family, its gates, its backends. Knows torch and nothing above it."""
 
-from palimpsest.ops import backends, plain
+from palimpsest.ops import backends, torch_backends
 from palimpsest.ops.cpu import register as cpu
-from palimpsest.ops.triton import register as gpu
+from palimpsest.ops.gpu import register as gpu
 
-for _backend in (gpu.HOPPER, gpu.TRITON, cpu.CPU, plain.CHUNKED, plain.REFERENCE):  # fastest first
+for _backend in (gpu.HOPPER, gpu.TRITON, cpu.CPU, torch_backends.CHUNKED, torch_backends.REFERENCE):  # fastest first
     backends.register(_backend)

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from palimpsest.ops import backends, gates, reference
-from palimpsest.ops.cpu import build, register
+from palimpsest.ops.cpu import jit, register
 from palimpsest.ops.variants import gdn2, kda, kda_from_logits, kda_step_
 from palimpsest.testing import BETAS, DECAYS, KEYS, Case, assert_within_budget, judge
 
-pytestmark = pytest.mark.skipif(build.refusal() is not None, reason=f"the kernel {build.refusal()}")
+pytestmark = pytest.mark.skipif(jit.refusal() is not None, reason=f"the kernel {jit.refusal()}")
 NAMES = ("output", "state", "d_q", "d_k", "d_v", "d_log_decay", "d_beta", "d_state")
 
 
@@ -383,12 +383,12 @@ PROCESSORS = {
 
 @pytest.mark.parametrize("processor", PROCESSORS)
 def test_every_width_of_register_is_the_law(processor, tmp_path, monkeypatch):
-    described = build._processor()
+    described = jit._processor()
     if any(flag.removeprefix("-m") not in described for flag in PROCESSORS[processor]):
         pytest.skip(f"this processor has no {processor}")
-    path = build.compile_source(build.find_compiler(), tmp_path, flags=(PROCESSORS[processor],))
+    path = jit.compile_source(jit.find_compiler(), tmp_path, flags=(PROCESSORS[processor],))
     opened = ctypes.CDLL(str(path))
-    monkeypatch.setattr(build, "library", lambda: opened)
+    monkeypatch.setattr(jit, "library", lambda: opened)
     register._step_function.cache_clear()
     try:
         assert_is_the_law(drawn(77, 40, 72, 1, 1, 2, decay="mixed"))
@@ -401,14 +401,14 @@ def test_every_width_of_register_is_the_law(processor, tmp_path, monkeypatch):
 
 def test_sanitizers_find_nothing(tmp_path):
     """The kernels on arrays of exactly the promised size, in a program of its own; and the compiler has no warnings."""
-    compiler, program = build.find_compiler(), tmp_path / "driver"
+    compiler, program = jit.find_compiler(), tmp_path / "driver"
     sanitize = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     probe = tmp_path / "probe.c"
     probe.write_text("int main(void) { return 0; }")
     if subprocess.run([compiler, *sanitize, probe, "-o", program], capture_output=True).returncode:
         pytest.skip("this compiler has no sanitizers")
     driver = Path(__file__).with_name("cpu_driver.c")
-    flags = ("-std=gnu11", "-g", "-march=native", "-fopenmp", "-Wall", "-Wextra", *sanitize, f"-I{build.SOURCE.parent}")
+    flags = ("-std=gnu11", "-g", "-march=native", "-fopenmp", "-Wall", "-Wextra", *sanitize, f"-I{jit.SOURCE.parent}")
     compiled = subprocess.run([compiler, *flags, driver, "-o", program, "-lm"], capture_output=True, text=True)
     assert compiled.returncode == 0
     assert compiled.stderr == ""

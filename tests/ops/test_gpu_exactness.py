@@ -24,7 +24,7 @@ from palimpsest import (
 )  # fmt: skip
 from palimpsest.ops import chunked, reference
 from palimpsest.ops.gates import SigmoidDecay, SoftplusDecay, l2norm
-from palimpsest.ops.triton.step import steps_
+from palimpsest.ops.gpu.triton.step import steps_
 from palimpsest.testing import BETAS, DECAYS, KEYS, MUTANTS, Case, rounded_products
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -238,7 +238,7 @@ def test_the_same_bits_a_thousand_times(backend):
 @pytest.mark.skipif(not HOPPER, reason="a choice of the Hopper tier")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_one_launch_or_two_give_the_same_bits(monkeypatch, dtype):
-    from palimpsest.ops.cuda import delta_memory
+    from palimpsest.ops.gpu.hopper import delta_memory
 
     monkeypatch.setattr(delta_memory, "MANY", 0)
     borders = torch.tensor([0, 0, 1, 64, 700, 700, 1000], device="cuda")

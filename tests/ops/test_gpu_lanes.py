@@ -14,16 +14,16 @@ import pytest
 import torch
 
 from palimpsest.ops import gates, reference
-from palimpsest.ops.cuda import build, delta_memory
+from palimpsest.ops.gpu.hopper import delta_memory, precompile
 from palimpsest.testing import CASES, Case, assert_within_budget, judge
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to play the lanes")
 C, K = 64, 128
 STRUCTURES = {
-    "intra": "IntraArguments",
-    "chain_forward": "WalkArguments",
-    "chain_both": "Both",
+    "intra_chunk": "IntraArguments",
+    "inter_chunk_forward": "WalkArguments",
+    "inter_chunk_both": "Both",
     "forward": "Arguments",
     "gradient": "Arguments",
 }
@@ -53,11 +53,11 @@ def lanes(tmp_path_factory):
 
     def run(file, kernel, fields, grid, *values, erase=0):
         """`fields` and `values` of each structure that the argument is made of, one after the other."""
-        key, structure = (file, kernel, erase), STRUCTURES[kernel[:-2] if file == "chain" else file]
+        key, structure = (file, kernel, erase), STRUCTURES[kernel[:-2] if file == "inter_chunk" else file]
         if key not in libraries:
             source, library = folder / f"{kernel}{erase}.cpp", folder / f"{kernel}{erase}.so"
             source.write_text(
-                f'#include "{HERE}/warp_on_cpu.h"\n#include "{build.ROOM}/{file}.cu"\n'
+                f'#include "{HERE}/warp_on_cpu.h"\n#include "{precompile.ROOM}/{file}.cu"\n'
                 f'static {structure} a;\nextern "C" void run({structure}* x, int bx, int by)'
                 f" {{ a = *x; cpu_run(bx, by, {delta_memory.THREADS[file]}, [] {{ {kernel}(a); }}); }}"
             )
@@ -83,7 +83,7 @@ def structure_of(fields):
 
 
 class Kernels:
-    """Forward and backward as ops/cuda/delta_memory.py launches them."""
+    """Forward and backward as ops/gpu/hopper/delta_memory.py launches them."""
 
     def __init__(
         self,
@@ -137,8 +137,8 @@ class Kernels:
                 "state_out": torch.full_like(x["state_out"], torch.nan),
             }
             if groups:
-                self.run("intra", f"intra{self.gated}", (INTRA,), (self.tiles, 1), intra, erase=self.kind)
-                self.run("chain", f"chain_forward_{groups}", (WALK,), (tasks, parts // groups), walk)
+                self.run("intra_chunk", f"intra_chunk{self.gated}", (INTRA,), (self.tiles, 1), intra, erase=self.kind)
+                self.run("inter_chunk", f"inter_chunk_forward_{groups}", (WALK,), (tasks, parts // groups), walk)
             else:
                 fields, order = (INTRA, WALK, ORDER), dict(ready=ready, ready_tiles=self.tiles, producers=2)
                 grid = (2 + tasks * parts, 1)
@@ -160,10 +160,10 @@ class Kernels:
             "state_out": d_first,
             "memories": x["d_memories"],
         }
-        self.run("intra", f"intra{self.gated}", (INTRA,), (self.tiles, 1), x, erase=self.kind)
+        self.run("intra_chunk", f"intra_chunk{self.gated}", (INTRA,), (self.tiles, 1), x, erase=self.kind)
         for groups in (1, 2)[: x["V"] // 64]:
             grid = (x["N"] * x["HV"], 2 * (x["V"] // 64) // groups)
-            self.run("chain", f"chain_both_{groups}", (WALK, WALK), grid, {**x, "out": dv}, reverse)
+            self.run("inter_chunk", f"inter_chunk_both_{groups}", (WALK, WALK), grid, {**x, "out": dv}, reverse)
         heads = (*x["write"].shape[:3], K)
         gradients = dict(
             d_out=d_out, d_write=d_write, dq=torch.full(heads, torch.nan, dtype=torch.bfloat16),
@@ -330,7 +330,7 @@ extern "C" int run(const int* cu_seqlens, const int* chunk_offsets, int T, int N
 @pytest.mark.parametrize("packed", [False, True])
 def test_every_chunk_is_prepared_once_and_in_time(tmp_path, packed):
     source, library = tmp_path / "order.cpp", tmp_path / "order.so"
-    source.write_text(f'#include "{HERE}/warp_on_cpu.h"\n#include "{build.ROOM}/forward.cu"\n{ORDER_PROGRAM}')
+    source.write_text(f'#include "{HERE}/warp_on_cpu.h"\n#include "{precompile.ROOM}/forward.cu"\n{ORDER_PROGRAM}')
     subprocess.run(["g++", "-O1", "-w", "-fPIC", "-shared", str(source), "-o", str(library)], check=True)
     HV, by, lengths = 3, 7, [0, 500, 1, 64, 0, 65, 700, 10] * 3 if packed else [300] * 13
     chunks = [-(-x // C) for x in lengths]
@@ -376,23 +376,25 @@ def test_a_wrong_kernel_fails(lanes):
 def test_the_shipped_code_is_that_of_these_sources():
     import zipfile
 
-    with zipfile.ZipFile(build.ARCHIVE) as archive:
-        assert archive.read("digest").decode() == build.digest(), "run python -m palimpsest.ops.cuda.build"
-        assert set(archive.namelist()) == {"digest", *build.variants()}
+    with zipfile.ZipFile(precompile.ARCHIVE) as archive:
+        assert archive.read("digest").decode() == precompile.digest(), (
+            "run python -m palimpsest.ops.gpu.hopper.precompile"
+        )
+        assert set(archive.namelist()) == {"digest", *precompile.variants()}
 
 
 @pytest.mark.parametrize("K", [64, 128])
 def test_kernels_get_the_shared_memory_that_they_lay_out(tmp_path, K):
     shared = delta_memory._SHARED
-    sizes = [("intra", "IntraShared", shared["intra"][K]), ("intra", "Tile", delta_memory.TILE[K])]
+    sizes = [("intra_chunk", "IntraShared", shared["intra_chunk"][K]), ("intra_chunk", "Tile", delta_memory.TILE[K])]
     for groups in (1, 2):
-        sizes.append(("chain", f"WalkShared<{groups}>", shared["chain"][groups, K]))
+        sizes.append(("inter_chunk", f"WalkShared<{groups}>", shared["inter_chunk"][groups, K]))
     sizes.append(("forward", "char[max(PREPARING * sizeof(IntraShared), sizeof(WalkShared<1>))]", shared["forward"][K]))
     sizes += [("gradient", f"Smem<{K}>", shared["gradient"][K])]
     for x, (file, name, size) in enumerate(sizes):
         source = tmp_path / f"{x}.cpp"
         source.write_text(
-            f'#include "{HERE}/warp_on_cpu.h"\n#include "{build.ROOM}/{file}.cu"\n'
+            f'#include "{HERE}/warp_on_cpu.h"\n#include "{precompile.ROOM}/{file}.cu"\n'
             f"static_assert(sizeof({name}) == {size}); static_assert({size} <= 232448);"
         )
         subprocess.run(["g++", "-w", "-fsyntax-only", f"-DKEY_DIM={K}", str(source)], check=True)
@@ -415,7 +417,7 @@ def test_arguments_are_packed_as_the_kernels_read_them(fields, packed):
 
 def test_a_launch_hands_over_its_arguments(tmp_path, monkeypatch):
     """Against a driver that only remembers what it was given."""
-    from palimpsest.ops.cuda import launch
+    from palimpsest.ops.gpu.hopper import launch
 
     source = tmp_path / "driver.cpp"
     source.write_text("""
@@ -439,7 +441,7 @@ def test_a_launch_hands_over_its_arguments(tmp_path, monkeypatch):
     monkeypatch.setattr(launch.torch._C, "_cuda_getCurrentRawStream", lambda device: 0x7FFF00000010, raising=False)
     launch._module.cache_clear()
     address = 0x7F1234567890
-    launch.Kernel("chain_bf16_128", "any", "P2if", 160, 215040, 0).launch((9, 2), address, 3, True, 0.5)
+    launch.Kernel("inter_chunk_bf16_128", "any", "P2if", 160, 215040, 0).launch((9, 2), address, 3, True, 0.5)
     launch._module.cache_clear()
     seen = list((ctypes.c_ulonglong * 16).in_dll(driver, "seen"))
     assert seen[:10] == [0x1234567812345679, 9, 2, 1, 160, 1, 1, 215040, 0x7FFF00000010, 0]

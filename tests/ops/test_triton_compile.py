@@ -17,8 +17,8 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from palimpsest.ops.triton import chain, gradient, intra, linear, reverse, step
-from palimpsest.ops.triton.configs import config
+from palimpsest.ops.gpu.triton import gradient, inter_chunk_bwd, inter_chunk_fwd, intra_chunk, linear, step
+from palimpsest.ops.gpu.triton.configs import config
 
 capability, folder, dtype, K = int(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
 WIDE = dtype == "fp32" or K > 128
@@ -30,7 +30,8 @@ CONSTANTS = dict(
 ABSENT = {"cu_seqlens", "chunk_offsets", "A_log", "dt_bias", "norms", "norms_out", "dA_log_out", "d_bias_out", "M_out", "states"}
 FLOATS = {"sums", "D", "D_out", "state", "state_out", "d_state", "d_state_out", "g", "dg_out"}
 KERNELS = {
-    "intra": intra.intra_kernel, "chain": chain.chain_kernel, "reverse": reverse.reverse_kernel,
+    "intra_chunk": intra_chunk.intra_chunk_kernel, "inter_chunk_fwd": inter_chunk_fwd.inter_chunk_fwd_kernel,
+    "inter_chunk_bwd": inter_chunk_bwd.inter_chunk_bwd_kernel,
     "scores": gradient.scores_kernel, "gradient": gradient.gradient_kernel, "step": step.step_kernel,
     "sums": linear.sums_kernel, "running": linear.running_kernel, "reads": linear.reads_kernel,
 }
@@ -65,18 +66,23 @@ for name in KERNELS:
 """
 SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may have
 STACK = {  # bytes of spilled registers a thread uses, on sm_80 and sm_90: less is welcome, more is a step back
-    "bf16 64": dict(intra=(1352, 1112), chain=(192, 0), reverse=(3944, 0), gradient=(8528, 1928)),
-    "bf16 128": dict(
-        intra=(2776, 1792), chain=(288, 8), reverse=(608, 80), scores=(72, 0), gradient=(7016, 1912), sums=(136, 0),
-        reads=(280, 0),
+    "bf16 64": dict(
+        intra_chunk=(1352, 1112), inter_chunk_fwd=(192, 0), inter_chunk_bwd=(3944, 0), gradient=(8528, 1928),
     ),
-    "bf16 256": dict(intra=(9720, 10024), chain=(240, 176), reverse=(8, 16), gradient=(248, 232)),
+    "bf16 128": dict(
+        intra_chunk=(2776, 1792), inter_chunk_fwd=(288, 8), inter_chunk_bwd=(608, 80), scores=(72, 0),
+        gradient=(7016, 1912), sums=(136, 0), reads=(280, 0),
+    ),
+    "bf16 256": dict(
+        intra_chunk=(9720, 10024), inter_chunk_fwd=(240, 176), inter_chunk_bwd=(8, 16), gradient=(248, 232),
+    ),
     "fp32 128": dict(
-        intra=(2968, 2832), chain=(6608, 920), reverse=(704, 728), scores=(432, 448), gradient=(1336, 1144), reads=(224, 288)
+        intra_chunk=(2968, 2832), inter_chunk_fwd=(6608, 920), inter_chunk_bwd=(704, 728), scores=(432, 448),
+        gradient=(1336, 1144), reads=(224, 288),
     ),
     "fp32 256": dict(
-        intra=(27816, 32104), chain=(13024, 13104), reverse=(12488, 12760), scores=(8448, 8592), gradient=(1352, 1104),
-        reads=(9536, 8488),
+        intra_chunk=(27816, 32104), inter_chunk_fwd=(13024, 13104), inter_chunk_bwd=(12488, 12760), scores=(8448, 8592),
+        gradient=(1352, 1104), reads=(9536, 8488),
     ),
 }  # fmt: skip
 

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from palimpsest.ops import gates, reference
-from palimpsest.ops.triton.register import TRITON
-from palimpsest.ops.triton.step import steps_
-from palimpsest.ops.triton.warmup import warmup
+from palimpsest.ops.gpu.register import TRITON
+from palimpsest.ops.gpu.triton.step import steps_
+from palimpsest.ops.gpu.warmup import warmup
 from palimpsest.testing import Case, assert_within_budget
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,4 +1,4 @@
-// Thirty-two lanes on one CPU: enough of the hardware to run the kernels of palimpsest/ops/cuda as C++.
+// Thirty-two lanes on one CPU: enough of the hardware to run the kernels of palimpsest/ops/gpu/hopper as C++.
 // Each thread of a block is a fiber; a collective stores what the lane gives, waits for its warp, and reads the others.
 #pragma once
 #define WARP_ON_CPU

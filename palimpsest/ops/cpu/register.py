@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.ops.backends import Backend, Problem
-from palimpsest.ops.cpu import build
+from palimpsest.ops.cpu import jit
 
 SEGMENT = 64  # tokens between checkpoints, as in delta_memory.c
 MAX_K = 256
@@ -58,7 +58,7 @@ def forward(
     call = _call(inputs, cu_seqlens, scale, gate, floor)
     call.out, call.end_state = _array(out), end_state.data_ptr()
     call.checkpoints = checkpoints.data_ptr() if keep else None
-    _check(build.library().delta_memory_forward(ctypes.byref(call)))
+    _check(jit.library().delta_memory_forward(ctypes.byref(call)))
     return out, end_state, checkpoints
 
 
@@ -87,7 +87,7 @@ def backward(
     call.d_q, call.d_k, call.d_value, call.d_log_decay = (_array(x) for x in (d_q, d_k, d_value, d_log_decay))
     call.d_erase, call.d_beta, call.d_state = _array(d_erase), _array(d_beta), _pointer(d_state)
     call.d_A_log, call.d_dt_bias = _pointer(d_A_log), _pointer(d_dt_bias)
-    _check(build.library().delta_memory_backward(ctypes.byref(call)))
+    _check(jit.library().delta_memory_backward(ctypes.byref(call)))
     return gradients
 
 
@@ -146,7 +146,7 @@ def _step_now(q, k, v, log_decay, beta, state, scale):
 
 @functools.cache
 def _step_function():
-    function = build.library().delta_memory_step
+    function = jit.library().delta_memory_step
     function.argtypes = [c_int64] * 7 + [c_double] + [c_void_p] * 7
     function.restype = None
     return function
@@ -245,7 +245,7 @@ def refuses(problem: Problem) -> str | None:
         return "computes in fp32, and these tensors are fp64"
     if problem.key_dim > MAX_K:
         return f"holds at most {MAX_K} key channels, and these are {problem.key_dim}"
-    return build.refusal()
+    return jit.refusal()
 
 
 CPU = Backend("cpu", refuses, core=core, kda=kda, kda_from_logits=kda_from_logits, step=step)

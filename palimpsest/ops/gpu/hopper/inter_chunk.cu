@@ -1,5 +1,5 @@
 // The walks as launches of their own, a block each task: (task, part of the value channels).
-#include "walk.cuh"
+#include "inter_chunk.cuh"
 
 // The two walks of a backward pass need nothing of each other: where multiprocessors are left over, they go side by side.
 struct Both { WalkArguments save, reverse; };
@@ -9,7 +9,7 @@ template <int GROUPS> DEVICE void both(const Both& a) {
     else walk<SAVE, GROUPS>(a.save, blockIdx.x, part - parts, nullptr, nullptr);
 }
 #define KERNEL(name, arguments) extern "C" __global__ void __launch_bounds__(WALK_THREADS, 1) name(const __grid_constant__ arguments a)
-KERNEL(chain_forward_1, WalkArguments) { walk<FORWARD, 1>(a, blockIdx.x, blockIdx.y, nullptr, nullptr); }
-KERNEL(chain_forward_2, WalkArguments) { walk<FORWARD, 2>(a, blockIdx.x, blockIdx.y, nullptr, nullptr); }
-KERNEL(chain_both_1, Both) { both<1>(a); }
-KERNEL(chain_both_2, Both) { both<2>(a); }
+KERNEL(inter_chunk_forward_1, WalkArguments) { walk<FORWARD, 1>(a, blockIdx.x, blockIdx.y, nullptr, nullptr); }
+KERNEL(inter_chunk_forward_2, WalkArguments) { walk<FORWARD, 2>(a, blockIdx.x, blockIdx.y, nullptr, nullptr); }
+KERNEL(inter_chunk_both_1, Both) { both<1>(a); }
+KERNEL(inter_chunk_both_2, Both) { both<2>(a); }

@@ -6,7 +6,7 @@
 Grid      (chunk x value head): all chunks at once.
 Writes    per chunk  E = erase decay(0, i), Q = q decay(0, i) [C, K];  W = M^T (k decay(i, C)) [C, K];  the transpose of P M
           [C, C];  D = decay(0, C) [K];  for the backward also M^T [C, C] and, with a gate, the norms' reciprocals.
-          With these the walk over the chunks (chain.py) is two matrix products deep.
+          With these the walk over the chunks (inter_chunk_fwd.py) is two matrix products deep.
 Transposed, A and M are computed as A^T and M^T: a product that is transposed before the next product is slow, and wrong
           in some Triton releases.
 Answers   to ops/chunked.py, where `merge` is one level of the loop below.
@@ -15,11 +15,11 @@ Answers   to ops/chunked.py, where `merge` is one level of the loop below.
 import triton
 import triton.language as tl
 
-from palimpsest.ops.triton.tiles import crosses, factor, find_chunk, load_decay, product, sigmoid, spans
+from palimpsest.ops.gpu.triton.tiles import crosses, factor, find_chunk, load_decay, product, sigmoid, spans
 
 
 @triton.jit(do_not_specialize=["T", "N"])
-def intra_kernel(
+def intra_chunk_kernel(
     q, k, erase, g, A_log, dt_bias, E_out, Q_out, W_out, P_out, D_out, M_out, norms_out,
     cu_seqlens, chunk_offsets, T, N, H, HV, scale, floor,
     K: tl.constexpr, BLOCK_K: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, STRENGTH: tl.constexpr,

@@ -4,9 +4,9 @@ Rows are (kernel, wide) -> settings; wide is true for fp32 operands or more than
 """
 
 CONFIGS = {
-    "intra": dict(num_warps=8, num_stages=1),
-    "chain": dict(block_v=64, num_warps=4, stages=2),
-    "reverse": dict(block_v=64, num_warps=4, stages=2),
+    "intra_chunk": dict(num_warps=8, num_stages=1),
+    "inter_chunk_fwd": dict(block_v=64, num_warps=4, stages=2),
+    "inter_chunk_bwd": dict(block_v=64, num_warps=4, stages=2),
     "scores": dict(block_v=64, num_warps=8, num_stages=1),
     "gradient": dict(block_k=64, block_v=64, num_warps=8, num_stages=1),
     "step": dict(block_v=64, num_warps=4),
@@ -15,9 +15,9 @@ CONFIGS = {
     "reads": dict(block_c=64, block=64, num_warps=4, stages=2),
 }
 WIDE = {
-    "intra": dict(num_warps=8, num_stages=1),
-    "chain": dict(block_v=32, num_warps=4, stages=1),
-    "reverse": dict(block_v=32, num_warps=4, stages=1),
+    "intra_chunk": dict(num_warps=8, num_stages=1),
+    "inter_chunk_fwd": dict(block_v=32, num_warps=4, stages=1),
+    "inter_chunk_bwd": dict(block_v=32, num_warps=4, stages=1),
     "scores": dict(block_v=32, num_warps=8, num_stages=1),
     "gradient": dict(block_k=32, block_v=32, num_warps=8, num_stages=1),
     "step": dict(block_v=32, num_warps=4),

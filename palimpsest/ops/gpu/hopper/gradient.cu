@@ -5,7 +5,7 @@
 // First    fresh = M R, dP = do fresh^T, dA = -dw fresh^T: products with 16 tokens a warp.
 // Then     16 key channels at a time. Products leave 16 x 16 sums in fragments; they cross to lanes that hold four tokens of
 //          two channels each (lane = 8 t + l: tokens 4 t to 4 t + 3, channels 2 l and 2 l + 1), where decays are formed.
-// Pairs    inside four tokens are taken one by one, inside 8 and 16 by levels as in intra.cu. A row's sums over other blocks
+// Pairs    inside four tokens are taken one by one, inside 8 and 16 by levels as in intra_chunk.cu. A row's sums over other blocks
 //          and from the memory are gathered by Horner's rule, x <- x total_J + dP_J k_J, so no product of totals is ever
 //          formed twice.
 // Decays   d log_decay of a token is what passes over it: from the memory before the chunk to it and later tokens; from it

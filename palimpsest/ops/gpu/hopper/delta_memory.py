@@ -1,7 +1,7 @@
 """The delta memory on Hopper: which kernels run in which order, on which workspaces.
 
-forward    intra -> chain; with few heads both at once, in one launch
-backward   intra (again, nothing of it is kept) -> chain -> gradient
+forward    intra_chunk -> inter_chunk; with few heads both at once, in one launch
+backward   intra_chunk (again, nothing of it is kept) -> inter_chunk -> gradient
 
 Letters  B sequences, T tokens, H key heads, HV value heads, K key channels, V value channels, N packed sequences.
 """
@@ -13,34 +13,34 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from palimpsest.ops.cuda.launch import Kernel, kernel
-from palimpsest.ops.triton.register import new_state
+from palimpsest.ops.gpu.hopper.launch import Kernel, kernel
+from palimpsest.ops.gpu.workspace import new_state
 
 C = 64  # tokens in a chunk
 _INTRA, _WALK, _GRADIENT = "11P4i2f3i4x", "8P4i", "23P4i2f3i"
 _FORWARD = _INTRA + _WALK + "P2i"
-THREADS = {"intra": 128, "chain": 384, "forward": 384, "gradient": 256}
+THREADS = {"intra_chunk": 128, "inter_chunk": 384, "forward": 384, "gradient": 256}
 _SHARED = {  # bytes, by key channels; of walks also by groups, of gradient by value channels
-    "intra": {64: 56320, 128: 72704},
-    "chain": {(1, 64): 130048, (1, 128): 203776, (2, 64): 154624, (2, 128): 228352},
+    "intra_chunk": {64: 56320, 128: 72704},
+    "inter_chunk": {(1, 64): 130048, (1, 128): 203776, (2, 64): 154624, (2, 128): 228352},
     "forward": {64: 168960, 128: 218112},
     "gradient": {64: 90416, 128: 114992},
 }
 TILE = {64: 33280, 128: 58112}  # bytes of what is prepared of a chunk: struct Tile of warp.cuh
 FEW = 4 / 11  # of the multiprocessors: so many walks leave enough of them to prepare chunks meanwhile
 MANY = 700  # tiles; with fewer, waiting for the first ones costs more than a second launch
-PREPARING = THREADS["forward"] // THREADS["intra"]  # chunks at a time on a multiprocessor that prepares
+PREPARING = THREADS["forward"] // THREADS["intra_chunk"]  # chunks at a time on a multiprocessor that prepares
 _SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def load(dtype: torch.dtype, K: int, V: int, device: int) -> None:
     """Everything that KDA may ask for at these, whatever the length: which kernels run depends on it."""
     for gated in (False, True):
-        _intra(dtype, K, 0, gated, device), _forward(dtype, K, 0, gated, device)
+        _intra_chunk(dtype, K, 0, gated, device), _forward(dtype, K, 0, gated, device)
         _gradient(dtype, K, V, 0, gated, device)
     for groups in range(1, V // 64 + 1):
         for walks in (1, 2):
-            _chain(dtype, K, groups, walks, device)
+            _inter_chunk(dtype, K, groups, walks, device)
 
 
 class Plan(NamedTuple):
@@ -67,9 +67,9 @@ def _kernel(
 
 
 @cache
-def _intra(dtype: torch.dtype, K: int, erase: int, gated: bool, device: int) -> Kernel:
-    name = "intra_gated" if gated else "intra"
-    return _kernel("intra", f"_{erase}", dtype, K, _SHARED["intra"][K], _INTRA, name, device)
+def _intra_chunk(dtype: torch.dtype, K: int, erase: int, gated: bool, device: int) -> Kernel:
+    name = "intra_chunk_gated" if gated else "intra_chunk"
+    return _kernel("intra_chunk", f"_{erase}", dtype, K, _SHARED["intra_chunk"][K], _INTRA, name, device)
 
 
 @cache
@@ -79,9 +79,9 @@ def _forward(dtype: torch.dtype, K: int, erase: int, gated: bool, device: int) -
 
 
 @cache
-def _chain(dtype: torch.dtype, K: int, groups: int, walks: int, device: int) -> Kernel:
-    name = f"chain_{'both' if walks == 2 else 'forward'}_{groups}"
-    return _kernel("chain", "", dtype, K, _SHARED["chain"][groups, K], walks * _WALK, name, device)
+def _inter_chunk(dtype: torch.dtype, K: int, groups: int, walks: int, device: int) -> Kernel:
+    name = f"inter_chunk_{'both' if walks == 2 else 'forward'}_{groups}"
+    return _kernel("inter_chunk", "", dtype, K, _SHARED["inter_chunk"][groups, K], walks * _WALK, name, device)
 
 
 @cache
@@ -101,7 +101,7 @@ def plan_of(q: Tensor, v: Tensor, erase: Tensor, cu_seqlens: Tensor | None, excl
     kind = 0 if erase.ndim == 3 else 2 if exclusive else 1
     if cu_seqlens is None:
         return Plan(q, T, H, HV, K, V, B, B * (-(-T // C)), 0, 0, kind, ())
-    from palimpsest.ops.triton.packing import borders_of
+    from palimpsest.ops.gpu.triton.borders import borders_of
 
     N = cu_seqlens.shape[0] - 1
     borders, offsets = borders_of(cu_seqlens, T, C, q.device)
@@ -143,7 +143,7 @@ def walk_arguments(plan: Plan, tiles: Tiles, rows, state, out, state_out, memori
 
 def prepare(plan: Plan, arguments: tuple, gated: bool) -> None:
     if plan.chunks:
-        launch = _intra(plan.q.dtype, plan.K, plan.erase, gated, plan.q.get_device()).launch
+        launch = _intra_chunk(plan.q.dtype, plan.K, plan.erase, gated, plan.q.get_device()).launch
         launch((plan.chunks * plan.HV, 1), *arguments)
 
 
@@ -155,12 +155,12 @@ def walk(plan: Plan, *arguments: tuple) -> None:
     if plan.sequences:
         tasks, parts, device = plan.sequences * plan.HV, plan.V // 64, plan.q.get_device()
         groups = 2 if parts == 2 and tasks * parts * len(arguments) > multiprocessors(device) else 1
-        launch = _chain(plan.q.dtype, plan.K, groups, len(arguments), device).launch
+        launch = _inter_chunk(plan.q.dtype, plan.K, groups, len(arguments), device).launch
         launch((tasks, parts // groups * len(arguments)), *itertools.chain(*arguments))
 
 
 def forward(q, k, v, log_decay, erase, state, scale, cu_seqlens, A_log, dt_bias, gate, floor, exclusive):
-    """See ops/triton/register.py for the arguments."""
+    """See ops/gpu/register.py for the arguments."""
     q, k, v, g, erase, state, A_log, dt_bias = _readable(q, k, v, log_decay, erase, state, A_log, dt_bias)
     plan = plan_of(q, v, erase, cu_seqlens, exclusive)
     out, state_out = torch.empty_like(v), new_state(q, v, cu_seqlens)

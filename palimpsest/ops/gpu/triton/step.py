@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from palimpsest.ops.triton.configs import config
-from palimpsest.ops.triton.tiles import LOG2E
+from palimpsest.ops.gpu.triton.configs import config
+from palimpsest.ops.gpu.triton.tiles import LOG2E
 
 
 @triton.jit(do_not_specialize=["T"])

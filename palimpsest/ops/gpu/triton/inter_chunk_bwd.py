@@ -2,18 +2,18 @@
 
     dw = (P M)^T do + W dS          dS <- Diag(D) dS + Q^T do - E^T dw
 
-Grid and letters as in chain.py; dS is the gradient of the memory after a chunk, and W = M^T K.
+Grid and letters as in inter_chunk_fwd.py; dS is the gradient of the memory after a chunk, and W = M^T K.
 Writes    dw, the gradient of `write`; dS for each chunk; the gradient of the first memory.
 """
 
 import triton
 import triton.language as tl
 
-from palimpsest.ops.triton.tiles import find_sequence
+from palimpsest.ops.gpu.triton.tiles import find_sequence
 
 
 @triton.jit(do_not_specialize=["T"])
-def reverse_kernel(
+def inter_chunk_bwd_kernel(
     E, Q, W, P, D, d_out, d_state_out, d_write, d_memories, d_state,
     cu_seqlens, chunk_offsets, T, HV,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from palimpsest.ops.backends import Backend, Problem
 from palimpsest.ops.gates import SigmoidDecay
+from palimpsest.ops.gpu.workspace import new_state, state_or_zeros
 
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor erase, Tensor? state, float scale, Tensor? cu_seqlens, "
@@ -55,11 +56,11 @@ def _forward(*arguments):
     q, k, v, log_decay, erase, state, _, cu_seqlens, A_log, dt_bias, *_ = arguments
     _expect_one_device("q k v log_decay erase state A_log dt_bias", q, k, v, log_decay, erase, state, A_log, dt_bias)
     if hopper:
-        from palimpsest.ops.cuda import delta_memory
+        from palimpsest.ops.gpu.hopper import delta_memory
     else:
-        from palimpsest.ops.triton import delta_memory
+        from palimpsest.ops.gpu.triton import delta_memory
 
-        arguments[5] = _or_zeros(state, q, v, cu_seqlens)
+        arguments[5] = state_or_zeros(state, q, v, cu_seqlens)
     return delta_memory.forward(*arguments)
 
 
@@ -67,35 +68,35 @@ def _forward(*arguments):
 def _backward(*arguments):
     *arguments, hopper = arguments
     if hopper:
-        from palimpsest.ops.cuda import delta_memory
+        from palimpsest.ops.gpu.hopper import delta_memory
     else:
-        from palimpsest.ops.triton import delta_memory
+        from palimpsest.ops.gpu.triton import delta_memory
 
         q, v, cu_seqlens = arguments[2], arguments[4], arguments[9]
-        arguments[1], arguments[7] = (_or_zeros(arguments[x], q, v, cu_seqlens) for x in (1, 7))  # d_state, state
+        arguments[1], arguments[7] = (state_or_zeros(arguments[x], q, v, cu_seqlens) for x in (1, 7))  # d_state, state
     return delta_memory.backward(*arguments)
 
 
 @_on_the_device_of_its_tensors
 def _linear_forward(q, k, v, state, scale, cu_seqlens):
     _expect_one_device("q k v state", q, k, v, state)
-    from palimpsest.ops.triton import linear
+    from palimpsest.ops.gpu.triton import linear
 
-    return linear.forward(q, k, v, _or_zeros(state, q, v, cu_seqlens), scale, cu_seqlens)
+    return linear.forward(q, k, v, state_or_zeros(state, q, v, cu_seqlens), scale, cu_seqlens)
 
 
 @_on_the_device_of_its_tensors
 def _linear_backward(d_out, d_state, q, k, v, state, scale, cu_seqlens):
-    from palimpsest.ops.triton import linear
+    from palimpsest.ops.gpu.triton import linear
 
-    d_state, state = (_or_zeros(x, q, v, cu_seqlens) for x in (d_state, state))
+    d_state, state = (state_or_zeros(x, q, v, cu_seqlens) for x in (d_state, state))
     return linear.backward(d_out, d_state, q, k, v, state, scale, cu_seqlens)
 
 
 @_on_the_device_of_its_tensors
 def _step_(q, k, v, log_decay, beta, state, scale):
     _expect_one_device("q k v log_decay beta state", q, k, v, log_decay, beta, state)
-    from palimpsest.ops.triton import step
+    from palimpsest.ops.gpu.triton import step
 
     return step.step_(q, k, v, log_decay, beta, state, scale)
 
@@ -109,16 +110,6 @@ def _expect_one_device(names: str, *tensors: Tensor | None) -> None:
         if x is not None and x.get_device() != index:
             name = names.split()[at]
             raise ValueError(f"{name} is on {x.device} and q on {q.device}; move all of them to one device")
-
-
-def new_state(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Room for the memory of each sequence."""
-    N = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return v.new_empty(N, v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
-
-
-def _or_zeros(state: Tensor | None, q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    return new_state(q, v, cu_seqlens).zero_() if state is None else state
 
 
 def _fake_forward(q, k, v, log_decay, erase, state, scale, cu_seqlens, *rest):

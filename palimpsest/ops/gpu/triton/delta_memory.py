@@ -1,7 +1,7 @@
 """The delta memory on a GPU: which kernels run in which order, on which workspaces.
 
-forward    intra -> chain
-backward   intra (again, nothing of it is kept) -> chain (memories only) -> reverse -> scores -> gradient
+forward    intra_chunk -> inter_chunk_fwd
+backward   intra_chunk (again, nothing of it is kept) -> inter_chunk_fwd (memories only) -> inter_chunk_bwd -> scores -> gradient
 
 Letters  B sequences, T tokens, H key heads, HV value heads, K key channels, V value channels, N packed sequences.
 """
@@ -12,12 +12,12 @@ import torch
 import triton
 from torch import Tensor
 
-from palimpsest.ops.triton.chain import chain_kernel
-from palimpsest.ops.triton.configs import CHUNK, WIDE_CHUNK, config, padded
-from palimpsest.ops.triton.gradient import gradient_kernel, scores_kernel
-from palimpsest.ops.triton.intra import intra_kernel
-from palimpsest.ops.triton.packing import borders_of
-from palimpsest.ops.triton.reverse import reverse_kernel
+from palimpsest.ops.gpu.triton.borders import borders_of
+from palimpsest.ops.gpu.triton.configs import CHUNK, WIDE_CHUNK, config, padded
+from palimpsest.ops.gpu.triton.gradient import gradient_kernel, scores_kernel
+from palimpsest.ops.gpu.triton.inter_chunk_bwd import inter_chunk_bwd_kernel
+from palimpsest.ops.gpu.triton.inter_chunk_fwd import inter_chunk_fwd_kernel
+from palimpsest.ops.gpu.triton.intra_chunk import intra_chunk_kernel
 
 GATES = {"none": 0, "softplus": 1, "sigmoid": 2}
 
@@ -66,34 +66,34 @@ def plan_of(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Plan:
     return Plan(T, H, HV, K, V, sequences, chunks, C, block_k, wide, q.dtype, precision, cu_seqlens, offsets, shared)
 
 
-def intra(plan: Plan, q, k, g, erase, A_log, dt_bias, scale, floor, gate, exclusive, save):
-    """The workspaces E, Q, W, P, D, M, norms of intra.py."""
+def intra_chunk(plan: Plan, q, k, g, erase, A_log, dt_bias, scale, floor, gate, exclusive, save):
+    """The workspaces E, Q, W, P, D, M, norms of intra_chunk.py."""
     E, Q, W = (plan.empty(plan.C, plan.K, like=q) for _ in range(3))
     P = plan.empty(plan.C, plan.C, like=q)
     D = plan.empty(plan.K, dtype=torch.float32, like=q)
     M = plan.empty(plan.C, plan.C, like=q) if save else None
     norms = plan.empty(2, plan.C, dtype=torch.float32, like=q) if save and gate else None
     if plan.chunks:
-        intra_kernel[(plan.chunks * plan.HV,)](
+        intra_chunk_kernel[(plan.chunks * plan.HV,)](
             q, k, erase, g, A_log, dt_bias, E, Q, W, P, D, M, norms,
             plan.cu_seqlens, plan.chunk_offsets, plan.T, plan.sequences, plan.H, plan.HV, scale, floor,
             BLOCK_K=plan.block_k, LEVELS=plan.C.bit_length() - 1, STRENGTH=erase.ndim == 3, GATE=gate,
-            EXCLUSIVE=exclusive, SAVE=save, **plan.shared, **config("intra", plan.wide),
+            EXCLUSIVE=exclusive, SAVE=save, **plan.shared, **config("intra_chunk", plan.wide),
         )  # fmt: skip
     return E, Q, W, P, D, M, norms
 
 
-def chain(plan: Plan, E, Q, W, P, D, v, erase, state, gate, save):
+def inter_chunk_fwd(plan: Plan, E, Q, W, P, D, v, erase, state, gate, save):
     """The output and last state; or with save, the memory before each chunk [chunks, HV, V, K]."""
     out = state_out = memories = None
     if save:
         memories = plan.empty(plan.V, plan.K, like=v)
     else:
         out, state_out = torch.empty_like(v), torch.empty_like(state)
-    settings = config("chain", plan.wide)
+    settings = config("inter_chunk_fwd", plan.wide)
     block_v, stages = plan.block_v(settings), settings.pop("stages")
     if plan.sequences:
-        chain_kernel[(plan.sequences * plan.HV, triton.cdiv(plan.V, block_v))](
+        inter_chunk_fwd_kernel[(plan.sequences * plan.HV, triton.cdiv(plan.V, block_v))](
             E, Q, W, P, D, v, erase, state, out, state_out, memories,
             plan.cu_seqlens, plan.chunk_offsets, plan.T, plan.HV,
             V=plan.V, BLOCK_K=plan.block_k, BLOCK_V=block_v, STRENGTH=erase.ndim == 3, GATE=gate > 0, SAVE=save,
@@ -106,8 +106,8 @@ def forward(q, k, v, log_decay, erase, state, scale, cu_seqlens, A_log, dt_bias,
     """See register.py for the arguments."""
     q, k, v, g, erase, state = (x.contiguous() for x in (q, k, v, log_decay, erase, state))
     plan = plan_of(q, v, cu_seqlens)
-    E, Q, W, P, D, _, _ = intra(plan, q, k, g, erase, A_log, dt_bias, scale, floor, gate, exclusive, save=False)
-    return chain(plan, E, Q, W, P, D, v, erase, state, gate, save=False)
+    E, Q, W, P, D, _, _ = intra_chunk(plan, q, k, g, erase, A_log, dt_bias, scale, floor, gate, exclusive, save=False)
+    return inter_chunk_fwd(plan, E, Q, W, P, D, v, erase, state, gate, save=False)
 
 
 def backward(
@@ -119,14 +119,16 @@ def backward(
         x.contiguous() for x in (d_out, d_state, q, k, v, log_decay, erase, state)
     )
     plan = plan_of(q, v, cu_seqlens)
-    E, Q, W, P, D, M, norms = intra(plan, q, k, g, erase, A_log, dt_bias, scale, floor, gate, exclusive, save=True)
-    memories = chain(plan, E, Q, W, P, D, v, erase, state, gate, save=True)
+    E, Q, W, P, D, M, norms = intra_chunk(
+        plan, q, k, g, erase, A_log, dt_bias, scale, floor, gate, exclusive, save=True
+    )
+    memories = inter_chunk_fwd(plan, E, Q, W, P, D, v, erase, state, gate, save=True)
 
     d_write, d_memories, d_state_in = torch.empty_like(v), torch.empty_like(memories), torch.empty_like(state)
-    settings = config("reverse", plan.wide)
+    settings = config("inter_chunk_bwd", plan.wide)
     block_v, stages = plan.block_v(settings), settings.pop("stages")
     if plan.sequences:
-        reverse_kernel[(plan.sequences * plan.HV, triton.cdiv(plan.V, block_v))](
+        inter_chunk_bwd_kernel[(plan.sequences * plan.HV, triton.cdiv(plan.V, block_v))](
             E, Q, W, P, D, d_out, d_state, d_write, d_memories, d_state_in,
             plan.cu_seqlens, plan.chunk_offsets, plan.T, plan.HV,
             V=plan.V, BLOCK_K=plan.block_k, BLOCK_V=block_v, STAGES=stages, **plan.shared, **settings,

@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from palimpsest.ops.triton.configs import config, padded
-from palimpsest.ops.triton.packing import borders_of
-from palimpsest.ops.triton.tiles import find_chunk, find_sequence
+from palimpsest.ops.gpu.triton.borders import borders_of
+from palimpsest.ops.gpu.triton.configs import config, padded
+from palimpsest.ops.gpu.triton.tiles import find_chunk, find_sequence
 
 CHUNK = 256  # tokens
 

@@ -1,7 +1,7 @@
 """Compiled Hopper kernels: found, loaded and launched through the driver's own interface.
 
-The machine code is shipped in `sm_90a.zip`, so a first call compiles nothing; `python -m palimpsest.ops.cuda.build` makes
-it. A kernel takes one structure by value; `Kernel.launch` packs it and hands it over, a few microseconds in all.
+The machine code is shipped in `sm_90a.zip`, so a first call compiles nothing; precompile.py makes it. A kernel
+takes one structure by value; `Kernel.launch` packs it and hands it over, a few microseconds in all.
 """
 
 import ctypes
@@ -35,7 +35,7 @@ def _module(file: str, device: int) -> ctypes.c_void_p:
     module = ctypes.c_void_p()
     if not ARCHIVE.exists():
         raise RuntimeError(
-            f"{ARCHIVE} is missing; `python -m palimpsest.ops.cuda.build` makes it, with nvcc 12.8 or later"
+            f"{ARCHIVE} is missing; `python -m palimpsest.ops.gpu.hopper.precompile` makes it, with nvcc 12.8 or later"
         )
     with zipfile.ZipFile(ARCHIVE) as archive:
         code = archive.read(file)

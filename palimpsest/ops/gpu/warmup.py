@@ -54,7 +54,7 @@ def warmup(
         capability = torch.cuda.get_device_capability(device)
         problem = Problem("kda", "kda", "cuda", dtype, key_dim, value_dim, 2, 1, heads, HV, capability=capability)
         if choose(problem, backend).name == "hopper":  # which of its kernels run depends on the length
-            from palimpsest.ops.cuda import delta_memory
+            from palimpsest.ops.gpu.hopper import delta_memory
 
             delta_memory.load(dtype, key_dim, value_dim, q.get_device())
         torch.cuda.synchronize(device)

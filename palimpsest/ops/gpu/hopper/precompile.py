@@ -1,4 +1,6 @@
-"""Compile the Hopper kernels and pack their machine code: `python -m palimpsest.ops.cuda.build` (needs nvcc 12.8 or later).
+"""Compile the Hopper kernels and pack their machine code; needs nvcc 12.8 or later.
+
+    python -m palimpsest.ops.gpu.hopper.precompile
 
 Every specialisation is one file; `digest` ties the archive to the sources, and a test holds them together.
 """
@@ -21,9 +23,9 @@ def variants() -> dict[str, tuple[str, list[str]]]:
     for dtype, flag in (("bf16", []), ("fp16", ["-DFP16"])):
         for K in (64, 128):
             flags = [*flag, f"-DKEY_DIM={K}"]
-            found[f"chain_{dtype}_{K}"] = ("chain.cu", flags)
+            found[f"inter_chunk_{dtype}_{K}"] = ("inter_chunk.cu", flags)
             for erase in (0, 1, 2):
-                for file in ("intra", "forward", "gradient"):
+                for file in ("intra_chunk", "forward", "gradient"):
                     found[f"{file}_{erase}_{dtype}_{K}"] = (f"{file}.cu", [*flags, f"-DERASE={erase}"])
     return found
 

@@ -4,18 +4,18 @@
 
 Grid      (sequence x value head, block of value channels): value channels never meet.
 Holds     S transposed, [BLOCK_V, K] in fp32 registers, so that it is the first operand of every product and never
-          passes through shared memory. Letters as in intra.py.
+          passes through shared memory. Letters as in intra_chunk.py.
 Writes    the output, the last memory, and for the backward the memory before each chunk.
 """
 
 import triton
 import triton.language as tl
 
-from palimpsest.ops.triton.tiles import find_sequence, sigmoid
+from palimpsest.ops.gpu.triton.tiles import find_sequence, sigmoid
 
 
 @triton.jit(do_not_specialize=["T"])
-def chain_kernel(
+def inter_chunk_fwd_kernel(
     E, Q, W, P, D, write, strength, state, out, state_out, memories,
     cu_seqlens, chunk_offsets, T, HV,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,

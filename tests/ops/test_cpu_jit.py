@@ -14,16 +14,16 @@ import pytest
 import torch
 
 from palimpsest.ops import backends
-from palimpsest.ops.cpu import build, register
+from palimpsest.ops.cpu import jit, register
 from palimpsest.ops.variants import kda
 
-pytestmark = pytest.mark.skipif(build.refusal() is not None, reason=f"the kernel {build.refusal()}")
+pytestmark = pytest.mark.skipif(jit.refusal() is not None, reason=f"the kernel {jit.refusal()}")
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
     """A compiled library, for compilers that only pretend."""
-    return build.compile_source(build.find_compiler(), tmp_path_factory.mktemp("built"))
+    return jit.compile_source(jit.find_compiler(), tmp_path_factory.mktemp("built"))
 
 
 @pytest.fixture
@@ -45,9 +45,9 @@ def pretend(tmp_path, built):
 @pytest.fixture
 def forgetful():
     """Within the test this process has not yet tried to compile; afterwards it has again."""
-    build.library.cache_clear(), build._refusal.cache_clear()
+    jit.library.cache_clear(), jit._refusal.cache_clear()
     yield
-    build.library.cache_clear(), build._refusal.cache_clear()
+    jit.library.cache_clear(), jit._refusal.cache_clear()
 
 
 def libraries(cache: Path) -> list[Path]:
@@ -68,8 +68,8 @@ def works(library) -> bool:
 
 def test_compiled_once_then_found(tmp_path, pretend):
     compiler, cache = pretend('cp "$built" "$out"'), tmp_path / "cache"
-    assert works(build.load(compiler, cache))
-    assert works(build.load(compiler, cache))
+    assert works(jit.load(compiler, cache))
+    assert works(jit.load(compiler, cache))
     assert (tmp_path / "calls").read_text() == "called\n"
     assert len(libraries(cache)) == 1
     assert list(cache.iterdir()) == libraries(cache), "nothing else is left behind"
@@ -79,30 +79,30 @@ def test_another_source_flag_processor_or_compiler_is_another_library(tmp_path, 
     source = tmp_path / "source.c"
     source.write_text("1")
     compiler = pretend('cp "$built" "$out"')
-    keys = [build._key(compiler, source)]
+    keys = [jit._key(compiler, source)]
     source.write_text("2")
-    keys.append(build._key(compiler, source))
-    keys.append(build._key(pretend("", name="other"), source))
-    monkeypatch.setattr(build, "FLAGS", ((),))
-    keys.append(build._key(compiler, source))
-    monkeypatch.setattr(build, "_processor", lambda: "another")
-    keys.append(build._key(compiler, source))
+    keys.append(jit._key(compiler, source))
+    keys.append(jit._key(pretend("", name="other"), source))
+    monkeypatch.setattr(jit, "FLAGS", ((),))
+    keys.append(jit._key(compiler, source))
+    monkeypatch.setattr(jit, "_processor", lambda: "another")
+    keys.append(jit._key(compiler, source))
     assert len(set(keys)) == 5
 
 
 @pytest.mark.parametrize("damage", ["cut short", "altered", "empty"])
 def test_a_damaged_library_is_never_opened(tmp_path, pretend, damage, monkeypatch):
     compiler, cache = pretend('cp "$built" "$out"'), tmp_path / "cache"
-    build.load(compiler, cache)
+    jit.load(compiler, cache)
     (path,) = libraries(cache)
     good = path.read_bytes()
     bad = {"cut short": good[: len(good) // 2], "altered": good[:5000] + b"!" + good[5001:], "empty": b""}[damage]
     path.unlink()  # a new file: this process still holds the old one open
     path.write_bytes(bad)
     opened = []
-    really_open = build._open
-    monkeypatch.setattr(build, "_open", lambda path: opened.append(path.read_bytes()) or really_open(path))
-    assert works(build.load(compiler, cache))
+    really_open = jit._open
+    monkeypatch.setattr(jit, "_open", lambda path: opened.append(path.read_bytes()) or really_open(path))
+    assert works(jit.load(compiler, cache))
     assert opened == [good]
     assert (tmp_path / "calls").read_text() == "called\n" * 2
 
@@ -120,16 +120,16 @@ def test_a_damaged_library_is_never_opened(tmp_path, pretend, damage, monkeypatc
 )
 def test_a_broken_compiler_is_a_sentence(tmp_path, pretend, line, says, monkeypatch):
     if "sleep" in line:
-        monkeypatch.setattr(build, "PATIENCE", 0.2)
-    with pytest.raises(build.CannotCompileError, match=says):
-        build.load(pretend(line), tmp_path / "cache")
+        monkeypatch.setattr(jit, "PATIENCE", 0.2)
+    with pytest.raises(jit.CannotCompileError, match=says):
+        jit.load(pretend(line), tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_a_compiler_that_grumbles_is_heard_by_nobody(tmp_path, pretend, capfd):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert works(build.load(pretend('echo "warning: odd" >&2; cp "$built" "$out"'), tmp_path / "cache"))
+        assert works(jit.load(pretend('echo "warning: odd" >&2; cp "$built" "$out"'), tmp_path / "cache"))
     assert capfd.readouterr() == ("", "")
 
 
@@ -139,7 +139,7 @@ def test_flags_that_a_compiler_does_not_know_are_left_out(tmp_path, pretend):
         "while", 'case "$*" in *openmp*|*mcpu*) echo error: what? >&2; exit 1;; esac\nwhile', 1
     )
     compiler.write_text(text)
-    assert works(build.load(compiler, tmp_path / "cache"))
+    assert works(jit.load(compiler, tmp_path / "cache"))
     assert (tmp_path / "calls").read_text() == "called\n" * 2
 
 
@@ -153,19 +153,19 @@ def test_without_a_cache_each_process_compiles_for_itself(tmp_path, pretend, fau
     if fault == "full":
         compiler.write_text(compiler.read_text().replace("cp ", f'case "$out" in {cache}*) exit 1;; esac\ncp '))
         usage = type("usage", (), {"free": 0})
-        monkeypatch.setattr(build.shutil, "disk_usage", lambda path: usage)
+        monkeypatch.setattr(jit.shutil, "disk_usage", lambda path: usage)
     if fault == "forbidden":
-        monkeypatch.setattr(build.os, "replace", lambda *paths: (_ for _ in ()).throw(PermissionError("no")))
+        monkeypatch.setattr(jit.os, "replace", lambda *paths: (_ for _ in ()).throw(PermissionError("no")))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert works(build.load(compiler, cache))
+        assert works(jit.load(compiler, cache))
     assert not libraries(cache) if cache.is_dir() else cache.read_text() == ""
-    assert works(build.load(compiler, None))
+    assert works(jit.load(compiler, None))
 
 
 def test_many_at_once(tmp_path, pretend):
     compiler, cache, found = pretend('sleep 0.0$(( $$ % 10 )); cp "$built" "$out"'), tmp_path / "cache", []
-    threads = [threading.Thread(target=lambda: found.append(works(build.load(compiler, cache)))) for _ in range(8)]
+    threads = [threading.Thread(target=lambda: found.append(works(jit.load(compiler, cache)))) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -175,16 +175,14 @@ def test_many_at_once(tmp_path, pretend):
     assert len(libraries(cache)) == 1
 
 
-LOAD = (
-    "import sys; from pathlib import Path; from palimpsest.ops.cpu import build; build.load(*map(Path, sys.argv[1:]))"
-)
+LOAD = "import sys; from pathlib import Path; from palimpsest.ops.cpu import jit; jit.load(*map(Path, sys.argv[1:]))"
 
 
 def test_a_process_killed_while_it_compiles_leaves_no_trace_that_matters(tmp_path, pretend):
     cache = tmp_path / "cache"
     slow = pretend('head -c 1000 "$built" > "$out"; sleep 60', name="slow")
     process = subprocess.Popen(
-        [sys.executable, "-c", LOAD, slow, cache], cwd=Path(build.__file__).parents[3], process_group=0
+        [sys.executable, "-c", LOAD, slow, cache], cwd=Path(jit.__file__).parents[3], process_group=0
     )
     until = time.monotonic() + 60
     while not list(cache.glob("build-*/delta_memory.so")) and time.monotonic() < until:
@@ -194,11 +192,11 @@ def test_a_process_killed_while_it_compiles_leaves_no_trace_that_matters(tmp_pat
     (left,) = cache.iterdir()
     assert left.name.startswith("build-")
     fresh = pretend('cp "$built" "$out"')
-    assert works(build.load(fresh, cache))
+    assert works(jit.load(fresh, cache))
     assert left.exists(), "it may belong to a process that is still alive"
     os.utime(left, (1, 1))
     libraries(cache)[0].unlink()
-    assert works(build.load(fresh, cache))
+    assert works(jit.load(fresh, cache))
     assert not left.exists()
 
 
@@ -231,11 +229,11 @@ def test_where_it_looks(monkeypatch, tmp_path, pretend):
     mine = pretend("exit 0", name="mine")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CC", "mine")
-    assert build.find_compiler() == mine
+    assert jit.find_compiler() == mine
     monkeypatch.delenv("CC")
-    with pytest.raises(build.CannotCompileError):
-        build.find_compiler()
+    with pytest.raises(jit.CannotCompileError):
+        jit.find_compiler()
     other = pretend("exit 0", name="clang")
-    assert build.find_compiler() == other
+    assert jit.find_compiler() == other
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert build.cache_folder() == tmp_path / "palimpsest"
+    assert jit.cache_folder() == tmp_path / "palimpsest"

@@ -1,4 +1,4 @@
-// Everything of a chunk that does not need the memory; what intra.py of the Triton room computes, letter for letter.
+// Everything of a chunk that does not need the memory; what intra_chunk.py of the Triton room computes, letter for letter.
 //
 // Group    four warps a chunk and value head; warp w holds 16 tokens, each lane all of them in two channels. So products of
 //          decays stay in a lane, and no lane ever waits for another one's.

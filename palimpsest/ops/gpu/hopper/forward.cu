@@ -1,11 +1,11 @@
-// A whole forward in one launch, for few heads: some blocks walk (walk.cuh), the others prepare chunks (intra.cuh) meanwhile.
+// A whole forward in one launch, for few heads: some blocks walk (inter_chunk.cuh), the others prepare chunks (intra_chunk.cuh) meanwhile.
 //
 // Tickets  the blocks that begin first prepare; the others walk, a task each. Who prepares waits for nobody without end, so
 //          everyone is served, however few blocks run at once.
 // Order    chunk by chunk, all tasks alike. Tiles are wanted soon after they are made, and most are still in the L2 cache:
 //          who is far ahead of the walks waits for them a little.
-#include "intra.cuh"
-#include "walk.cuh"
+#include "intra_chunk.cuh"
+#include "inter_chunk.cuh"
 
 struct Arguments {
     IntraArguments intra;

@@ -1,4 +1,4 @@
-// The walks over the chunks, forth and back; what chain.py and reverse.py of the Triton room compute, letter for letter.
+// The walks over the chunks, forth and back; what inter_chunk_fwd.py and inter_chunk_bwd.py of the Triton room compute, letter for letter.
 //
 // Block    a task: a sequence and value head, for 64 GROUPS value channels. GROUPS times four warps compute, four copy ahead.
 //          Two groups read a chunk's tiles once for 128 value channels; one leaves work for twice as many blocks.

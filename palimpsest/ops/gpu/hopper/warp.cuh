@@ -151,7 +151,7 @@ DEVICE float one(const u16* p) { return low((u32)*p); }
 // 128-byte rows, swizzled as the tensor cores want them. Workspaces are kept so, and a tile is one contiguous copy.
 DEVICE int image(int row, int at) { return at / 8 * 4096 + row * 64 + ((at % 8) ^ (row % 8)) * 8; }
 
-// What intra.cu leaves of a chunk for the walks, in images and rows: E, W, Q [64, K], P [64, 64], decays [K], strengths [64].
+// What intra_chunk.cu leaves of a chunk for the walks, in images and rows: E, W, Q [64, K], P [64, 64], decays [K], strengths [64].
 // One contiguous copy; the walk that needs no output takes the first two and the last two.
 struct Tile {
     u16 E[64 * K], W[64 * K], Q[64 * K], P[64 * 64];

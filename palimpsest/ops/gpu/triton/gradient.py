@@ -10,13 +10,13 @@ the second goes back through the decayed rows, a block of key channels at a time
     every exponent is spans @ log_decay, so d log_decay = spans^T (row . gradient of the row), level by level
 
 A token's own term q_i . k_i carries no decay; it is on no level, so it never enters d log_decay, where it would cancel
-only up to rounding (a relative error of 1.9 at log_decay = -5 in bf16). Letters as in intra.py.
+only up to rounding (a relative error of 1.9 at log_decay = -5 in bf16). Letters as in intra_chunk.py.
 """
 
 import triton
 import triton.language as tl
 
-from palimpsest.ops.triton.tiles import (
+from palimpsest.ops.gpu.triton.tiles import (
     crosses,
     factor,
     find_chunk,
