@@ -86,7 +86,7 @@ export default defineConfig({
     modulePreload: { polyfill: false },
     target: "es2022",
     rollupOptions: {
-      input: { index: "index.html", law: "src/law.ts" }, // the law apart, so that it can be checked by itself
+      input: { index: "index.html", law: "src/law.ts", safetensors: "src/safetensors.ts" }, // two apart, so that they can be checked by themselves
       preserveEntrySignatures: "strict",
       output: {
         entryFileNames: "assets/[name].js",

@@ -42,7 +42,7 @@ def export(
     Raises:
         ValueError: the folder holds something else, or cannot be written.
     """
-    from palimpsest.explainer.wire import pack
+    from palimpsest.explainer.scene_file import to_safetensors
 
     folder = Path(folder)
     check_target(folder)
@@ -64,19 +64,19 @@ def export(
         heads = [(layer, head) for layer in model.watchable() for head in range(model.model.config.linear_num_heads)]
         total = len(sentences) * len(heads)
         for i, sentence in enumerate(sentences):
-            (data / f"order-{i}.bin").write_bytes(pack(scenes.order(model, sentence)))
-            (data / f"heads-{i}.bin").write_bytes(pack(scenes.heads(model, sentence)))
+            (data / f"order-{i}.safetensors").write_bytes(to_safetensors(scenes.order(model, sentence)))
+            (data / f"heads-{i}.safetensors").write_bytes(to_safetensors(scenes.heads(model, sentence)))
             for j, (layer, head) in enumerate(heads):
                 scene = scenes.sentence(model, sentence, layer, head)
                 if j == 0:
                     (data / f"next-{i}.json").write_text(json.dumps(scene["next"]), encoding="utf-8")
                 kept = {name: value for name, value in scene.items() if name not in BEATS}
-                (data / f"sentence-{i}-{layer}-{head}.bin").write_bytes(pack(kept))
+                (data / f"sentence-{i}-{layer}-{head}.safetensors").write_bytes(to_safetensors(kept))
                 report(i * len(heads) + j + 1, total)
         for name in scenes.WORKED:
             kept = {k: x for k, x in scenes.worked(name).items() if k not in BEATS}
-            (data / f"worked-{name}.bin").write_bytes(pack(kept))
-        (data / "hybrid.bin").write_bytes(pack(scenes.hybrid()))
+            (data / f"worked-{name}.safetensors").write_bytes(to_safetensors(kept))
+        (data / "hybrid.safetensors").write_bytes(to_safetensors(scenes.hybrid()))
         about = library.about() | {"examples": list(sentences)}
         (data / "about.json").write_text(json.dumps(about), encoding="utf-8")
         (data / "code.json").write_text(json.dumps(code()), encoding="utf-8")

@@ -8,6 +8,7 @@ T tokens, K key channels, V value channels, C tokens of a chunk.
 
 from __future__ import annotations
 
+import json
 import math
 import unicodedata
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ SHIPPED = Path(__file__).parent / "model"
 MAX_TOKENS = 256
 MAX_BYTES = 32 << 20  # of a traced scene
 CHUNK_SIZES = (4, 8, 16)
+STORIES = json.loads((Path(__file__).parent / "stories.json").read_text(encoding="utf-8"))  # of figures 2 and 3
 
 Scene = dict[str, Any]
 
@@ -140,8 +142,6 @@ def _traced(
 
 # Change one thing ----------------------------------------------------------------------------------------------------
 
-OLD_KEY, OLD_VALUE = (0.0, 1.0), (1.0, -0.6)  # the fact that the memory holds before the new one is written
-
 
 def touch(alpha: list[float], beta: float, angle: float, value: list[float], times: int, eraser: bool) -> Scene:
     """Write one fact, `times` times, over a memory of two rows that holds an old one.
@@ -163,7 +163,7 @@ def touch(alpha: list[float], beta: float, angle: float, value: list[float], tim
     turn = math.radians(angle)
     k = _row([[math.cos(turn), math.sin(turn)]] * times)
     v, log_decay, strength = _row([value] * times), _row([alpha] * times).log(), _row([beta] * times)
-    old_key, old_value = _row(OLD_KEY), _row(OLD_VALUE)
+    old_key, old_value = (_row(STORIES["old"][name]) for name in ("key", "value"))
     start = torch.outer(old_key, old_value)
     one = lambda x: x[None, :, None]
     erase = strength[:, None] * k if eraser else torch.zeros_like(k)
@@ -180,39 +180,25 @@ def touch(alpha: list[float], beta: float, angle: float, value: list[float], tim
 
 # The family side by side ---------------------------------------------------------------------------------------------
 
-SHARPNESS = 8.0  # scale of q in the softmax look-up: unit keys, so a key's own weight is e^8 to 1
-ANSWERS = ("red", "gold", "blue")
-KEYS = {
-    "door": (1.0, 0.0, 0.0, 0.0),
-    "lamp": (0.0, 1.0, 0.0, 0.0),
-    "gate": (0.8, 0.0, 0.6, 0.0),
-    "silence": (0.0, 0.0, 0.0, 1.0),
-}
-STORIES = {
-    "twice": ("The same key twice", (("door", "red"), ("lamp", "gold"), ("door", "blue")), "door"),
-    "overlap": ("Two keys that overlap", (("door", "red"), ("lamp", "gold"), ("gate", "blue")), "door"),
-    "silence": ("A long silence", (("door", "red"), ("lamp", "gold")) + (("silence", None),) * 6, "door"),
-    "often": ("The same fact, often", (("door", "red"),) * 5, "door"),
-}
-
 
 def family(story: str, beta: float, keep: list[float]) -> Scene:
     """The same tokens through every member: its memory after each, and its answer if asked then.
 
     Args:
-        story: a name of STORIES.
+        story: one of the stories in stories.json.
         beta: 0 to 2, of the members that erase.
         keep: what the door's channel and the other three keep at each token, 0 to 1. One decay a head is their
             geometric mean over the four channels.
     """
-    title, facts, asked = _one_of("story", story, STORIES)
+    told = _one_of("story", story, STORIES["stories"])
+    facts, keys, possible = told["facts"], STORIES["keys"], STORIES["answers"]
     _within("beta", beta, 0, 2)
     for number in keep:
         _within("keep", number, 0.01, 1)
     T = len(facts)
-    k = _row([KEYS[key] for key, _ in facts])[None, :, None]
-    v = _row([[float(value == answer) for answer in ANSWERS] for _, value in facts])[None, :, None]
-    q = _row([KEYS[asked]] * T)[None, :, None]
+    k = _row([keys[fact["key"]] for fact in facts])[None, :, None]
+    v = _row([[float(fact["value"] == answer) for answer in possible] for fact in facts])[None, :, None]
+    q = _row([keys[told["asked"]]] * T)[None, :, None]
     log_decay = _row([keep[0], keep[1], keep[1], keep[1]]).log().expand(1, T, 1, 4)
     by_head, strength = log_decay.mean(-1), torch.full((1, T, 1), beta, dtype=torch.float64)
     identity = lambda x: x
@@ -237,15 +223,15 @@ def family(story: str, beta: float, keep: list[float]) -> Scene:
             answers.append(answer[0, 0, 0])
         members[name] = {"memory": torch.stack(memories), "answer": torch.stack(answers)}
     return {
-        **{"title": title, "asked": asked, "answers": list(ANSWERS), "head_decay": by_head[0, 0, 0].exp().item()},
-        "facts": [{"key": key, "value": value} for key, value in facts],
+        **{"title": told["title"], "asked": told["asked"], "answers": possible, "facts": facts},
+        "head_decay": by_head[0, 0, 0].exp().item(),
         **{"keys": k[0, :, 0], "members": members},
     }
 
 
 def _scroll(q: Tensor, k: Tensor, v: Tensor) -> Scene:
-    answer, _ = variants.softmax_lookup(q, k, v, scale=SHARPNESS, backend="reference")
-    scores = SHARPNESS * q[0, :, 0] @ k[0, :, 0].T
+    answer, _ = variants.softmax_lookup(q, k, v, scale=STORIES["sharpness"], backend="reference")
+    scores = STORIES["sharpness"] * q[0, :, 0] @ k[0, :, 0].T
     unseen = torch.ones_like(scores).triu(1).bool()
     return {"answer": answer[0, :, 0], "weights": scores.masked_fill(unseen, -torch.inf).softmax(-1)}
 

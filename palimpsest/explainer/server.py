@@ -87,12 +87,12 @@ class Library:
             "version": __version__,
             "model": model.describe(),
             "worked": {name: example.title for name, example in scenes.WORKED.items()},
-            "stories": {name: story[0] for name, story in scenes.STORIES.items()},
+            "stories": scenes.STORIES,
             "examples": list(EXAMPLES),
         }
 
     def scene(self, name: str, arguments: dict) -> bytes:
-        from palimpsest.explainer.wire import pack
+        from palimpsest.explainer.scene_file import to_safetensors
 
         scenes, model = self.get()
         of_model = {
@@ -102,8 +102,8 @@ class Library:
             "order": scenes.order,
         }
         if name in of_model:
-            return pack(of_model[name](model, **arguments))
-        return pack(getattr(scenes, name)(**arguments))
+            return to_safetensors(of_model[name](model, **arguments))
+        return to_safetensors(getattr(scenes, name)(**arguments))
 
 
 def checked(name: str, given: Any) -> dict:

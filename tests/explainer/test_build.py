@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from palimpsest.explainer.scene_file import to_safetensors
 from palimpsest.explainer.scenes import worked
 from palimpsest.explainer.server import STATIC
-from palimpsest.explainer.wire import pack
 
 SOURCES = Path(__file__).parents[2] / "web"
 
@@ -45,7 +45,7 @@ def test_the_page_asks_no_one_else():
 
 
 def test_the_first_picture_is_the_librarys():
-    assert (STATIC / "first.bin").read_bytes() == pack(worked("walk"))
+    assert (STATIC / "first.safetensors").read_bytes() == to_safetensors(worked("walk"))
 
 
 def test_every_licence_is_there():

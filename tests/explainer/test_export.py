@@ -8,7 +8,7 @@ import torch
 
 from palimpsest.explainer import scenes
 from palimpsest.explainer.export import export
-from palimpsest.explainer.wire import unpack
+from palimpsest.explainer.scene_file import from_safetensors
 
 SENTENCES = ("The door is red. Now the door is blue.",)
 
@@ -24,7 +24,7 @@ def test_the_site_is_whole(tmp_path, library):
     about = json.loads((site / "data" / "about.json").read_text())
     assert about["examples"] == list(SENTENCES)
     model = library.get()[1]
-    kept = unpack((site / "data" / "sentence-0-2-1.bin").read_bytes())
+    kept = from_safetensors((site / "data" / "sentence-0-2-1.safetensors").read_bytes())
     expected = scenes.sentence(model, SENTENCES[0], 2, 1)
     for name in ("q", "k", "v", "alpha", "beta", "read", "final", "norms"):
         assert kept[name].dtype == torch.float64
@@ -35,9 +35,9 @@ def test_the_site_is_whole(tmp_path, library):
 def test_an_earlier_export_is_replaced_and_anything_else_refused(tmp_path, library):
     site = tmp_path / "site"
     export(site, library, SENTENCES)
-    (site / "data" / "old.bin").write_bytes(b"old")
+    (site / "data" / "old.safetensors").write_bytes(b"old")
     export(site, library, SENTENCES)
-    assert not (site / "data" / "old.bin").exists()
+    assert not (site / "data" / "old.safetensors").exists()
     other = tmp_path / "mine"
     other.mkdir()
     (other / "notes.txt").write_text("mine")

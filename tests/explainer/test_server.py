@@ -10,8 +10,8 @@ from urllib.parse import urlsplit
 import pytest
 
 from palimpsest.explainer import scenes, server
+from palimpsest.explainer.scene_file import from_safetensors
 from palimpsest.explainer.server import HOST, MAX_BODY, Library, listen
-from palimpsest.explainer.wire import unpack
 
 
 def ask(address: str, method: str, path: str, body: bytes | str | None = None, **headers: str):
@@ -52,10 +52,10 @@ def test_a_scene_is_the_librarys(address, library):
     status, _, content = scene(address, "sentence", text="The door is red.", layer=1, head=2)
     assert status == 200
     expected = scenes.sentence(library.get()[1], "The door is red.", 1, 2)
-    assert unpack(content)["written"].equal(expected["written"])
-    assert unpack(content)["beta"].equal(expected["beta"])
+    assert from_safetensors(content)["written"].equal(expected["written"])
+    assert from_safetensors(content)["beta"].equal(expected["beta"])
     status, _, content = scene(address, "worked", name="walk")
-    assert unpack(content)["written"][0].tolist() == [[10, 10], [5, 5]]
+    assert from_safetensors(content)["written"][0].tolist() == [[10, 10], [5, 5]]
 
 
 def test_about_and_code(address):
@@ -182,7 +182,7 @@ def test_two_readers_at_once(address, library):
     model = library.get()[1]
     for text, (status, _, content) in zip(texts, answers):
         assert status == 200
-        assert unpack(content)["written"].equal(scenes.sentence(model, text, 0, 1)["written"])
+        assert from_safetensors(content)["written"].equal(scenes.sentence(model, text, 0, 1)["written"])
 
 
 def test_a_checkpoint_that_cannot_be_used_is_said_on_the_page(tmp_path, run_server):

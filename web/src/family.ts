@@ -29,7 +29,7 @@ export class FamilyFigure {
 
   constructor(source: Source, about: About) {
     this.source = source;
-    const stories = Object.entries(about.stories) as [string, string][];
+    const stories = Object.entries(about.stories.stories).map(([name, { title }]): [string, string] => [name, title]);
     byId("family-story").append(
       choice("Story", stories, this.values.story, (story) => {
         this.moment = -1;

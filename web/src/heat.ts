@@ -3,7 +3,7 @@
 import { colour, inkOn, style } from "./colour.ts";
 import { h, text } from "./dom.ts";
 import { difference } from "./law.ts";
-import type { Tensor } from "./wire.ts";
+import type { Tensor } from "./safetensors.ts";
 
 export interface HeatOptions {
   name: string; // spoken and shown on hover

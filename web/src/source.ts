@@ -6,7 +6,7 @@
  */
 
 import { ask, chunk, difference, scaled, softmaxLookup, trace, type Inputs, type Numbers } from "./law.ts";
-import { unpack, type Tensor } from "./wire.ts";
+import { fromSafetensors, type Tensor } from "./safetensors.ts";
 
 export interface About {
   version: string;
@@ -21,8 +21,22 @@ export interface About {
     max_tokens: number;
   };
   worked: Record<string, string>;
-  stories: Record<string, string>;
+  stories: Stories;
   examples: string[];
+}
+
+/** explainer/stories.json: what figures 2 and 3 are about. */
+export interface Stories {
+  old: { key: number[]; value: number[] }; // the fact that figure 2's memory holds at first
+  sharpness: number; // scale of q in the softmax look-up: unit keys, so a key's own weight is e^8 to 1
+  answers: string[];
+  keys: Record<string, number[]>;
+  stories: Record<string, { title: string; facts: Fact[]; asked: string }>;
+}
+
+export interface Fact {
+  key: string;
+  value: string | null;
 }
 
 export interface Code {
@@ -103,7 +117,7 @@ export interface Family {
   asked: string;
   answers: string[];
   head_decay: number;
-  facts: { key: string; value: string | null }[];
+  facts: Fact[];
   keys: Tensor;
   members: Record<string, Member>;
 }
@@ -182,7 +196,7 @@ async function answer(response: Response): Promise<Response> {
 
 /** The first picture on the page, a file of its own: it is there before anything else is. */
 export async function first(): Promise<Traced> {
-  return unpack(await (await answer(await fetch("first.bin"))).arrayBuffer());
+  return fromSafetensors(await (await answer(await fetch("first.safetensors"))).arrayBuffer());
 }
 
 const unreachable = () => new Error("The server no longer answers; start palimpsest explain again and reload this page.");
@@ -200,7 +214,7 @@ export class Live implements Source {
   private async scene<T>(name: string, args: object): Promise<T> {
     const request = { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(args) };
     const response = await fetch(`api/scene/${name}`, request).catch(() => Promise.reject(unreachable()));
-    return unpack<T>(await (await answer(response)).arrayBuffer());
+    return fromSafetensors<T>(await (await answer(response)).arrayBuffer());
   }
 
   worked = (name: string) => this.scene<Traced>("worked", { name });
@@ -226,7 +240,7 @@ export class Exported implements Source {
   private file<T>(url: string): Promise<T> {
     let kept = this.files.get(url);
     if (!kept) {
-      kept = fetch(url).then(answer).then((r) => r.arrayBuffer()).then((buffer) => unpack<T>(buffer));
+      kept = fetch(url).then(answer).then((r) => r.arrayBuffer()).then((buffer) => fromSafetensors<T>(buffer));
       this.files.set(url, kept);
     }
     return kept as Promise<T>;
@@ -238,18 +252,19 @@ export class Exported implements Source {
     return i;
   }
 
-  worked = async (name: string) => withBeats(await this.file<Traced>(`data/worked-${name}.bin`));
+  worked = async (name: string) => withBeats(await this.file<Traced>(`data/worked-${name}.safetensors`));
 
   async sentence(text: string, layer: number, head: number): Promise<Traced> {
     const i = await this.number(text);
-    const traced = withBeats(await this.file<Traced>(`data/sentence-${i}-${layer}-${head}.bin`));
+    const traced = withBeats(await this.file<Traced>(`data/sentence-${i}-${layer}-${head}.safetensors`));
     return { ...traced, next: await this.json<Guess[][]>(`data/next-${i}.json`) };
   }
 
   async touch({ alpha, beta, angle, value, times, eraser }: TouchArguments): Promise<Touch> {
     const turn = (angle * Math.PI) / 180;
     const key = Float64Array.of(Math.cos(turn), Math.sin(turn));
-    const [oldKey, oldValue] = [Float64Array.of(0, 1), Float64Array.of(1, -0.6)];
+    const { old } = (await this.about()).stories;
+    const [oldKey, oldValue] = [Float64Array.from(old.key), Float64Array.from(old.value)];
     const start = outer(oldKey, oldValue);
     const k = repeat(key, times);
     const inputs = {
@@ -272,12 +287,12 @@ export class Exported implements Source {
   }
 
   async family({ story, beta, keep }: FamilyArguments): Promise<Family> {
-    const { title, facts, asked } = STORIES[story];
-    const answers = ["red", "gold", "blue"];
+    const { stories, keys, answers, sharpness } = (await this.about()).stories;
+    const { title, facts, asked } = stories[story];
     const T = facts.length;
-    const k = Float64Array.from(facts.flatMap(({ key }) => KEYS[key]));
+    const k = Float64Array.from(facts.flatMap(({ key }) => keys[key]));
     const v = Float64Array.from(facts.flatMap(({ value }) => answers.map((a) => Number(a === value))));
-    const q = repeat(Float64Array.from(KEYS[asked]), T);
+    const q = repeat(Float64Array.from(keys[asked]), T);
     const byChannel = [keep[0], keep[1], keep[1], keep[1]];
     const mean = Math.exp(byChannel.reduce((sum, x) => sum + Math.log(x), 0) / 4);
     const none = new Float64Array(4 * T);
@@ -288,7 +303,7 @@ export class Exported implements Source {
       const beats = trace(inputs);
       return { memory: tensor(beats.written, T, 4, 3), answer: tensor(beats.read, T, 3) };
     };
-    const lookup = softmaxLookup(T, 4, 3, q, k, v, 8);
+    const lookup = softmaxLookup(T, 4, 3, q, k, v, sharpness);
     return {
       ...{ title, asked, answers, facts, head_decay: mean, keys: tensor(k, T, 4) },
       members: {
@@ -332,25 +347,10 @@ export class Exported implements Source {
     };
   }
 
-  hybrid = () => this.file<Hybrid>("data/hybrid.bin");
-  heads = async (text: string) => this.file<Heads>(`data/heads-${await this.number(text)}.bin`);
-  order = async (text: string) => this.file<Order>(`data/order-${await this.number(text)}.bin`);
+  hybrid = () => this.file<Hybrid>("data/hybrid.safetensors");
+  heads = async (text: string) => this.file<Heads>(`data/heads-${await this.number(text)}.safetensors`);
+  order = async (text: string) => this.file<Order>(`data/order-${await this.number(text)}.safetensors`);
 }
-
-const KEYS: Record<string, number[]> = {
-  door: [1, 0, 0, 0],
-  lamp: [0, 1, 0, 0],
-  gate: [0.8, 0, 0.6, 0],
-  silence: [0, 0, 0, 1],
-};
-const fact = (key: string, value: string | null) => ({ key, value });
-const [DOOR, LAMP] = [fact("door", "red"), fact("lamp", "gold")];
-const STORIES: Record<string, { title: string; facts: { key: string; value: string | null }[]; asked: string }> = {
-  twice: { title: "The same key twice", facts: [DOOR, LAMP, fact("door", "blue")], asked: "door" },
-  overlap: { title: "Two keys that overlap", facts: [DOOR, LAMP, fact("gate", "blue")], asked: "door" },
-  silence: { title: "A long silence", facts: [DOOR, LAMP, ...Array(6).fill(fact("silence", null))], asked: "door" },
-  often: { title: "The same fact, often", facts: Array(5).fill(DOOR), asked: "door" },
-};
 
 /** KDA's inputs in the core's terms. */
 export function inputsOf(scene: Pick<Traced, "q" | "k" | "v" | "alpha" | "beta" | "start">): Inputs {

@@ -6,7 +6,7 @@ import { line } from "d3-shape";
 import { byId, h, latest, slider, text, vector } from "./dom.ts";
 import { Heat } from "./heat.ts";
 import type { Source, Touch, TouchArguments } from "./source.ts";
-import type { Tensor } from "./wire.ts";
+import type { Tensor } from "./safetensors.ts";
 
 const BEGIN: TouchArguments = { alpha: [1, 1], beta: 1, angle: 30, value: [0.8, 0.8], times: 1, eraser: true };
 const PRESETS: [string, Partial<TouchArguments>, string][] = [

@@ -9,7 +9,7 @@ import { animate, byId, choice, h, icon, latest, percent, text, vector } from ".
 import { norm, type Numbers } from "./law.ts";
 import { Gallery } from "./gallery.ts";
 import type { About, Source, Token, Traced } from "./source.ts";
-import type { Tensor } from "./wire.ts";
+import type { Tensor } from "./safetensors.ts";
 
 const BEATS: Beat[] = ["decay", "erase", "write", "read"];
 const BEAT_NAMES: Record<string, string> = { decay: "Decay", erase: "Erase", write: "Write", read: "Read" };
