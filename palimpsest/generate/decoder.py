@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from palimpsest.generate.decode_state import DecodeState
+from palimpsest.generate.sampling import Sampling, choose_tokens
+from palimpsest.generate.session import DecodeSession
 from palimpsest.models.kimi_linear.history import StateHistory
 from palimpsest.models.kimi_linear.model import CausalOutput, KimiLinearForCausalLM
-from palimpsest.models.kimi_linear.model_state import ModelState
+from palimpsest.models.kimi_linear.model_state import ModelState, NonFinite
 from palimpsest.models.kimi_linear.nonfinite import Fault, NonFiniteError, read_until_fault
 
 CHECK_EVERY = 64  # steps between two checks of the whole state; the logits are checked at every one
@@ -75,6 +77,12 @@ class Decoder:
         self._take(state, logits, ids)
         self._note(ids.tolist())
 
+    def choose(self, sampling: Sampling, seeds: Sequence[int]) -> list[int]:
+        """The next token of each sequence in `rows`; seeds are those of all sequences."""
+        start, positions = self.current, [self.positions[row] for row in self.rows]
+        rows = [seeds[row] for row in self.rows]
+        return choose_tokens(start.logits, sampling, seeds=rows, positions=positions, seen=start.seen).tolist()
+
     def retire(self, rows: Sequence[int]) -> None:
         """Sequences that are done: their states are checked, kept, and read no further."""
         if not rows:
@@ -131,25 +139,28 @@ class Decoder:
         found = {fault.sequence: fault for fault in self.current.state.nonfinite()}
         bad = [i for i in range(len(self.rows)) if any(self._since) and (i in found or not finite[i])]
         for i in bad:
-            row, start = self.rows[i], self._good.select([i])
-            with _undisturbed(self.model):
-                state, logits, fault = read_until_fault(self.model, start.state, self._since[i], row)
-            if fault is None:  # finite token by token, but not in chunks: name the place and where its chunk began
-                place = found.get(i)
-                where = (place.layer, place.head) if place else (None, None)
-                fault = Fault(row, *where, int(start.state.position), self._since[i][0])
-                state, logits = start.state, None
-            if not self.stop_at_fault:
-                raise NonFiniteError(fault)
-            self.faults[row], self.positions[row] = fault, fault.position
-            read = self._since[i][: fault.position - int(start.state.position)]
-            seen = start.seen.clone()
-            seen[:, read] = True
-            self._retired[row] = DecodeState(state, start.logits if logits is None else logits, seen)
+            self._fail(i, found.get(i))
         if bad:
             self._remain([row for i, row in enumerate(self.rows) if i not in bad])
         else:
             self._rest_here()
+
+    def _fail(self, i: int, place: NonFinite | None) -> None:
+        """Raise, or keep the sequence at its last finite token; place is where its state was found not finite."""
+        row, start = self.rows[i], self._good.select([i])
+        with _undisturbed(self.model):
+            state, logits, fault = read_until_fault(self.model, start.state, self._since[i], row)
+        if fault is None:  # finite token by token, but not as it was read: name the place and where that began
+            where = (place.layer, place.head) if place else (None, None)
+            fault = Fault(row, *where, int(start.state.position), self._since[i][0])
+            state, logits = start.state, None
+        if not self.stop_at_fault:
+            raise NonFiniteError(fault)
+        self.faults[row], self.positions[row] = fault, fault.position
+        read = self._since[i][: fault.position - int(start.state.position)]
+        seen = start.seen.clone()
+        seen[:, read] = True
+        self._retired[row] = DecodeState(state, start.logits if logits is None else logits, seen)
 
     def _remain(self, rows: list[int]) -> None:
         if rows and rows != self.rows:
@@ -177,6 +188,83 @@ class Decoder:
         if min(lengths) == T:
             return ids_BT, None
         return ids_BT, (torch.arange(T) < torch.tensor(lengths)[:, None]).to(ids_BT.device)
+
+
+class SessionDecoder(Decoder):
+    """A decoder that chooses and reads tokens in a `DecodeSession`: one launch a token, no wait for its numbers.
+
+    A sequence that is done goes on in the session, unheard, until three quarters are: a smaller batch is a new session.
+
+    Args:
+        most: tokens that will be read after the prompts, at most.
+        graph: see DecodeSession.
+    """
+
+    def __init__(
+        self, model: KimiLinearForCausalLM, start: DecodeState, *, most: int, graph: bool, stop_at_fault: bool = False
+    ):
+        super().__init__(model, start, stop_at_fault=stop_at_fault)
+        self._most, self._graph = most, graph
+        self._session: DecodeSession | None = None
+        self._places: list[int] = []  # of the sequences in `rows`, in the session
+
+    def choose(self, sampling: Sampling, seeds: Sequence[int]) -> list[int]:
+        """As Decoder.choose. The tokens are on their way into the states already; `read` only notes them."""
+        self._most -= 1
+        with _undisturbed(self.model):
+            if self._session is None or max(self.positions[row] for row in self.rows) >= self._session.capacity:
+                self._open(sampling, [seeds[row] for row in self.rows])
+            assert self._session is not None
+            self._session.step_()
+            self.num_calls += 1
+        told = self._session.tokens()
+        tokens = [told[place] for place in self._places]
+        if bad := [i for i, token in enumerate(tokens) if token < 0]:
+            for i in bad:
+                self._fail(i, None)
+            self._keep([row for i, row in enumerate(self.rows) if i not in bad])
+        return [token for token in tokens if token >= 0]
+
+    def read(self, tokens: Sequence[Sequence[int]]) -> None:
+        if self._session is None:
+            return super().read(tokens)
+        for row, since, new in zip(self.rows, self._since, tokens, strict=True):
+            since.extend(new)
+            self.positions[row] += len(new)
+        if max(map(len, self._since)) >= CHECK_EVERY:
+            self._check()
+
+    def _open(self, sampling: Sampling, seeds: list[int]) -> None:
+        """A session for the sequences in `rows`, with room for some thousand tokens, and twice as many every time."""
+        if self._session is not None:
+            self._fetch()
+        longest = max(self.positions[row] for row in self.rows)
+        capacity = longest + min(self._most + 1, max(4096, longest))
+        self._session = DecodeSession(self.model, self.current, sampling, seeds, capacity=capacity, graph=self._graph)
+        self._places = list(range(len(self.rows)))
+
+    def _fetch(self) -> None:
+        if self._session is not None:
+            self.current = self._session.value(self._places)
+
+    def _check(self) -> None:
+        self._fetch()
+        super()._check()
+
+    def _remain(self, rows: list[int]) -> None:
+        places = [self._places[self.rows.index(row)] for row in rows] if self._session else []
+        super()._remain(rows)
+        self._places = places
+        if self._session is not None and len(rows) <= self._session.batch_size // 4:
+            self._session = None
+
+    def _keep(self, rows: list[int]) -> None:
+        """Go on with some of the sequences, those tokens unchecked that were read since the last check."""
+        at = [self.rows.index(row) for row in rows]
+        self._places, self._since = [self._places[i] for i in at], [self._since[i] for i in at]
+        if at:
+            self._good = self._good.select(at)
+        self.rows = rows
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from palimpsest.generate.arguments import is_count, require
 from palimpsest.generate.decode_state import DecodeState
-from palimpsest.generate.decoder import Decoder
+from palimpsest.generate.decoder import Decoder, SessionDecoder
 from palimpsest.generate.prompts import Prompts, read_prompts
 from palimpsest.generate.sampling import GREEDY, Sampling, choose_tokens
 from palimpsest.generate.stop import StopScan
@@ -91,6 +91,7 @@ def generate(
     on_nonfinite: Literal["raise", "stop"] = "raise",
     draft: Draft | None = None,
     history: StateHistory | None = None,
+    graph: bool | None = None,
 ) -> Generation:
     """Continue each prompt.
 
@@ -111,6 +112,7 @@ def generate(
         draft: guesses the tokens to come, such as `prompt_lookup`; one sequence only. Wrong guesses cost time; the
             tokens stay what they are without it.
         history: checkpoints to go back to; one sequence only, which continues from `history.latest`.
+        graph: choose and read each token by CUDA graphs at fixed addresses; None: where that is possible and pays.
 
     Raises:
         ValueError: an argument that does not fit, named in one sentence.
@@ -137,6 +139,7 @@ def generate(
         on_nonfinite=on_nonfinite,
         draft=draft,
         history=history,
+        graph=graph,
     )
     while True:
         try:
@@ -161,6 +164,7 @@ def stream(
     on_nonfinite: Literal["raise", "stop"] = "raise",
     draft: Draft | None = None,
     history: StateHistory | None = None,
+    graph: bool | None = None,
 ) -> Generator[Piece, None, Generation]:
     """The same as `generate`, one piece per token as they come; the generator's return value is the `Generation`.
 
@@ -189,7 +193,8 @@ def stream(
         end_token = model.config.eos_token_id if tokenizer is None else tokenizer.eos_id
         end_tokens = () if end_token is None else (end_token,)
 
-    decoder = Decoder(model, start, stop_at_fault=on_nonfinite == "stop", history=history)
+    _check_graph(model, graph, draft, history)
+    decoder = _decoder(model, start, max_new_tokens, on_nonfinite == "stop", history, graph or False)
     writers = [_Writer(i, max_new_tokens, tokenizer, stop, end_tokens) for i in range(count)]
     return _run(decoder, rows, prefill_chunk, writers, sampling, seeds, draft)
 
@@ -215,6 +220,35 @@ def prefill(
     decoder = Decoder(model, start)
     _read_prompts(decoder, rows or [], prefill_chunk)
     return decoder.result()
+
+
+def _check_graph(
+    model: KimiLinearForCausalLM, graph: bool | None, draft: Draft | None, history: StateHistory | None
+) -> None:
+    require("graph", graph, graph is None or isinstance(graph, bool), "True, False or None")
+    if not graph:
+        return
+    if draft is not None or history is not None:
+        name = "draft" if draft is not None else "history"
+        raise ValueError(
+            f"graph is True and {name} was given, which reads several tokens at once; leave one of them out"
+        )
+    if model.device.type != "cuda":
+        raise ValueError(f"graph is True and the model is on {model.device}; a CUDA graph needs a GPU: leave graph out")
+
+
+def _decoder(
+    model: KimiLinearForCausalLM,
+    start: DecodeState,
+    most: int,
+    stop_at_fault: bool,
+    history: StateHistory | None,
+    graph: bool,
+) -> Decoder:
+    """The decoder of one run: a launch a token, or a call a token."""
+    if graph:
+        return SessionDecoder(model, start, most=most, graph=True, stop_at_fault=stop_at_fault)
+    return Decoder(model, start, stop_at_fault=stop_at_fault, history=history)
 
 
 class _Writer:
@@ -262,11 +296,6 @@ def _run(
     seeds: list[int],
     draft: Draft | None,
 ) -> Generator[Piece, None, Generation]:
-    def choose(logits: Tensor, seen: Tensor, ahead: int = 0) -> list[int]:
-        positions = [decoder.positions[row] + ahead for row in decoder.rows]
-        rows = [seeds[row] for row in decoder.rows]
-        return choose_tokens(logits, sampling, seeds=rows, positions=positions, seen=seen).tolist()
-
     if prompts is not None:
         _read_prompts(decoder, prompts, prefill_chunk)
     starts = list(decoder.positions)
@@ -277,7 +306,9 @@ def _run(
             failed.add(row)
         if not decoder.rows:
             break
-        tokens = choose(decoder.current.logits, decoder.current.seen)
+        tokens = decoder.choose(sampling, seeds)
+        if not tokens:  # all have failed
+            continue
         for row, token in zip(decoder.rows, tokens):
             yield writers[row].write(token)
         writer = writers[decoder.rows[0]]
@@ -290,7 +321,9 @@ def _run(
             for guess in guesses:
                 seen = seen.clone()
                 seen[0, tokens] = True
-                tokens = choose(logits_TN[count - 1 : count], seen, ahead=count)
+                positions = [decoder.positions[0] + count]
+                logits_1N = logits_TN[count - 1 : count]
+                tokens = choose_tokens(logits_1N, sampling, seeds=seeds, positions=positions, seen=seen).tolist()
                 if tokens[0] != guess:
                     break
                 count += 1

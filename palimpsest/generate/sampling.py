@@ -56,14 +56,19 @@ GREEDY = Sampling()
 
 
 def choose_tokens(
-    logits: Tensor, sampling: Sampling, *, seeds: Sequence[int], positions: Sequence[int], seen: Tensor | None = None
+    logits: Tensor,
+    sampling: Sampling,
+    *,
+    seeds: Sequence[int] | Tensor,
+    positions: Sequence[int] | Tensor,
+    seen: Tensor | None = None,
 ) -> Tensor:
     """One token per sequence.
 
     Args:
         logits: [B, N], finite.
-        seeds: B whole numbers.
-        positions: B positions of the tokens to come, counted from the start of each sequence.
+        seeds: B whole numbers, or [B] int64 on the device of logits.
+        positions: B positions of the tokens to come, counted from the start of each sequence; lists or tensors both.
         seen: [B, N] bool, True for the tokens that occurred before; needed by the repetition penalty alone.
 
     Returns: [B] token ids, int64, on the device of logits.
@@ -75,8 +80,12 @@ def choose_tokens(
     if sampling.temperature == 0:
         return _penalised(logits, sampling, seen).argmax(-1)
     cumulative_BN = probabilities(logits, sampling, seen).double().cumsum(-1)
-    draws_B = torch.tensor([draw(s, p) for s, p in zip(seeds, positions, strict=True)], dtype=torch.float64)
-    target_B1 = draws_B.to(logits.device)[:, None] * cumulative_BN[:, -1:]
+    if isinstance(seeds, Tensor) and isinstance(positions, Tensor):
+        draws_B = draws(seeds, positions)
+    else:
+        numbers = [draw(int(s), int(p)) for s, p in zip(seeds, positions, strict=True)]
+        draws_B = torch.tensor(numbers, dtype=torch.float64).to(logits.device)
+    target_B1 = draws_B[:, None] * cumulative_BN[:, -1:]
     return torch.searchsorted(cumulative_BN, target_B1)[:, 0]
 
 
@@ -115,6 +124,38 @@ def draw(seed: int, position: int) -> float:
     """
     bits = _splitmix(_splitmix(seed) + position)
     return ((bits >> 12) + 0.5) / 2**52  # never 0, which would let a token of probability 0 through
+
+
+def draws(seeds: Tensor, positions: Tensor) -> Tensor:
+    """`draw` of each seed and position, the same numbers, computed where the tensors lie.
+
+    Args:
+        seeds, positions: [B], int64; a seed beyond its range as `as_int64` gives it.
+
+    Returns: [B], float64.
+
+    >>> draws(torch.tensor([7]), torch.tensor([3])).item() == draw(7, 3)
+    True
+    """
+    bits = _splitmix_int64(_splitmix_int64(seeds) + positions)
+    return (_shifted(bits, 12).double() + 0.5) / 2**52
+
+
+def as_int64(seed: int) -> int:
+    """The int64 that has the last 64 bits of a seed: all that `draw` looks at."""
+    return (seed + 2**63) % 2**64 - 2**63
+
+
+def _splitmix_int64(x: Tensor) -> Tensor:
+    x = x + as_int64(0x9E3779B97F4A7C15)  # int64 sums and products keep the last 64 bits, as those of uint64 do
+    x = (x ^ _shifted(x, 30)) * as_int64(0xBF58476D1CE4E5B9)
+    x = (x ^ _shifted(x, 27)) * as_int64(0x94D049BB133111EB)
+    return x ^ _shifted(x, 31)
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """x >> bits of the number without sign."""
+    return (x >> bits) & (2 ** (64 - bits) - 1)
 
 
 def _splitmix(x: int) -> int:

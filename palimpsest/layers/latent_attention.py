@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, einsum, nn
 
+from palimpsest.layers.latent_cache import LatentCache
 from palimpsest.layers.layer_state import LatentState
 from palimpsest.layers.norms import RMSNorm
 from palimpsest.layers.padding import borders, check_rows, pack, unpack
 from palimpsest.layers.precision import float32
+from palimpsest.ops.latent_step import latent_step
 
 ABSORB_UP_TO = (
     128  # tokens: absorbing costs R - N more products a pair and head, expanding N + V times R once a held token
@@ -86,9 +88,19 @@ class MultiHeadLatentAttention(nn.Module):
         attend = self._absorbed if T < S and T <= ABSORB_UP_TO else self._expanded
         return self.o_proj(attend(q_BTHC, state.latent, state.valid).flatten(-2)), state
 
-    def step_(self, x: Tensor, state: LatentState, mask: Tensor | None = None) -> tuple[Tensor, LatentState]:
-        """One token a sequence, [B, hidden_size]; where mask [B] is False it is not kept and its output void."""
+    def step_(
+        self, x: Tensor, state: LatentState | LatentCache, mask: Tensor | None = None
+    ) -> tuple[Tensor, LatentState | LatentCache]:
+        """One token a sequence, [B, hidden_size]; where mask [B] is False it is not kept and its output void.
+
+        A `LatentCache` is rewritten in place, without a wait for the device.
+        """
         check_rows(x[..., 0], mask, None)
+        if isinstance(state, LatentCache):
+            q_BTHC, latent_BTC = self._project(x[:, None], state.length[:, None])
+            state.append_(latent_BTC[:, 0], mask)
+            read_BTHR = latent_step(self._to_latent(q_BTHC), state.rows, state.length, value_dim=self.R)
+            return self.o_proj(self._from_latent(read_BTHR).flatten(-2))[:, 0], state
         q_BTHC, latent_BTC = self._project(x[:, None], state.num_tokens()[:, None])
         state = state.append(latent_BTC, None if mask is None else mask[:, None])
         return self.o_proj(self._absorbed(q_BTHC, state.latent, state.valid).flatten(-2))[:, 0], state
@@ -139,16 +151,26 @@ class MultiHeadLatentAttention(nn.Module):
     def _absorbed(self, q_BTHC: Tensor, latent_BSC: Tensor, valid_BS: Tensor | None) -> Tensor:
         _, T, H, _ = q_BTHC.shape
         S = latent_BSC.shape[1]
-        keys_HNR, values_HVR = self.kv_b_proj.weight.unflatten(0, (H, self.N + self.V)).split([self.N, self.V], dim=1)
-        q_BTHN, q_BTHP = q_BTHC.split([self.N, self.P], dim=-1)
-        q_BTHR = einsum("bthn,hnr->bthr", q_BTHN * self.scale, keys_HNR)
-        q_BTHC = torch.cat([q_BTHR, q_BTHP * self.scale], dim=-1)
+        q_BTHC = self._to_latent(q_BTHC)
         scores_BTHS = float32(q_BTHC.flatten(1, 2) @ latent_BSC.mT).unflatten(1, (T, H))
         if T > 1 or valid_BS is not None:
             scores_BTHS = scores_BTHS.masked_fill(~self._seen(T, S, valid_BS, q_BTHC.device)[:, :, None], -torch.inf)
         weights_BTHS = scores_BTHS.softmax(dim=-1).to(latent_BSC.dtype)
-        read_BTHR = (weights_BTHS.flatten(1, 2) @ latent_BSC[..., : self.R]).unflatten(1, (T, H))
-        return einsum("bthr,hvr->bthv", read_BTHR, values_HVR)
+        return self._from_latent((weights_BTHS.flatten(1, 2) @ latent_BSC[..., : self.R]).unflatten(1, (T, H)))
+
+    def _to_latent(self, q_BTHC: Tensor) -> Tensor:
+        """Queries against the latents themselves, scaled: [B, T, H, R + P]."""
+        q_BTHN, q_BTHP = q_BTHC.split([self.N, self.P], dim=-1)
+        q_BTHR = einsum("bthn,hnr->bthr", q_BTHN * self.scale, self._head_weights()[:, : self.N])
+        return torch.cat([q_BTHR, q_BTHP * self.scale], dim=-1)
+
+    def _from_latent(self, read_BTHR: Tensor) -> Tensor:
+        """Values from a mean of latents, [B, T, H, V]."""
+        return einsum("bthr,hvr->bthv", read_BTHR, self._head_weights()[:, self.N :])
+
+    def _head_weights(self) -> Tensor:
+        """kv_b_proj head by head, [H, N + V, R]."""
+        return self.kv_b_proj.weight.unflatten(0, (self.num_heads, self.N + self.V))
 
     @staticmethod
     def _seen(T: int, S: int, valid_BS: Tensor | None, device: torch.device) -> Tensor:

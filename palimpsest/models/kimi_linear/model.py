@@ -6,6 +6,7 @@ Source   arXiv:2510.26692; parameter names and numerics are those of moonshotai/
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from os import PathLike
 from typing import NamedTuple, cast
 
@@ -119,13 +120,18 @@ class KimiLinearModel(nn.Module):
     def step_(self, input_ids: Tensor, state: ModelState, mask: Tensor | None = None) -> tuple[Tensor, ModelState]:
         """One token a sequence, [B] -> hidden states [B, D]. See KimiLinearForCausalLM.step_."""
         self._check_ids(input_ids, 1, state, mask, None)
+        x, layers = self.step_layers_(input_ids, state.layers, mask)
+        position = state.position + (1 if mask is None else mask.long())
+        return x, ModelState(layers, position)
+
+    def step_layers_(self, input_ids: Tensor, layers: Sequence, mask: Tensor | None = None) -> tuple[Tensor, tuple]:
+        """`step_` on the states of the layers alone, unchecked: what a CUDA graph can hold."""
         x = self.embed_tokens(input_ids)
         after = []
-        for layer, layer_state in zip(cast("list[DecoderLayer]", self.layers), state.layers):
+        for layer, layer_state in zip(cast("list[DecoderLayer]", self.layers), layers):
             x, new = layer.step_(x, layer_state, mask)
             after.append(new)
-        position = state.position + (1 if mask is None else mask.long())
-        return self.norm(x), ModelState(tuple(after), position)
+        return self.norm(x), tuple(after)
 
     def _check_ids(self, ids: Tensor, ndim: int, state: ModelState | None, mask, cu_seqlens) -> None:
         shape = "[B, T]" if ndim == 2 else "[B]"
