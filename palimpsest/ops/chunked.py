@@ -1,13 +1,13 @@
 """The law in matrix products: the same memory, one chunk of tokens at a time. Plain PyTorch, any device, autograd.
 
 Inside a chunk let S be the memory on entry and decay(j, i) the channel-wise product of the decays of tokens j+1..i.
-What token i really adds, once it has erased what earlier tokens left, is row i of `fresh`. It solves a unit
+What token i really adds, once it has erased what earlier tokens left, is row i of `v_new`. It solves a unit
 triangular system, and the memory then needs only matrix products (the WY form of the paper, its section 3):
 
-    (I + A) fresh = write - (erase decay(0, i)) S        A_ij = sum_c erase_ic k_jc decay_c(j, i),   j < i
-    M = (I + A)^-1,  U = M write,  W = M (erase decay(0, i)),  fresh = U - W S
-    o = (q decay(0, i)) S + P fresh                      P_ij = sum_c q_ic k_jc decay_c(j, i),       j <= i
-    S <- Diag(decay(0, C)) S + (k decay(i, C))^T fresh
+    (I + A) v_new = write - (erase decay(0, i)) S        A_ij = sum_c erase_ic k_jc decay_c(j, i),   j < i
+    M = (I + A)^-1,  U = M write,  W = M (erase decay(0, i)),  v_new = U - W S
+    o = (q decay(0, i)) S + P v_new                      P_ij = sum_c q_ic k_jc decay_c(j, i),       j <= i
+    S <- Diag(decay(0, C)) S + (k decay(i, C))^T v_new
 
 A, P, M and all decayed rows are built on one binary tree (`Block`, `merge`). Two neighbouring blocks of h tokens
 meet at their border: rows of the later one carry the decay since the border, rows of the earlier one the decay up
@@ -93,12 +93,12 @@ def products(q: Tensor, k: Tensor, erase: Tensor, write: Tensor, log_decay: Tens
 def _delta_segment(q, k, erase, write, log_decay, S_BHKV):
     T = q.shape[1]
     _, _, W, U, P, q, k, decay = products(q, k, erase, write, log_decay)
-    states, fresh = [], []
+    states, v_new = [], []
     for U_n, W_n, k_n, decay_n in zip(*(x.unbind(2) for x in (U, W, k, decay[..., None]))):
         states.append(S_BHKV)
-        fresh.append(U_n - W_n @ S_BHKV)
-        S_BHKV = decay_n * S_BHKV + k_n.mT @ fresh[-1]
-    output = q @ torch.stack(states, 2) + P @ torch.stack(fresh, 2)
+        v_new.append(U_n - W_n @ S_BHKV)
+        S_BHKV = decay_n * S_BHKV + k_n.mT @ v_new[-1]
+    output = q @ torch.stack(states, 2) + P @ torch.stack(v_new, 2)
     return _unchunked(output, T), S_BHKV
 
 

@@ -73,8 +73,8 @@ def step_(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, stat
         S = state.view(B * HV, K, V)
         q, k = (x.to(S.dtype).repeat_interleave(HV // x.shape[1], 1).reshape(B * HV, 1, K) for x in (q, k))
         S.mul_(log_decay.to(S.dtype).exp().reshape(B * HV, K, 1))
-        fresh = (v.reshape(B * HV, 1, V) - k @ S) * beta.to(S.dtype).reshape(B * HV, 1, 1)
-        S.baddbmm_(k.mT, fresh)
+        v_new = (v.reshape(B * HV, 1, V) - k @ S) * beta.to(S.dtype).reshape(B * HV, 1, 1)
+        S.baddbmm_(k.mT, v_new)
         return (q @ S).mul_(scale).view(B, HV, V).to(v.dtype)
 
 

@@ -21,8 +21,8 @@ HERE = Path(__file__).parent
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to play the lanes")
 C, K = 64, 128
 STRUCTURES = {
-    "intra_chunk": "IntraArguments",
-    "inter_chunk_forward": "WalkArguments",
+    "intra_chunk": "IntraChunkArguments",
+    "inter_chunk_forward": "InterChunkArguments",
     "inter_chunk_both": "Both",
     "forward": "Arguments",
     "gradient": "Arguments",
@@ -33,7 +33,7 @@ INTRA = (
     "scale floor",
     "gate wide_g wide_e",
 )
-WALK = "tiles rows state out state_out memories cu_seqlens chunk_offsets", "T N HV V", "", ""
+INTER = "tiles rows state out state_out memories cu_seqlens chunk_offsets", "T N HV V", "", ""
 ORDER = "ready", "ready_tiles producers", "", ""
 GRADIENT = (
     "q k erase g A_log dt_bias write norms M R d_out d_write memories d_memories dq dk dv dg d_erase dA_log d_bias "
@@ -101,9 +101,9 @@ class Kernels:
         A_log=None,
         dt_bias=None,
         floor=-5.0,
-        exclusive=False,
+        erase_before_decay=False,
     ):
-        self.run, self.kind = run, 0 if erase.ndim == 3 else 2 if exclusive else 1
+        self.run, self.kind = run, 0 if erase.ndim == 3 else 2 if erase_before_decay else 1
         B, T, H, _ = q.shape
         HV, V = v.shape[2:]
         N, chunks, offsets = B, B * -(-T // C), None
@@ -131,19 +131,19 @@ class Kernels:
         tasks, results = x["N"] * x["HV"], []
         intra, ready = {**x, "M": 0, "norms": 0}, torch.zeros(self.tiles + 2, dtype=torch.int32)
         for groups in range(parts + 1):
-            walk = {
+            inter = {
                 **x,
                 "out": torch.full_like(x["out"], torch.nan),
                 "state_out": torch.full_like(x["state_out"], torch.nan),
             }
             if groups:
                 self.run("intra_chunk", f"intra_chunk{self.gated}", (INTRA,), (self.tiles, 1), intra, erase=self.kind)
-                self.run("inter_chunk", f"inter_chunk_forward_{groups}", (WALK,), (tasks, parts // groups), walk)
+                self.run("inter_chunk", f"inter_chunk_forward_{groups}", (INTER,), (tasks, parts // groups), inter)
             else:
-                fields, order = (INTRA, WALK, ORDER), dict(ready=ready, ready_tiles=self.tiles, producers=2)
+                fields, order = (INTRA, INTER, ORDER), dict(ready=ready, ready_tiles=self.tiles, producers=2)
                 grid = (2 + tasks * parts, 1)
-                self.run("forward", f"forward{self.gated}", fields, grid, intra, walk, order, erase=self.kind)
-            results.append((walk["out"], walk["state_out"]))
+                self.run("forward", f"forward{self.gated}", fields, grid, intra, inter, order, erase=self.kind)
+            results.append((inter["out"], inter["state_out"]))
             torch.testing.assert_close(results[-1], results[0], rtol=0, atol=0, equal_nan=True)
         return results[0]
 
@@ -163,7 +163,7 @@ class Kernels:
         self.run("intra_chunk", f"intra_chunk{self.gated}", (INTRA,), (self.tiles, 1), x, erase=self.kind)
         for groups in (1, 2)[: x["V"] // 64]:
             grid = (x["N"] * x["HV"], 2 * (x["V"] // 64) // groups)
-            self.run("inter_chunk", f"inter_chunk_both_{groups}", (WALK, WALK), grid, {**x, "out": dv}, reverse)
+            self.run("inter_chunk", f"inter_chunk_both_{groups}", (INTER, INTER), grid, {**x, "out": dv}, reverse)
         heads = (*x["write"].shape[:3], K)
         gradients = dict(
             d_out=d_out, d_write=d_write, dq=torch.full(heads, torch.nan, dtype=torch.bfloat16),
@@ -249,7 +249,7 @@ def test_gradients_where_erase_reads_before_the_decay(lanes):
     q, k, v, g, _, state = drawn(100)
     erase = torch.nn.functional.normalize(torch.randn_like(k.float()), dim=-1).bfloat16()
     inputs = q, k, v, g, erase, state
-    kernels = Kernels(lanes, *inputs, exclusive=True)
+    kernels = Kernels(lanes, *inputs, erase_before_decay=True)
     d_out, d_state = torch.randn_like(v), torch.randn_like(state)
 
     def law(q, k, v, g, erase, state):
@@ -316,7 +316,7 @@ extern "C" int run(const int* cu_seqlens, const int* chunk_offsets, int T, int N
     layout = {cu_seqlens, chunk_offsets, T, N, HV}, step = by, room = tiles, beyond = 0, found = out, places = at;
     cpu_run(by, 1, 32, [] {
         int place = blockIdx.x;
-        Order order(layout, threadIdx.x);
+        ChunkOrder order(layout, threadIdx.x);
         Chunk x = order.skip(place);
         for (; x.count > 0 && place < room; x = order.skip(step), place += step)
             if (threadIdx.x == 0) found[place] = x.tile, places[place] = order.chunk;
@@ -386,10 +386,19 @@ def test_the_shipped_code_is_that_of_these_sources():
 @pytest.mark.parametrize("K", [64, 128])
 def test_kernels_get_the_shared_memory_that_they_lay_out(tmp_path, K):
     shared = delta_memory._SHARED
-    sizes = [("intra_chunk", "IntraShared", shared["intra_chunk"][K]), ("intra_chunk", "Tile", delta_memory.TILE[K])]
+    sizes = [
+        ("intra_chunk", "IntraChunkShared", shared["intra_chunk"][K]),
+        ("intra_chunk", "Tile", delta_memory.TILE[K]),
+    ]
     for groups in (1, 2):
-        sizes.append(("inter_chunk", f"WalkShared<{groups}>", shared["inter_chunk"][groups, K]))
-    sizes.append(("forward", "char[max(PREPARING * sizeof(IntraShared), sizeof(WalkShared<1>))]", shared["forward"][K]))
+        sizes.append(("inter_chunk", f"InterChunkShared<{groups}>", shared["inter_chunk"][groups, K]))
+    sizes.append(
+        (
+            "forward",
+            "char[max(CHUNKS_AT_ONCE * sizeof(IntraChunkShared), sizeof(InterChunkShared<1>))]",
+            shared["forward"][K],
+        )
+    )
     sizes += [("gradient", f"Smem<{K}>", shared["gradient"][K])]
     for x, (file, name, size) in enumerate(sizes):
         source = tmp_path / f"{x}.cpp"
@@ -402,7 +411,12 @@ def test_kernels_get_the_shared_memory_that_they_lay_out(tmp_path, K):
 
 @pytest.mark.parametrize(
     ("fields", "packed"),
-    [((INTRA,), "_INTRA"), ((WALK,), "_WALK"), ((INTRA, WALK, ORDER), "_FORWARD"), ((GRADIENT,), "_GRADIENT")],
+    [
+        ((INTRA,), "_INTRA_CHUNK"),
+        ((INTER,), "_INTER_CHUNK"),
+        ((INTRA, INTER, ORDER), "_FORWARD"),
+        ((GRADIENT,), "_GRADIENT"),
+    ],
 )
 def test_arguments_are_packed_as_the_kernels_read_them(fields, packed):
     values, parts = [], []

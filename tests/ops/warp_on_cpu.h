@@ -67,7 +67,7 @@ static inline int warp_min(int x) {
     for (int i = 0; i < 32; i++) x = min(x, (int)s[i].x[0]);
     return x;
 }
-static inline int ones(unsigned x) { return __builtin_popcount(x); }
+static inline int popcount(unsigned x) { return __builtin_popcount(x); }
 static inline float cpu_bf16(unsigned short x) { return __uint_as_float((unsigned)x << 16); }
 static inline unsigned short cpu_to_bf16(float x) {
     unsigned u = __float_as_uint(x);
@@ -125,7 +125,7 @@ static inline unsigned transpose(unsigned x) {
     }
     return v[0] | ((unsigned)v[1] << 16);
 }
-struct Quad;
+struct Uint4;
 template <bool TRANSPOSED, class Q> static inline Q cpu_tiles(const unsigned short* row) {
     Slot m; m.p = row;
     if ((size_t)row % 16) { fprintf(stderr, "tile row is not aligned\n"); abort(); }
@@ -140,8 +140,8 @@ template <bool TRANSPOSED, class Q> static inline Q cpu_tiles(const unsigned sho
     }
     return d;
 }
-#define load_tiles(row) cpu_tiles<false, Quad>(row)
-#define load_tiles_transposed(row) cpu_tiles<true, Quad>(row)
+#define load_tiles(row) cpu_tiles<false, Uint4>(row)
+#define load_tiles_transposed(row) cpu_tiles<true, Uint4>(row)
 
 // Hopper: copies arrive at once, products are done when issued.
 #include <map>
@@ -168,14 +168,14 @@ static inline void copies_landed() {}
 static inline void bulk_prefetch(const void*, int) {}
 static inline void arrive_when_copied(unsigned long long* b) { arrive(b); }
 static inline void publish() {}
-static inline void say_ready(int* p) { *p = 1; }
+static inline void raise_flag(int* p) { *p = 1; }
 static inline int wait_until_ready(const int* flags, int step, int count, int lane) {  // blocks run one after the other
     unsigned missing = ~lanes_where(lane < count && flags[(long long)lane * step]);
     if (missing & 1) { fprintf(stderr, "waits for a tile that nobody has prepared\n"); abort(); }
     return missing ? __builtin_ctz(missing) : 32;
 }
 static inline void count_one(int* p) { ++*p; }
-static inline void wait_a_little(const int*, int) {}
+static inline void wait_bounded(const int*, int) {}
 static inline int take_ticket(int* next) { return (*next)++; }
 template <int N> static inline void settle(float (&)[N]) {}
 template <int N> static inline void fewer_registers() {}

@@ -1,9 +1,4 @@
-"""The GPU kernels as torch custom ops, and as backends. Knows torch alone: Triton is imported when a kernel first runs.
-
-One op serves the whole family. `erase` [B, T, HV] is KDA's strength (erase = beta k, write = beta v);
-`erase` [B, T, HV, K] is a vector, and then v is what is written. With a gate, log_decay holds logits, beta is a logit
-and q, k are normalised inside. `exclusive`: erase reads the memory before its own token's decay.
-"""
+"""The GPU kernels as torch custom ops, and as backends. Knows torch alone: a tier is imported when a kernel first runs."""
 
 from functools import cache, wraps
 from importlib.util import find_spec
@@ -13,24 +8,17 @@ from torch import Tensor
 
 from palimpsest.ops.backends import Backend, Problem
 from palimpsest.ops.gates import SigmoidDecay
-from palimpsest.ops.gpu.workspace import new_state, state_or_zeros
+from palimpsest.ops.gpu.workspace import LinearArguments, MemoryArguments, schema
 
-_ARGUMENTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor erase, Tensor? state, float scale, Tensor? cu_seqlens, "
-    "Tensor? A_log, Tensor? dt_bias, int gate, float floor, bool exclusive, bool hopper"
-)
 _LIB = torch.library.Library("palimpsest_gpu", "DEF")
-_LIB.define(f"delta_memory({_ARGUMENTS}) -> (Tensor, Tensor)")
+_LIB.define(f"delta_memory({schema(MemoryArguments)}) -> (Tensor, Tensor)")
 _LIB.define(
-    f"delta_memory_backward(Tensor d_out, Tensor? d_state, {_ARGUMENTS})"
+    f"delta_memory_backward(Tensor d_out, Tensor? d_state, {schema(MemoryArguments)})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
+_LIB.define(f"linear_memory({schema(LinearArguments)}) -> (Tensor, Tensor)")
 _LIB.define(
-    "linear_memory(Tensor q, Tensor k, Tensor v, Tensor? state, float scale, Tensor? cu_seqlens) -> (Tensor, Tensor)"
-)
-_LIB.define(
-    "linear_memory_backward(Tensor d_out, Tensor? d_state, Tensor q, Tensor k, Tensor v, Tensor? state, float scale, "
-    "Tensor? cu_seqlens) -> (Tensor, Tensor, Tensor, Tensor)"
+    f"linear_memory_backward(Tensor d_out, Tensor? d_state, {schema(LinearArguments)}) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _LIB.define(
     "step_(Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor beta, Tensor(a!) state, float scale) -> Tensor"
@@ -50,106 +38,128 @@ def _on_the_device_of_its_tensors(run):
     return there
 
 
+def _delta_memory(hopper: bool):
+    """The tier's kernels."""
+    if hopper:
+        from palimpsest.ops.gpu.hopper import delta_memory
+    else:
+        from palimpsest.ops.gpu.triton import delta_memory
+    return delta_memory
+
+
 @_on_the_device_of_its_tensors
 def _forward(*arguments):
-    *arguments, hopper = arguments
-    q, k, v, log_decay, erase, state, _, cu_seqlens, A_log, dt_bias, *_ = arguments
-    _expect_one_device("q k v log_decay erase state A_log dt_bias", q, k, v, log_decay, erase, state, A_log, dt_bias)
-    if hopper:
-        from palimpsest.ops.gpu.hopper import delta_memory
-    else:
-        from palimpsest.ops.gpu.triton import delta_memory
-
-        arguments[5] = state_or_zeros(state, q, v, cu_seqlens)
-    return delta_memory.forward(*arguments)
+    x = MemoryArguments(*arguments)
+    _expect_one_device(
+        q=x.q, k=x.k, v=x.v, log_decay=x.log_decay, erase=x.erase, state=x.state, A_log=x.A_log, dt_bias=x.dt_bias
+    )
+    return _delta_memory(x.hopper).forward(x)
 
 
 @_on_the_device_of_its_tensors
-def _backward(*arguments):
-    *arguments, hopper = arguments
-    if hopper:
-        from palimpsest.ops.gpu.hopper import delta_memory
-    else:
-        from palimpsest.ops.gpu.triton import delta_memory
-
-        q, v, cu_seqlens = arguments[2], arguments[4], arguments[9]
-        arguments[1], arguments[7] = (state_or_zeros(arguments[x], q, v, cu_seqlens) for x in (1, 7))  # d_state, state
-    return delta_memory.backward(*arguments)
+def _backward(d_out, d_state, *arguments):
+    x = MemoryArguments(*arguments)
+    return _delta_memory(x.hopper).backward(d_out, d_state, x)
 
 
 @_on_the_device_of_its_tensors
-def _linear_forward(q, k, v, state, scale, cu_seqlens):
-    _expect_one_device("q k v state", q, k, v, state)
+def _linear_forward(*arguments):
+    x = LinearArguments(*arguments)
+    _expect_one_device(q=x.q, k=x.k, v=x.v, state=x.state)
     from palimpsest.ops.gpu.triton import linear
 
-    return linear.forward(q, k, v, state_or_zeros(state, q, v, cu_seqlens), scale, cu_seqlens)
+    return linear.forward(x)
 
 
 @_on_the_device_of_its_tensors
-def _linear_backward(d_out, d_state, q, k, v, state, scale, cu_seqlens):
+def _linear_backward(d_out, d_state, *arguments):
     from palimpsest.ops.gpu.triton import linear
 
-    d_state, state = (state_or_zeros(x, q, v, cu_seqlens) for x in (d_state, state))
-    return linear.backward(d_out, d_state, q, k, v, state, scale, cu_seqlens)
+    return linear.backward(d_out, d_state, LinearArguments(*arguments))
 
 
 @_on_the_device_of_its_tensors
 def _step_(q, k, v, log_decay, beta, state, scale):
-    _expect_one_device("q k v log_decay beta state", q, k, v, log_decay, beta, state)
+    _expect_one_device(q=q, k=k, v=v, log_decay=log_decay, beta=beta, state=state)
     from palimpsest.ops.gpu.triton import step
 
     return step.step_(q, k, v, log_decay, beta, state, scale)
 
 
-def _expect_one_device(names: str, *tensors: Tensor | None) -> None:
+def _expect_one_device(q: Tensor, **others: Tensor | None) -> None:
     """A kernel that is handed an address of another device faults; say it before."""
-    q = tensors[0]
-    assert q is not None
     index = q.get_device()
-    for at, x in enumerate(tensors):
+    for name, x in others.items():
         if x is not None and x.get_device() != index:
-            name = names.split()[at]
             raise ValueError(f"{name} is on {x.device} and q on {q.device}; move all of them to one device")
 
 
-def _fake_forward(q, k, v, log_decay, erase, state, scale, cu_seqlens, *rest):
-    return v.new_empty(v.shape), new_state(q, v, cu_seqlens)
+def _like(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
 
 
-def _fake_backward(d_out, d_state, q, k, v, log_decay, erase, state, scale, cu_seqlens, A_log, dt_bias, *rest):
-    nothing = q.new_empty(0)
-    parameters = (nothing if x is None else x.new_empty(x.shape) for x in (A_log, dt_bias))
-    return *(x.new_empty(x.shape) for x in (q, k, v, log_decay, erase)), new_state(q, v, cu_seqlens), *parameters
+def _fake_forward(*arguments):
+    x = MemoryArguments(*arguments)
+    return _like(x.v), x.new_state()
+
+
+def _fake_backward(d_out, d_state, *arguments):
+    x = MemoryArguments(*arguments)
+    of_parameters = (x.q.new_empty(0) if p is None else _like(p) for p in (x.A_log, x.dt_bias))
+    return *map(_like, (x.q, x.k, x.v, x.log_decay, x.erase)), x.new_state(), *of_parameters
+
+
+def _fake_linear(*arguments):
+    x = LinearArguments(*arguments)
+    return _like(x.v), x.new_state()
+
+
+def _fake_linear_backward(d_out, d_state, *arguments):
+    x = LinearArguments(*arguments)
+    return *map(_like, (x.q, x.k, x.v)), x.new_state()
+
+
+def _save(ctx, kind, inputs):
+    """Keep a call's arguments for its backward: tensors as autograd wants them kept, the rest as they are."""
+    ctx.set_materialize_grads(False)  # a last state that nobody used has no gradient, rather than zeros
+    arguments = kind(*inputs)
+    ctx.tensors = [name for name, x in arguments._asdict().items() if isinstance(x, Tensor)]
+    ctx.save_for_backward(*(getattr(arguments, name) for name in ctx.tensors))
+    ctx.arguments = arguments._replace(**dict.fromkeys(ctx.tensors))
+
+
+def _saved(ctx):
+    return ctx.arguments._replace(**dict(zip(ctx.tensors, ctx.saved_tensors)))
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.set_materialize_grads(False)  # a last state that nobody used has no gradient, rather than zeros
-    ctx.save_for_backward(*inputs[:6], *inputs[7:10])
-    ctx.scale, ctx.rest = inputs[6], inputs[10:]
+    _save(ctx, MemoryArguments, inputs)
 
 
-def _autograd_backward(ctx, d_out, d_state):
-    *sequences, state, cu_seqlens, A_log, dt_bias = ctx.saved_tensors
-    d_out = torch.zeros_like(sequences[2]) if d_out is None else d_out
-    grads = torch.ops.palimpsest_gpu.delta_memory_backward(
-        d_out, d_state, *sequences, state, ctx.scale, cu_seqlens, A_log, dt_bias, *ctx.rest
-    )
-    d_first = None if state is None else grads[5]
-    parameters = grads[6:] if A_log is not None else (None, None)
-    return *grads[:5], d_first, None, None, *parameters, None, None, None, None
+def _gradients(ctx, d_out, d_state):
+    x = _saved(ctx)
+    d_out = torch.zeros_like(x.v) if d_out is None else d_out
+    found = torch.ops.palimpsest_gpu.delta_memory_backward(d_out, d_state, *x)
+    d_q, d_k, d_v, d_log_decay, d_erase, d_first, d_A_log, d_dt_bias = found
+    gradients = MemoryArguments(*[None] * len(MemoryArguments._fields))._replace(
+        q=d_q, k=d_k, v=d_v, log_decay=d_log_decay, erase=d_erase,
+        state=None if x.state is None else d_first,
+        A_log=None if x.A_log is None else d_A_log,
+        dt_bias=None if x.dt_bias is None else d_dt_bias,
+    )  # fmt: skip
+    return tuple(gradients)
 
 
 def _setup_linear(ctx, inputs, output):
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:4], inputs[5])
-    ctx.scale = inputs[4]
+    _save(ctx, LinearArguments, inputs)
 
 
 def _linear_gradients(ctx, d_out, d_state):
-    q, k, v, state, cu_seqlens = ctx.saved_tensors
-    d_out = torch.zeros_like(v) if d_out is None else d_out
-    grads = torch.ops.palimpsest_gpu.linear_memory_backward(d_out, d_state, q, k, v, state, ctx.scale, cu_seqlens)
-    return *grads[:3], None if state is None else grads[3], None, None
+    x = _saved(ctx)
+    d_out = torch.zeros_like(x.v) if d_out is None else d_out
+    d_q, d_k, d_v, d_first = torch.ops.palimpsest_gpu.linear_memory_backward(d_out, d_state, *x)
+    d_first = None if x.state is None else d_first
+    return tuple(LinearArguments(d_q, d_k, d_v, state=d_first, scale=None, cu_seqlens=None))
 
 
 for _key in ("CUDA", "CPU"):  # on a CPU the kernels run under Triton's interpreter: for tests
@@ -158,27 +168,18 @@ for _key in ("CUDA", "CPU"):  # on a CPU the kernels run under Triton's interpre
     _LIB.impl("linear_memory", _linear_forward, _key)
     _LIB.impl("linear_memory_backward", _linear_backward, _key)
     _LIB.impl("step_", _step_, _key)
-torch.library.register_fake("palimpsest_gpu::delta_memory", _fake_forward, lib=_LIB)
-torch.library.register_fake("palimpsest_gpu::delta_memory_backward", _fake_backward, lib=_LIB)
-torch.library.register_fake(
-    "palimpsest_gpu::linear_memory",
-    lambda q, k, v, state, scale, cu_seqlens: (v.new_empty(v.shape), new_state(q, v, cu_seqlens)),
-    lib=_LIB,
-)
-torch.library.register_fake(
-    "palimpsest_gpu::linear_memory_backward",
-    lambda d_out, d_state, q, k, v, state, scale, cu_seqlens: (
-        *(x.new_empty(x.shape) for x in (q, k, v)),
-        new_state(q, v, cu_seqlens),
-    ),
-    lib=_LIB,
-)
+_FAKES = {
+    "delta_memory": _fake_forward,
+    "delta_memory_backward": _fake_backward,
+    "linear_memory": _fake_linear,
+    "linear_memory_backward": _fake_linear_backward,
+    "step_": lambda q, k, v, *rest: _like(v),
+}
+for _name, _fake in _FAKES.items():
+    torch.library.register_fake(f"palimpsest_gpu::{_name}", _fake, lib=_LIB)
+torch.library.register_autograd("palimpsest_gpu::delta_memory", _gradients, setup_context=_setup_context, lib=_LIB)
 torch.library.register_autograd(
     "palimpsest_gpu::linear_memory", _linear_gradients, setup_context=_setup_linear, lib=_LIB
-)
-torch.library.register_fake("palimpsest_gpu::step_", lambda q, k, v, *rest: v.new_empty(v.shape), lib=_LIB)
-torch.library.register_autograd(
-    "palimpsest_gpu::delta_memory", _autograd_backward, setup_context=_setup_context, lib=_LIB
 )
 
 
@@ -210,23 +211,30 @@ def _direct(function, op, setup=None, gradients=None):
 
 
 def _family(name: str, refuses, hopper: bool) -> Backend:
-    run = _direct(_forward, torch.ops.palimpsest_gpu.delta_memory, _setup_context, _autograd_backward)
+    apply = _direct(_forward, torch.ops.palimpsest_gpu.delta_memory, _setup_context, _gradients)
+
+    def run(q, k, v, log_decay, erase, state, scale, cu_seqlens, gate=None, erase_before_decay=False):
+        A_log = dt_bias = None
+        kind, floor = 0, 0.0
+        if gate is not None:
+            H, K = log_decay.shape[2:]
+            A_log, dt_bias = gate.A_log.reshape(H), gate.dt_bias.reshape(H, K)
+            kind, floor = (2, gate.floor) if isinstance(gate, SigmoidDecay) else (1, 0.0)
+        return apply(
+            *MemoryArguments(
+                q, k, v, log_decay, erase, state, scale, cu_seqlens, A_log=A_log, dt_bias=dt_bias, gate=kind, floor=floor,
+                erase_before_decay=erase_before_decay, hopper=hopper,
+            )
+        )  # fmt: skip
 
     def core(q, k, erase, write, log_decay, state, scale, cu_seqlens):
-        return run(
-            q, k, write, log_decay, erase.to(k.dtype), state, scale, cu_seqlens, None, None, 0, 0.0, False, hopper
-        )
+        return run(q, k, write, log_decay, erase.to(k.dtype), state, scale, cu_seqlens)
 
     def kda(q, k, v, log_decay, beta, state, scale, cu_seqlens):
-        return run(q, k, v, log_decay, beta, state, scale, cu_seqlens, None, None, 0, 0.0, False, hopper)
+        return run(q, k, v, log_decay, beta, state, scale, cu_seqlens)
 
     def kda_from_logits(q, k, v, decay_logits, beta_logits, gate, state, scale, cu_seqlens):
-        H, K = decay_logits.shape[2:]
-        kind, floor = (2, gate.floor) if isinstance(gate, SigmoidDecay) else (1, 0.0)
-        A_log, dt_bias = gate.A_log.reshape(H), gate.dt_bias.reshape(H, K)
-        return run(
-            q, k, v, decay_logits, beta_logits, state, scale, cu_seqlens, A_log, dt_bias, kind, floor, False, hopper
-        )
+        return run(q, k, v, decay_logits, beta_logits, state, scale, cu_seqlens, gate)
 
     def dplr(q, k, v, a, b, log_decay, state, scale, cu_seqlens):
         """A token of DPLR is two of the core: b written with what a reads, then k with v and no decay."""
@@ -240,7 +248,7 @@ def _family(name: str, refuses, hopper: bool) -> Backend:
         output, state = run(
             pairs(zeros(q), q), pairs(b.to(k.dtype), k), pairs(zeros(v), v), pairs(log_decay, zeros(log_decay)),
             pairs(-a.to(k.dtype), zeros(k)), state, scale, None if cu_seqlens is None else 2 * cu_seqlens,
-            None, None, 0, 0.0, True, hopper,
+            erase_before_decay=True,
         )  # fmt: skip
         return output[:, 1::2], state
 

@@ -1,19 +1,23 @@
-// Gradients inside a chunk, once the walks have left the memory before it (h), the gradient after it (dS), and what is
-// fresh at each token before M (R = write - E h); what the two kernels of gradient.py in the Triton room compute, in one.
+// Gradients inside a chunk, once inter_chunk.cu has left the memory before it (h), the gradient after it (dS) and
+// R = write - E h; what the two kernels of ../triton/gradient.py compute, in one.
 //
 // Grid     (chunk x value head), 8 warps: warp (w, z) holds 16 tokens from 16 w on; the two z share the channels.
-// First    fresh = M R, dP = do fresh^T, dA = -dw fresh^T: products with 16 tokens a warp.
+// First    v_new = M R,   dP_ij = do_i . v_new_j (j <= i),   dA_ij = -dw_i . v_new_j (j < i): products with 16 tokens a warp.
 // Then     16 key channels at a time. Products leave 16 x 16 sums in fragments; they cross to lanes that hold four tokens of
 //          two channels each (lane = 8 t + l: tokens 4 t to 4 t + 3, channels 2 l and 2 l + 1), where decays are formed.
-// Pairs    inside four tokens are taken one by one, inside 8 and 16 by levels as in intra_chunk.cu. A row's sums over other blocks
-//          and from the memory are gathered by Horner's rule, x <- x total_J + dP_J k_J, so no product of totals is ever
-//          formed twice.
-// Decays   d log_decay of a token is what passes over it: from the memory before the chunk to it and later tokens; from it
-//          and earlier ones to the chunk's end; and between pairs around it. Of pairs, each adds at the later token and
-//          takes away at the earlier one, from the same rounded factors, so that sums from a token on hold those around it,
-//          to fp32. A token's own term q_i . k_i carries no decay and never enters.
+// Pairs    inside four tokens are taken one by one, inside 8 and 16 by levels as in intra_chunk.cuh. A row's sums over other
+//          blocks and from the memory follow Horner's rule, x <- x total_J + dP_J k_J: no product of totals is formed twice.
+// Decays   with g_t = log_decay of token t, e = erase, and per key channel
+//              s_ij = decay(j, i) k_j (dP_ij q_i + dA_ij e_i), j < i          a later token's pair with an earlier one
+//              b_i  = decay(0, i) (q_i (h do_i) - e_i (h dw_i))               from the memory before the chunk
+//              c_j  = decay(j, C) k_j (dS v_new_j),   z = decay(0, C) h . dS  to the memory after it
+//          each is proportional to exp of the g it spans, so
+//              d g_t = sum_{j < t <= i} s_ij + sum_{i >= t} b_i + sum_{j < t} c_j + z
+//              sum_{j < t <= i} s_ij = sum_{u >= t} p_u,   p_u = sum_{j < u} s_uj - sum_{i > u} s_iu
+//          Both s of a pair come from the same rounded factors, so pairs that lie wholly after t cancel to fp32. A token's own
+//          term q_i . k_i spans no decay and enters none of the sums. In the code: passed = p + b, to_end = c, kept = h . dS.
 // ERASE    0: erase = beta k, write = beta v.  1: vectors.  2: vectors, and erase reads before its own token's decay: `before`
-//          is what then does not pass that token.
+//          is the part of s and b that then does not span g_i.
 #include "warp.cuh"
 
 #ifndef ERASE
@@ -39,7 +43,7 @@ struct Arguments {
 
 struct Exchange {  // between the four warps of one z
     union {
-        Quad memory[2][8][32];  // h and dS of 16 key channels, as second operands whose columns are key channels
+        Uint4 memory[2][8][32];  // h and dS of 16 key channels, as second operands whose columns are key channels
         struct {
             u16 k_until[C * X_PITCH], q_since[C * X_PITCH], e_since[C * X_PITCH];
         };
@@ -52,7 +56,7 @@ union Scratch {  // of one warp
     float sums[24 * X_PITCH];  // a level's sums for them, or 16 rows of anything
 };
 template <int V> struct Smem {
-    u16 d_out[C * V], d_write[C * V], fresh[C * V];
+    u16 d_out[C * V], d_write[C * V], v_new[C * V];
     union {
         struct {
             u16 R[C * V], M[C * C];
@@ -63,37 +67,37 @@ template <int V> struct Smem {
         };
     };
     u16 dP[C * PITCH], dA[C * PITCH];
-    Quad level[4][2][32];  // first operands of each warp's levels 4 and 8
+    Uint4 level[4][2][32];  // first operands of each warp's levels 4 and 8
     u32 pairs[16][8];      // dP and dA of four tokens' (1, 0), (2, 0), (2, 1), (3, 0), (3, 1), (3, 2)
-    int unused;  // whether a strength is 0
+    int unused;  // whether a beta is 0
     float beta[C], d_beta[4][C], q_along[2][C], k_along[2][C], dA_log[8];
 };
 
-DEVICE Two halves(u32 x) { return {{low(x), high(x)}}; }
+DEVICE Float2 halves(u32 x) { return {{low(x), high(x)}}; }
 
 // First operands of a level of blocks of 2 S tokens, whose halves are gathered to 8 later and 8 earlier ones: dP and dA from
-// later to earlier, and both turned.
-template <int S> DEVICE Quad level_operands(const u16* dP, const u16* dA, int r, int c) {
-    Quad x;
-    u16 straight[2][2], turned[2][2];
+// later to earlier, and both transposed.
+template <int S> DEVICE Uint4 level_operands(const u16* dP, const u16* dA, int r, int c) {
+    Uint4 x;
+    u16 straight[2][2], transposed[2][2];
 #pragma unroll
     for (int y = 0; y < 2; y++) {
         const int at = 2 * c + y;
         const bool meet = r / S == at / S;
         const int to = (r / S * 2 * S + S + r % S) * PITCH + at / S * 2 * S + at % S, back = (at / S * 2 * S + S + at % S) * PITCH + r / S * 2 * S + r % S;
         straight[0][y] = meet ? dP[to] : 0, straight[1][y] = meet ? dA[to] : 0;
-        turned[0][y] = meet ? dP[back] : 0, turned[1][y] = meet ? dA[back] : 0;
+        transposed[0][y] = meet ? dP[back] : 0, transposed[1][y] = meet ? dA[back] : 0;
     }
 #pragma unroll
     for (int z = 0; z < 2; z++) {
         x.x[z] = straight[z][0] | (u32)straight[z][1] << 16;
-        x.x[2 + z] = turned[z][0] | (u32)turned[z][1] << 16;
+        x.x[2 + z] = transposed[z][0] | (u32)transposed[z][1] << 16;
     }
     return x;
 }
 
 // Decays of four tokens: each since the first one, after `start`; and from each to the last one, and on by `end`.
-DEVICE void rows_of_four(Two (&since)[4], Two (&until)[4], const Two (&decay)[4], const Two& start, const Two& end) {
+DEVICE void rows_of_four(Float2 (&since)[4], Float2 (&until)[4], const Float2 (&decay)[4], const Float2& start, const Float2& end) {
 #pragma unroll
     for (int x = 0; x < 2; x++) {
         since[0].x[x] = start.x[x] * decay[0].x[x], until[3].x[x] = end.x[x];
@@ -103,16 +107,16 @@ DEVICE void rows_of_four(Two (&since)[4], Two (&until)[4], const Two (&decay)[4]
 }
 
 // 16 rows of 16 sums, from fragments to the lanes of four tokens.
-DEVICE void cross(Two (&to)[4], const float (&d)[2][4], float* sums, int lane) {
+DEVICE void cross(Float2 (&to)[4], const float (&d)[2][4], float* sums, int lane) {
     const int r = lane / 4, c = lane % 4, t = lane / 8, l = lane % 8;
     warp_barrier();
 #pragma unroll
     for (int n = 0; n < 2; n++)
 #pragma unroll
-        for (int i = 0; i < 2; i++) *(Two*)(sums + (8 * i + r) * X_PITCH + 8 * n + 2 * c) = {{d[n][2 * i], d[n][2 * i + 1]}};
+        for (int i = 0; i < 2; i++) *(Float2*)(sums + (8 * i + r) * X_PITCH + 8 * n + 2 * c) = {{d[n][2 * i], d[n][2 * i + 1]}};
     warp_barrier();
 #pragma unroll
-    for (int i = 0; i < 4; i++) to[i] = *(const Two*)(sums + (4 * t + i) * X_PITCH + 2 * l);
+    for (int i = 0; i < 4; i++) to[i] = *(const Float2*)(sums + (4 * t + i) * X_PITCH + 2 * l);
 }
 
 template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
@@ -132,22 +136,22 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
         const long long from = (at.start + row) * value_step + head * V + 8 * piece;
 #pragma unroll
         for (int down = 0; down < C; down += 256 / PIECES) {
-            Quad d_out = {}, d_write = {}, R = {};
+            Uint4 d_out = {}, d_write = {}, R = {};
             if (row + down < at.count) {
-                d_out = *(const Quad*)(a.d_out + from + down * value_step), d_write = *(const Quad*)(a.d_write + from + down * value_step);
-                R = *(const Quad*)(a.R + from + down * value_step);
+                d_out = *(const Uint4*)(a.d_out + from + down * value_step), d_write = *(const Uint4*)(a.d_write + from + down * value_step);
+                R = *(const Uint4*)(a.R + from + down * value_step);
             }
-            const int to = image(row, piece) + 64 * down;  // `down` is a multiple of 8
-            *(Quad*)(s.d_out + to) = d_out, *(Quad*)(s.d_write + to) = d_write, *(Quad*)(s.R + to) = R;
+            const int to = swizzled_offset(row, piece) + 64 * down;  // `down` is a multiple of 8
+            *(Uint4*)(s.d_out + to) = d_out, *(Uint4*)(s.d_write + to) = d_write, *(Uint4*)(s.R + to) = R;
         }
     }
 #pragma unroll
-    for (int x = 0; x < C * C / 8; x += 256) *(Quad*)(s.M + 8 * (x + threadIdx.x)) = *(const Quad*)(a.M + tile * C * C + 8 * (x + threadIdx.x));
+    for (int x = 0; x < C * C / 8; x += 256) *(Uint4*)(s.M + 8 * (x + threadIdx.x)) = *(const Uint4*)(a.M + tile * C * C + 8 * (x + threadIdx.x));
     if (ERASE == 0 && threadIdx.x < C) {
         float beta = 0.0f;
         if (threadIdx.x < at.count) {
             long long token = (at.start + threadIdx.x) * HV + head;
-            beta = a.wide_erase ? ((const float*)a.erase)[token] : one((const u16*)a.erase + token);
+            beta = a.wide_erase ? ((const float*)a.erase)[token] : load_scalar((const u16*)a.erase + token);
             if (GATED) beta = sigmoid(beta);
         }
         s.beta[threadIdx.x] = beta;
@@ -156,7 +160,7 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
     block_barrier();
     if (ERASE == 0 && threadIdx.x < C && s.beta[threadIdx.x] == 0.0f) s.unused = 1;
 
-    // Tiles of 16 rows and 16 columns of an image: pieces 2 y and 2 y + 1 of 8 lie at (2 y ^ turn).
+    // Tiles of 16 rows and 16 columns of a swizzled tile: pieces 2 y and 2 y + 1 of 8 lie at (2 y ^ turn).
     const int my_rows = (16 * w + lane % 16) * 64, turn = lane / 16 ^ l8;           // rows down the lanes, then columns
     const int columns = (t8 / 2 * 8 + l8) * 64, column_turn = t8 % 2 ^ l8;          // columns first
     if (ERASE == 0) {
@@ -164,16 +168,16 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
         u16* to = a.dv + (at.start + row) * value_step + head * V + 8 * piece;
 #pragma unroll
         for (int down = 0; down < C; down += 256 / PIECES) {
-            Quad d = *(const Quad*)(s.d_write + image(row, piece) + 64 * down);
+            Uint4 d = *(const Uint4*)(s.d_write + swizzled_offset(row, piece) + 64 * down);
             const float b = s.beta[row + down];
             const u32 beta = pack(b, b);
 #pragma unroll
             for (int p = 0; p < 4; p++) d.x[p] = times(d.x[p], beta);
-            if (row + down < at.count) *(Quad*)(to + down * value_step) = d;
+            if (row + down < at.count) *(Uint4*)(to + down * value_step) = d;
         }
     }
-    {  // fresh = M R
-        Quad m[4];
+    {  // v_new = M R
+        Uint4 m[4];
 #pragma unroll
         for (int J = 0; J < 4; J++)
             if (J <= w) m[J] = load_tiles_transposed(s.M + columns + 1024 * J + ((2 * w) ^ column_turn) * 8);
@@ -186,7 +190,7 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
 #pragma unroll
                 for (int J = 0; J < 4; J++)
                     if (J <= w) {
-                        const Quad b = load_tiles_transposed(from + 1024 * J);
+                        const Uint4 b = load_tiles_transposed(from + 1024 * J);
                         mma(x[0], m[J].x[0], m[J].x[1], m[J].x[2], m[J].x[3], b.x[0], b.x[1]);
                         mma(x[1], m[J].x[0], m[J].x[1], m[J].x[2], m[J].x[3], b.x[2], b.x[3]);
                     }
@@ -194,7 +198,7 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
                 for (int i = 0; i < 2; i++)
 #pragma unroll
                     for (int n = 0; n < 2; n++)
-                        *(u32*)(s.fresh + image(16 * w + r, 2 * group + n) + 512 * i + 2 * c) = pack(x[n][2 * i], x[n][2 * i + 1]);
+                        *(u32*)(s.v_new + swizzled_offset(16 * w + r, 2 * group + n) + 512 * i + 2 * c) = pack(x[n][2 * i], x[n][2 * i + 1]);
             }
         }
     }
@@ -203,7 +207,7 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
         const u16* rows = z ? s.d_write : s.d_out;
         u16* out = z ? s.dA : s.dP;
         const float factor = z ? -1.0f : a.scale;
-        Quad d[V / 16];
+        Uint4 d[V / 16];
 #pragma unroll
         for (int y = 0; y < V / 16; y++)
             d[y] = load_tiles(rows + y / 4 * 4096 + my_rows + ((2 * y % 8) ^ turn) * 8);
@@ -213,7 +217,7 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
                 float x[2][4] = {};
 #pragma unroll
                 for (int y = 0; y < V / 16; y++) {
-                        const Quad b = load_tiles(s.fresh + y / 4 * 4096 + columns + 1024 * J + ((2 * y % 8) ^ column_turn) * 8);
+                        const Uint4 b = load_tiles(s.v_new + y / 4 * 4096 + columns + 1024 * J + ((2 * y % 8) ^ column_turn) * 8);
                         mma(x[0], d[y].x[0], d[y].x[1], d[y].x[2], d[y].x[3], b.x[0], b.x[1]);
                         mma(x[1], d[y].x[0], d[y].x[1], d[y].x[2], d[y].x[3], b.x[2], b.x[3]);
                     }
@@ -224,7 +228,7 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
                         const int row = 16 * w + 8 * i + r, j = 16 * J + 8 * n + 2 * c;
                         const float x0 = j + z <= row ? factor * x[n][2 * i] : 0.0f, x1 = j + 1 + z <= row ? factor * x[n][2 * i + 1] : 0.0f;
                         *(u32*)(out + row * PITCH + j) = pack(x0, x1);
-                        if (ERASE == 0 && z && J == w && i == n && c == r / 2) s.d_beta[3][row] = r % 2 ? x[n][2 * i + 1] : x[n][2 * i];  // dw . fresh
+                        if (ERASE == 0 && z && J == w && i == n && c == r / 2) s.d_beta[3][row] = r % 2 ? x[n][2 * i + 1] : x[n][2 * i];  // dw . v_new
                     }
             }
         if (ERASE == 0 && z && s.unused) {  // the diagonals of products of 8 rows with 8 rows
@@ -261,13 +265,13 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
     Scratch& scratch = s.scratch[warp];
 
     const long long memory_at = (tile * (V / 16) + w) * (K / 16) * 256 + 8 * lane;
-    Quad h[2] = {}, dS[2] = {};  // this warp's share of 16 key channels: 16 value channels from 16 w on, and from 64 on
+    Uint4 h[2] = {}, dS[2] = {};  // this warp's share of 16 key channels: 16 value channels from 16 w on, and from 64 on
     const auto fetch = [&](int step) {
 #pragma unroll
         for (int y = 0; y < 2; y++)
             if (4 * y < V / 16) {
                 const long long from = memory_at + (4 * y * (K / 16) + step) * 256;
-                h[y] = *(const Quad*)(a.memories + from), dS[y] = *(const Quad*)(a.d_memories + from);
+                h[y] = *(const Uint4*)(a.memories + from), dS[y] = *(const Uint4*)(a.d_memories + from);
             }
     };
 #pragma unroll 1
@@ -275,7 +279,7 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
         const int step = z * (K / 32) + turns, channel = 16 * step + 2 * l8;
         fetch(step);
         u32 q[4], k[4], e[4];
-        Two decay[4];
+        Float2 decay[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             q[i] = k[i] = e[i] = 0, decay[i] = {{0.0f, 0.0f}};
@@ -283,14 +287,14 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
                 q[i] = pair_at(a.q + key_at + (unsigned long long)key_step * i + 16 * step), k[i] = pair_at(a.k + key_at + (unsigned long long)key_step * i + 16 * step);
                 const long long from = gate_at + (unsigned long long)gate_step * i + 16 * step;
                 if (ERASE) e[i] = pair_at((const u16*)a.erase + from);
-                decay[i] = a.wide_g ? *(const Two*)((const float*)a.g + from) : halves(pair_at((const u16*)a.g + from));
+                decay[i] = a.wide_g ? *(const Float2*)((const float*)a.g + from) : halves(pair_at((const u16*)a.g + from));
             }
         }
-        {  // the memory, turned, for all four warps; its columns are now value channels
+        {  // the memory, transposed, for all four warps; its columns are now value channels
             float kept[2] = {};
 #pragma unroll
             for (int y = 0; y < V / 64; y++) {
-                Quad x, d;
+                Uint4 x, d;
 #pragma unroll
                 for (int n = 0; n < 4; n++) {
                     x.x[n] = transpose(h[y].x[n]), d.x[n] = transpose(dS[y].x[n]);
@@ -305,14 +309,14 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
             }
         }
         group_barrier(z);
-        float dq[2][4] = {}, de[2][4] = {}, dk[2][4] = {};  // do h, dw h, fresh dS
+        float dq[2][4] = {}, de[2][4] = {}, dk[2][4] = {};  // do h, dw h, v_new dS
 #pragma unroll 1
         for (int half = 0; half < V / 64; half++)
 #pragma unroll
             for (int y = 0; y < 4; y++) {
                 const int from = half * 4096 + my_rows + ((2 * y) ^ turn) * 8;
-                const Quad x = load_tiles(s.d_out + from), dw = load_tiles(s.d_write + from), u = load_tiles(s.fresh + from);
-                const Quad b = ex.memory[0][4 * half + y][lane], d = ex.memory[1][4 * half + y][lane];
+                const Uint4 x = load_tiles(s.d_out + from), dw = load_tiles(s.d_write + from), u = load_tiles(s.v_new + from);
+                const Uint4 b = ex.memory[0][4 * half + y][lane], d = ex.memory[1][4 * half + y][lane];
 #pragma unroll
                 for (int n = 0; n < 2; n++) {
                     mma(dq[n], x.x[0], x.x[1], x.x[2], x.x[3], b.x[2 * n], b.x[2 * n + 1]);
@@ -323,7 +327,7 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
 
         // Decays: since the start of blocks of 4, 8, 16 tokens and until their end; `wide`: what level 4 and level 8 ask for.
         u32 wide[2][4], wide_e[2][4];  // of erase, where it differs
-        Two start = {{1.0f, 1.0f}}, end = {{1.0f, 1.0f}};  // of this lane's four in the 16: decay before them, and after
+        Float2 start = {{1.0f, 1.0f}}, end = {{1.0f, 1.0f}};  // of this lane's four in the 16: decay before them, and after
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             if (GATED && row + i < at.count) {
@@ -341,7 +345,7 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
         }
         {
             float four[2], eight[2];
-            Two since[4], until[4], total;
+            Float2 since[4], until[4], total;
             rows_of_four(since, until, decay, start, end);
             four[0] = since[3].x[0], four[1] = since[3].x[1];
 #pragma unroll
@@ -370,7 +374,7 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
                 if (second) start.x[x] *= other; else end.x[x] *= other;
             }
             group_barrier(z);  // all have read the memory; the rows lie over it
-            if (t8 == 0) *(Two*)(ex.total[w] + 2 * l8) = total;
+            if (t8 == 0) *(Float2*)(ex.total[w] + 2 * l8) = total;
             rows_of_four(since, until, decay, start, end);
 #pragma unroll
             for (int i = 0; i < 4; i++) {
@@ -383,7 +387,7 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
             }
         }
         u32 alive = 0;  // a bit for each decay that is not zero; the decays themselves wait in shared memory
-        Two* parked = (Two*)(scratch.sums + 16 * X_PITCH) + lane;
+        Float2* parked = (Float2*)(scratch.sums + 16 * X_PITCH) + lane;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             alive |= (decay[i].x[0] != 0.0f ? 1u << 2 * i : 0u) | (decay[i].x[1] != 0.0f ? 2u << 2 * i : 0u);
@@ -400,12 +404,12 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
 #pragma unroll
         for (int J = 0; J < 3; J++)
             if (J < w) {
-                const Quad b = load_tiles_transposed(ex.k_until + (16 * J + lane % 16) * X_PITCH + lane / 16 * 8);
-                const Quad p = load_tiles(s.dP + (16 * w + lane % 16) * PITCH + 16 * J + lane / 16 * 8);
-                const Quad d = load_tiles(s.dA + (16 * w + lane % 16) * PITCH + 16 * J + lane / 16 * 8);
+                const Uint4 b = load_tiles_transposed(ex.k_until + (16 * J + lane % 16) * X_PITCH + lane / 16 * 8);
+                const Uint4 p = load_tiles(s.dP + (16 * w + lane % 16) * PITCH + 16 * J + lane / 16 * 8);
+                const Uint4 d = load_tiles(s.dA + (16 * w + lane % 16) * PITCH + 16 * J + lane / 16 * 8);
 #pragma unroll
                 for (int n = 0; n < 2; n++) {
-                    const Two by = *(const Two*)(ex.total[J] + 8 * n + 2 * c);
+                    const Float2 by = *(const Float2*)(ex.total[J] + 8 * n + 2 * c);
 #pragma unroll
                     for (int x = 0; x < 4; x++) dq[n][x] *= by.x[x % 2], de[n][x] *= by.x[x % 2];
                     mma(dq[n], p.x[0], p.x[1], p.x[2], p.x[3], b.x[2 * n], b.x[2 * n + 1]);
@@ -415,13 +419,13 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
 #pragma unroll
         for (int I = 3; I > 0; I--)
             if (I > w) {
-                const Quad b = load_tiles_transposed(ex.q_since + (16 * I + lane % 16) * X_PITCH + lane / 16 * 8);
-                const Quad e = load_tiles_transposed(ex.e_since + (16 * I + lane % 16) * X_PITCH + lane / 16 * 8);
-                const Quad p = load_tiles_transposed(s.dP + (16 * I + t8 / 2 * 8 + l8) * PITCH + 16 * w + t8 % 2 * 8);
-                const Quad d = load_tiles_transposed(s.dA + (16 * I + t8 / 2 * 8 + l8) * PITCH + 16 * w + t8 % 2 * 8);
+                const Uint4 b = load_tiles_transposed(ex.q_since + (16 * I + lane % 16) * X_PITCH + lane / 16 * 8);
+                const Uint4 e = load_tiles_transposed(ex.e_since + (16 * I + lane % 16) * X_PITCH + lane / 16 * 8);
+                const Uint4 p = load_tiles_transposed(s.dP + (16 * I + t8 / 2 * 8 + l8) * PITCH + 16 * w + t8 % 2 * 8);
+                const Uint4 d = load_tiles_transposed(s.dA + (16 * I + t8 / 2 * 8 + l8) * PITCH + 16 * w + t8 % 2 * 8);
 #pragma unroll
                 for (int n = 0; n < 2; n++) {
-                    const Two by = *(const Two*)(ex.total[I] + 8 * n + 2 * c);
+                    const Float2 by = *(const Float2*)(ex.total[I] + 8 * n + 2 * c);
                     if (I < 3)
 #pragma unroll
                         for (int x = 0; x < 4; x++) dk_far[n][x] *= by.x[x % 2];
@@ -432,16 +436,16 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
 
         // From here on four tokens a lane. `passed`: what passes a token on its way, of pairs and from before the chunk, at
         // its later end, less what begins here; `to_end`: what this token leaves to the chunk's end.
-        Two q_sum[4], e_sum[4], k_sum[4], passed[4], to_end[4], before[4];
+        Float2 q_sum[4], e_sum[4], k_sum[4], passed[4], to_end[4], before[4];
         {
-            Two after = {{1.0f, 1.0f}}, since[4], until[4];
+            Float2 after = {{1.0f, 1.0f}}, since[4], until[4];
 #pragma unroll
             for (int i = 1; i < 4; i++) decay[i] = parked[32 * (i - 1)];
             rows_of_four(since, until, decay, start, end);
 #pragma unroll
             for (int I = 1; I < 4; I++)
                 if (I > w) {
-                    const Two by = *(const Two*)(ex.total[I] + 2 * l8);
+                    const Float2 by = *(const Float2*)(ex.total[I] + 2 * l8);
                     after.x[0] *= by.x[0], after.x[1] *= by.x[1];
                 }
             cross(q_sum, dq, scratch.sums, lane);
@@ -451,7 +455,7 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const int from = (row + i) * X_PITCH + 2 * l8;
-                const Two fq = halves(pair_at(ex.q_since + from)), fe = halves(pair_at(ex.e_since + from)), fk = halves(pair_at(ex.k_until + from));
+                const Float2 fq = halves(pair_at(ex.q_since + from)), fe = halves(pair_at(ex.e_since + from)), fk = halves(pair_at(ex.k_until + from));
 #pragma unroll
                 for (int x = 0; x < 2; x++) {
                     if (ERASE == 2) before[i].x[x] = fe.x[x] * e_sum[i].x[x];
@@ -467,11 +471,11 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
         // Inside the four tokens: each pair by itself, a later i that brings q and erase, an earlier j that brings k.
 #pragma unroll
         for (int j = 0; j < 3; j++) {
-            const Two kj = halves(k[j]);
-            Two run = kj, factor = {{1.0f, 1.0f}};
+            const Float2 kj = halves(k[j]);
+            Float2 run = kj, factor = {{1.0f, 1.0f}};
 #pragma unroll
             for (int i = j + 1; i < 4; i++) {
-                const Two qi = halves(q[i]), ei = halves(e[i]);
+                const Float2 qi = halves(q[i]), ei = halves(e[i]);
                 const float P = low(s.pairs[4 * w + t8][i * (i - 1) / 2 + j]), A = high(s.pairs[4 * w + t8][i * (i - 1) / 2 + j]);
 #pragma unroll
                 for (int x = 0; x < 2; x++) {
@@ -503,8 +507,8 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
         }
         warp_barrier();
         {
-            const Quad kb = load_tiles_transposed(scratch.rows + (24 * (t8 / 2) + 16 + l8) * X_PITCH + t8 % 2 * 8);
-            Quad qe[2];
+            const Uint4 kb = load_tiles_transposed(scratch.rows + (24 * (t8 / 2) + 16 + l8) * X_PITCH + t8 % 2 * 8);
+            Uint4 qe[2];
 #pragma unroll
             for (int slot = 0; slot < 2; slot++)
                 qe[slot] = load_tiles_transposed(scratch.rows + (24 * slot + (t8 % 2 ? 0 : 8) + l8) * X_PITCH + t8 / 2 * 8);
@@ -512,7 +516,7 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
             for (int slot = 0; slot < 2; slot++) {
                 const bool late = slot ? second : odd;
                 const float* from = scratch.sums + (slot ? t8 % 2 * 4 : t8 / 2 * 4) * X_PITCH + 2 * l8;
-                const Quad level = s.level[w][slot][lane];
+                const Uint4 level = s.level[w][slot][lane];
                 warp_barrier();
 #pragma unroll
                 for (int n = 0; n < 2; n++) {
@@ -520,16 +524,16 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
                     mma_half(x, level.x[0], level.x[1], kb.x[2 * slot + n]);
                     mma(y, level.x[2], 0, level.x[3], 0, qe[slot].x[2 * n], qe[slot].x[2 * n + 1]);
                     float* to = scratch.sums + r * X_PITCH + 8 * n + 2 * c;
-                    *(Two*)to = {{x[0], x[1]}}, *(Two*)(to + 8 * X_PITCH) = {{x[2], x[3]}}, *(Two*)(to + 16 * X_PITCH) = {{y[0], y[1]}};
+                    *(Float2*)to = {{x[0], x[1]}}, *(Float2*)(to + 8 * X_PITCH) = {{x[2], x[3]}}, *(Float2*)(to + 16 * X_PITCH) = {{y[0], y[1]}};
                 }
                 warp_barrier();
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    const Two by = halves(wide[slot][i]), mine = halves(times(late ? q[i] : k[i], wide[slot][i]));
-                    const Two sum = *(const Two*)(from + (i + (late ? 0 : 16)) * X_PITCH);
-                    Two fe = {{0.0f, 0.0f}}, e_part = {{0.0f, 0.0f}};
-                    const Two by_e = ERASE == 2 ? halves(wide_e[slot][i]) : by;
-                    if (late) fe = halves(times(e[i], ERASE == 2 ? wide_e[slot][i] : wide[slot][i])), e_part = *(const Two*)(from + (i + 8) * X_PITCH);
+                    const Float2 by = halves(wide[slot][i]), mine = halves(times(late ? q[i] : k[i], wide[slot][i]));
+                    const Float2 sum = *(const Float2*)(from + (i + (late ? 0 : 16)) * X_PITCH);
+                    Float2 fe = {{0.0f, 0.0f}}, e_part = {{0.0f, 0.0f}};
+                    const Float2 by_e = ERASE == 2 ? halves(wide_e[slot][i]) : by;
+                    if (late) fe = halves(times(e[i], ERASE == 2 ? wide_e[slot][i] : wide[slot][i])), e_part = *(const Float2*)(from + (i + 8) * X_PITCH);
 #pragma unroll
                     for (int x = 0; x < 2; x++) {
                         if (late) q_sum[i].x[x] += by.x[x] * sum.x[x]; else k_sum[i].x[x] += by.x[x] * sum.x[x];
@@ -542,9 +546,9 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
         }
 
         // Sums from a token on, and up to it: over this lane's four, the warp's 16, then the chunk's 64.
-        Two dg[4];
+        Float2 dg[4];
         {
-            Two run = {{0.0f, 0.0f}}, ahead, behind;
+            Float2 run = {{0.0f, 0.0f}}, ahead, behind;
 #pragma unroll
             for (int i = 3; i >= 0; i--)
 #pragma unroll
@@ -555,7 +559,7 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
                 ahead.x[x] = (odd ? 0.0f : near) + (second ? 0.0f : far);
                 run.x[x] += near + far;
             }
-            if (t8 == 0) *(Two*)(ex.later[turns % 2][w] + 2 * l8) = run;
+            if (t8 == 0) *(Float2*)(ex.later[turns % 2][w] + 2 * l8) = run;
             run = {{0.0f, 0.0f}};
 #pragma unroll
             for (int i = 0; i < 4; i++)
@@ -567,16 +571,16 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
                 behind.x[x] = (odd ? near : 0.0f) + (second ? far : 0.0f);
                 run.x[x] += near + far;
             }
-            if (t8 == 0) *(Two*)(ex.earlier[turns % 2][w] + 2 * l8) = run;
-            Two all = {{1.0f, 1.0f}}, kept = {{0.0f, 0.0f}};
+            if (t8 == 0) *(Float2*)(ex.earlier[turns % 2][w] + 2 * l8) = run;
+            Float2 all = {{1.0f, 1.0f}}, kept = {{0.0f, 0.0f}};
             group_barrier(z);
 #pragma unroll
             for (int J = 0; J < 4; J++) {
-                const Two by = *(const Two*)(ex.total[J] + 2 * l8), more = *(const Two*)(ex.kept[turns % 2][J] + 2 * l8);
+                const Float2 by = *(const Float2*)(ex.total[J] + 2 * l8), more = *(const Float2*)(ex.kept[turns % 2][J] + 2 * l8);
 #pragma unroll
                 for (int x = 0; x < 2; x++) all.x[x] *= by.x[x], kept.x[x] += more.x[x];
                 if (J != w) {
-                    const Two other = *(const Two*)((J > w ? ex.later : ex.earlier)[turns % 2][J] + 2 * l8);
+                    const Float2 other = *(const Float2*)((J > w ? ex.later : ex.earlier)[turns % 2][J] + 2 * l8);
                     ahead.x[0] += other.x[0], ahead.x[1] += other.x[1];
                 }
             }
@@ -592,8 +596,8 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
         float d_bias[2] = {};
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const Two q2 = halves(q[i]), k2 = halves(k[i]);
-            const float own = one(s.dP + (row + i) * (PITCH + 1)), beta = ERASE ? 1.0f : s.beta[row + i];
+            const Float2 q2 = halves(q[i]), k2 = halves(k[i]);
+            const float own = load_scalar(s.dP + (row + i) * (PITCH + 1)), beta = ERASE ? 1.0f : s.beta[row + i];
             const long long to = gate_at + (unsigned long long)gate_step * i + 16 * step;
 #pragma unroll
             for (int x = 0; x < 2; x++) {
@@ -603,7 +607,7 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
                     k_sum[i].x[x] += beta * e_sum[i].x[x];
                 }
                 if (GATED && row + i < at.count) {
-                    float logit = a.wide_g ? ((const float*)a.g)[to + x] : one((const u16*)a.g + to + x);
+                    float logit = a.wide_g ? ((const float*)a.g)[to + x] : load_scalar((const u16*)a.g + to + x);
                     logit += a.dt_bias[head * K + channel + x];
                     float d = dg[i].x[x];
                     if (a.gate == 1) {
@@ -622,7 +626,7 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
                 *(u32*)(a.dq + to) = pack(q_sum[i].x[0], q_sum[i].x[1]);
                 *(u32*)(a.dk + to) = pack(k_sum[i].x[0], k_sum[i].x[1]);
                 if (ERASE) *(u32*)((u16*)a.d_erase + to) = pack(e_sum[i].x[0], e_sum[i].x[1]);
-                if (a.wide_g) *(Two*)((float*)a.dg + to) = dg[i];
+                if (a.wide_g) *(Float2*)((float*)a.dg + to) = dg[i];
                 else *(u32*)((u16*)a.dg + to) = pack(dg[i].x[0], dg[i].x[1]);
             }
         }
@@ -651,7 +655,7 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
     block_barrier();
     if (ERASE == 0 && threadIdx.x < at.count) {
         const long long to = (at.start + threadIdx.x) * HV + head;
-        const float b = s.beta[threadIdx.x];  // fresh = beta x what a strength of 1 would write; where it is 0, the long way
+        const float b = s.beta[threadIdx.x];  // dw . v_new = beta x (d beta); where beta is 0, the long way
         float d = b != 0.0f ? s.d_beta[3][threadIdx.x] / b : s.d_beta[0][threadIdx.x] + s.d_beta[1][threadIdx.x] + s.d_beta[2][threadIdx.x];
         if (GATED) d *= b * (1.0f - b);
         if (a.wide_erase) ((float*)a.d_erase)[to] = d; else ((u16*)a.d_erase)[to] = (u16)(pack(d, 0.0f) & 0xffffu);

@@ -27,7 +27,7 @@ DEVICE void bulk_copy(void* to, const void* from, int bytes, u64* b) {
 DEVICE void arrive_when_copied(u64* b) { asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(b)) : "memory"); }
 // What one block wrote and another copies in bulk: each thread that wrote publishes, all meet, one says so.
 DEVICE void publish() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
-DEVICE void say_ready(int* p) { asm volatile("st.release.gpu.global.s32 [%0], 1;" ::"l"(p) : "memory"); }
+DEVICE void raise_flag(int* p) { asm volatile("st.release.gpu.global.s32 [%0], 1;" ::"l"(p) : "memory"); }
 // How many of the next `count` flags, `step` apart, are up, from the first on; waits for that one. 32 at most.
 DEVICE int wait_until_ready(const int* flags, int step, int count, int lane) {
     u32 missing;
@@ -37,11 +37,11 @@ DEVICE int wait_until_ready(const int* flags, int step, int count, int lane) {
         missing = ~lanes_where(there);
     } while (missing & 1);
     publish();
-    return missing ? ones((missing & -missing) - 1) : 32;
+    return missing ? popcount((missing & -missing) - 1) : 32;
 }
 DEVICE void count_one(int* p) { asm volatile("red.relaxed.gpu.global.add.s32 [%0], 1;" ::"l"(p) : "memory"); }
-// Until the count has come so far, or for 50 microseconds.
-DEVICE void wait_a_little(const int* count, int enough) {
+// Until the count has come so far, or for 200 x 250 ns: the bound that forward.cu relies on.
+DEVICE void wait_bounded(const int* count, int enough) {
     for (int tries = 0; tries < 200; tries++) {
         int now;
         asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(count) : "memory");
@@ -63,8 +63,8 @@ DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory
 DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int PENDING> DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory"); }
 
-// The descriptor of 16 reduction steps in a tile kept as `image` says. By columns: the reduction runs along the row, 16
-// columns from `step`; rows are the result's columns. By rows: it runs down 16 rows; the tile's columns are the result's.
+// The descriptor of 16 reduction steps in a tile that lies as `swizzled_offset` says. By columns: the reduction runs along the
+// row, 16 columns from `step`; rows are the result's columns. By rows: it runs down 16 rows; the tile's columns are the result's.
 // One addition a step: addresses count 16 bytes and stay below 2^14, so nothing runs over into the other fields.
 DEVICE u64 tile_descriptor(const u16* tile, u32 low_fields) { return (64ull << 32 | 1ull << 62) | ((shared_address(tile) >> 4) + low_fields); }
 DEVICE u64 by_columns(const u16* tile, int step) { return tile_descriptor(tile, (1u << 16) + step / 4 * 512 + step % 4 * 2); }

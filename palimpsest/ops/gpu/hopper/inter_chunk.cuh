@@ -1,26 +1,30 @@
-// The walks over the chunks, forth and back; what inter_chunk_fwd.py and inter_chunk_bwd.py of the Triton room compute, letter for letter.
+// The recurrence from chunk to chunk, forth and back: what ../triton/inter_chunk_fwd.py and inter_chunk_bwd.py compute, letter
+// for letter.
+//     FORWARD, SAVE   v_new' = write - E S         o = Q S + (P M) v_new'          S <- Diag(D) S + W^T v_new',   W = M^T K
+//     REVERSE         dw = (P M)^T do + W dS       dS <- Diag(D) dS + Q^T do - E^T dw
+// W and P M are prepared in `Tile` as W and P.
 //
 // Block    a task: a sequence and value head, for 64 GROUPS value channels. GROUPS times four warps compute, four copy ahead.
-//          Two groups read a chunk's tiles once for 128 value channels; one leaves work for twice as many blocks.
+//          Float2 groups read a chunk's tiles once for 128 value channels; one leaves work for twice as many blocks.
 // Holds    S transposed in fragments, fp32: always the first operand of a product, so no number of it ever moves. The
 //          tiles E, W, Q, P lie in memory exactly as the tensor cores read them: a chunk is one plain copy.
-// Saves    the memory before (after, going back) each chunk, as fragments: [tile, 16 value channels, 16 key channels,
+// SAVE     and REVERSE leave the memory before (the gradient after) each chunk, as fragments: [tile, 16 value channels, 16 key channels,
 //          lane, 4], which gradient.cu reads as it lies.
 #include "hopper.cuh"
 
-constexpr int STAGES = 3, S_REGS = K / 2, WALK_THREADS = 384, COPIERS = 4;  // the last four warps copy
+constexpr int STAGES = 3, S_REGS = K / 2, INTER_CHUNK_THREADS = 384, COPIERS = 4;  // the last four warps copy
 
 template <int GROUPS> struct alignas(1024) Stage {
     static constexpr int PITCH = 64 * GROUPS + 8;
     Tile tile;
     u16 rows[C * PITCH];  // of `write`, or of the output's gradient; then of the results on their way out
 };
-template <int GROUPS> struct WalkShared {
+template <int GROUPS> struct InterChunkShared {
     Stage<GROUPS> stage[STAGES];
     u64 full[STAGES], done[STAGES], empty[STAGES];  // all is there; E, W, Q have been read; the rest, and the results have left
 };
-struct WalkArguments {
-    const Tile* tiles;      // their strengths are 0 beyond the last token
+struct InterChunkArguments {
+    const Tile* tiles;      // their betas are 0 beyond the last token
     const u16* rows;        // write, or the output's gradient: [tokens, HV, V]
     const float* state;     // [sequences, HV, K, V], null for zeros; going back, the gradient of the last one
     u16* out;               // [tokens, HV, V]: the output, or R = write - E S; going back, the gradient of write
@@ -31,16 +35,16 @@ struct WalkArguments {
     DEVICE Layout layout() const { return {cu_seqlens, chunk_offsets, T, N, HV}; }
 };
 
-enum { FORWARD, SAVE, REVERSE };
+enum { FORWARD, SAVE, REVERSE };  // the output; R and the memories, for the backward; gradients, against time
 
 // Fragments of 16 rows of tokens, read as columns: [value channel, token].
-template <int PITCH> DEVICE Quad turned_rows(const u16* rows, int w, int step, int lane) {
+template <int PITCH> DEVICE Uint4 load_rows_transposed(const u16* rows, int w, int step, int lane) {
     int t = lane / 8;
     return load_tiles_transposed(rows + (16 * step + t % 2 * 8 + lane % 8) * PITCH + 16 * w + t / 2 * 8);
 }
 
 // [value channel, token] results go out as rows of tokens, 32 bytes from each warp, over the columns that it has read.
-template <int PITCH> DEVICE void put_rows(u16* staging, const float (&d)[32], u16* out, long long pitch, int count, int lane) {
+template <int PITCH> DEVICE void store_rows(u16* staging, const float (&d)[32], u16* out, long long pitch, int count, int lane) {
     const int r = lane / 4, c = lane % 4;
     warp_barrier();
 #pragma unroll
@@ -52,13 +56,13 @@ template <int PITCH> DEVICE void put_rows(u16* staging, const float (&d)[32], u1
 #pragma unroll
     for (int x = 0; x < 4; x++) {
         int row = (lane + 32 * x) / 2, half = lane % 2;
-        if (row < count) *(Quad*)(out + row * pitch + 8 * half) = *(const Quad*)(staging + row * PITCH + 8 * half);
+        if (row < count) *(Uint4*)(out + row * pitch + 8 * half) = *(const Uint4*)(staging + row * PITCH + 8 * half);
     }
     warp_barrier();
 }
 
 // S times the chunk's decay of its channels.
-template <int N> DEVICE void fade(float (&S)[N], const float* D, int c) {
+template <int N> DEVICE void apply_decay(float (&S)[N], const float* D, int c) {
 #pragma unroll
     for (int y = 0; y < N; y += 4) {
         const float d0 = D[2 * y + 2 * c], d1 = D[2 * y + 2 * c + 1];
@@ -67,8 +71,8 @@ template <int N> DEVICE void fade(float (&S)[N], const float* D, int c) {
 }
 
 // `ready`, if not null, says which tiles there are yet; `taken` counts those that were asked for.
-template <int MODE, int GROUPS> DEVICE void walk(const WalkArguments& a, const int task, const int part, const int* ready, int* taken) {
-    SHARED_MEMORY(WalkShared<GROUPS>, s);
+template <int MODE, int GROUPS> DEVICE void inter_chunk(const InterChunkArguments& a, const int task, const int part, const int* ready, int* taken) {
+    SHARED_MEMORY(InterChunkShared<GROUPS>, s);
     constexpr int PITCH = Stage<GROUPS>::PITCH;
     const int lane = threadIdx.x % 32, w = warp_index(), r = lane / 4, c = lane % 4;
     const int V = a.V, HV = a.HV, n = task / HV, head = task % HV;
@@ -137,17 +141,17 @@ template <int MODE, int GROUPS> DEVICE void walk(const WalkArguments& a, const i
         S[x] = a.state ? a.state[state_at + (long long)(x / 4 * 8 + 2 * c + x % 2) * V + v + x % 4 / 2 * 8] : 0.0f;
 
     float o[32] = {};  // of FORWARD: a chunk's output is finished, and leaves, while the next one's products run
-    u32 fresh2[16] = {};
+    u32 v_new2[16] = {};
     const long long out_from = start * pitch + head * V + 64 * GROUPS * part + 16 * w;
-    const auto multiply_fresh = [&](int x) {  // o += fresh P
+    const auto multiply_v_new = [&](int x) {  // o += v_new P
 #pragma unroll
-        for (int step = 0; step < 4; step++) wgmma<true, false>(o, fresh2 + 4 * step, by_rows(s.stage[x].tile.P, step));
+        for (int step = 0; step < 4; step++) wgmma<true, false>(o, v_new2 + 4 * step, by_rows(s.stage[x].tile.P, step));
     };
-    const auto put = [&](const float (&d)[32], int chunk, int x) {
-        put_rows<PITCH>(s.stage[x].rows + 16 * w, d, a.out + out_from + chunk * C * pitch, pitch, min(C, tokens - chunk * C), lane);
+    const auto store = [&](const float (&d)[32], int chunk, int x) {
+        store_rows<PITCH>(s.stage[x].rows + 16 * w, d, a.out + out_from + chunk * C * pitch, pitch, min(C, tokens - chunk * C), lane);
     };
-    const auto put_output = [&](int chunk, int x) {
-        put(o, chunk, x);
+    const auto store_output = [&](int chunk, int x) {
+        store(o, chunk, x);
         if (lane == 0) arrive(&s.empty[x]);
     };
     for (int i = 0; i < chunks; i++) {
@@ -159,36 +163,36 @@ template <int MODE, int GROUPS> DEVICE void walk(const WalkArguments& a, const i
         if (MODE != FORWARD)
 #pragma unroll
             for (int y = 0; y < K / 16; y++)
-                *(Quad*)(a.memories + ((tile * (V / 16) + 4 * GROUPS * part + w) * (K / 16) + y) * 256 + 8 * lane) =
-                    Quad{{S2[4 * y], S2[4 * y + 1], S2[4 * y + 2], S2[4 * y + 3]}};
+                *(Uint4*)(a.memories + ((tile * (V / 16) + 4 * GROUPS * part + w) * (K / 16) + y) * 256 + 8 * lane) =
+                    Uint4{{S2[4 * y], S2[4 * y + 1], S2[4 * y + 2], S2[4 * y + 3]}};
         wait(&s.full[x], (i / STAGES) & 1);
-        fade(S, g.tile.D, c);
+        apply_decay(S, g.tile.D, c);
 
         if (MODE != REVERSE) {
-            float fresh[32];
+            float v_new[32];
 #pragma unroll
             for (int step = 0; step < 4; step++) {
-                Quad rows = turned_rows<PITCH>(g.rows, w, step, lane);
+                Uint4 rows = load_rows_transposed<PITCH>(g.rows, w, step, lane);
 #pragma unroll
                 for (int y = 0; y < 4; y++) {
                     const int m = 2 * step + y % 2, token = 8 * m + 2 * c;
-                    fresh[4 * m + y / 2 * 2] = g.tile.beta[token] * low(rows.x[y]);
-                    fresh[4 * m + y / 2 * 2 + 1] = g.tile.beta[token + 1] * high(rows.x[y]);
+                    v_new[4 * m + y / 2 * 2] = g.tile.beta[token] * low(rows.x[y]);
+                    v_new[4 * m + y / 2 * 2 + 1] = g.tile.beta[token + 1] * high(rows.x[y]);
                 }
             }
             wgmma_fence();
 #pragma unroll
-            for (int step = 0; step < K / 16; step++) wgmma<false, true>(fresh, S2 + 4 * step, by_columns(g.tile.E, step));
-            if (MODE == FORWARD) multiply_fresh(i > 0 ? before : x);  // of the chunk before; at the first, nobody takes it
+            for (int step = 0; step < K / 16; step++) wgmma<false, true>(v_new, S2 + 4 * step, by_columns(g.tile.E, step));
+            if (MODE == FORWARD) multiply_v_new(i > 0 ? before : x);  // of the chunk before; at the first, nobody takes it
             wgmma_commit();
             wgmma_wait<0>();
-            pack_all(fresh2, fresh);
+            pack_all(v_new2, v_new);
             wgmma_fence();
 #pragma unroll
-            for (int step = 0; step < 4; step++) wgmma<true, false>(S, fresh2 + 4 * step, by_rows(g.tile.W, step));
+            for (int step = 0; step < 4; step++) wgmma<true, false>(S, v_new2 + 4 * step, by_rows(g.tile.W, step));
             wgmma_commit();
             if (MODE == FORWARD) {
-                if (i > 0) put_output(i - 1, before);
+                if (i > 0) store_output(i - 1, before);
 #pragma unroll
                 for (int y = 0; y < 32; y++) o[y] = 0.0f;
                 settle(o);
@@ -197,7 +201,7 @@ template <int MODE, int GROUPS> DEVICE void walk(const WalkArguments& a, const i
                 for (int step = 0; step < K / 16; step++) wgmma<false, false>(o, S2 + 4 * step, by_columns(g.tile.Q, step));
                 wgmma_commit();
             }
-            if (MODE == SAVE) put(fresh, chunk, x);
+            if (MODE == SAVE) store(v_new, chunk, x);
             wgmma_wait<0>();
             if (lane == 0) arrive(&s.done[x]);
             if (MODE == SAVE && lane == 0) arrive(&s.empty[x]);
@@ -206,7 +210,7 @@ template <int MODE, int GROUPS> DEVICE void walk(const WalkArguments& a, const i
             float dw[32];
 #pragma unroll
             for (int step = 0; step < 4; step++) {
-                Quad rows = turned_rows<PITCH>(g.rows, w, step, lane);
+                Uint4 rows = load_rows_transposed<PITCH>(g.rows, w, step, lane);
                 rows2[4 * step] = rows.x[0], rows2[4 * step + 1] = rows.x[2];
                 rows2[4 * step + 2] = rows.x[1], rows2[4 * step + 3] = rows.x[3];
             }
@@ -229,7 +233,7 @@ template <int MODE, int GROUPS> DEVICE void walk(const WalkArguments& a, const i
 #pragma unroll
             for (int step = 0; step < 4; step++) wgmma<true, true>(S, dw2 + 4 * step, by_rows(g.tile.E, step));
             wgmma_commit();
-            put(dw, chunk, x);
+            store(dw, chunk, x);
             wgmma_wait<0>();
             if (lane == 0) arrive(&s.done[x]), arrive(&s.empty[x]);
         }
@@ -237,10 +241,10 @@ template <int MODE, int GROUPS> DEVICE void walk(const WalkArguments& a, const i
     if (MODE == FORWARD && chunks > 0) {
         const int x = (chunks - 1) % STAGES;
         wgmma_fence();
-        multiply_fresh(x);
+        multiply_v_new(x);
         wgmma_commit();
         wgmma_wait<0>();
-        put_output(chunks - 1, x);
+        store_output(chunks - 1, x);
     }
     if (MODE != SAVE)
 #pragma unroll

@@ -1,4 +1,4 @@
-// Everything of a chunk that does not need the memory; what intra_chunk.py of the Triton room computes, letter for letter.
+// Everything of a chunk that does not need the memory; what ../triton/intra_chunk.py computes, letter for letter.
 //
 // Group    four warps a chunk and value head; warp w holds 16 tokens, each lane all of them in two channels. So products of
 //          decays stay in a lane, and no lane ever waits for another one's.
@@ -24,10 +24,10 @@ struct Warp {
         };
     };
 };
-struct alignas(1024) IntraShared {
+struct alignas(1024) IntraChunkShared {
     union {
         float log_decay[4][16 * WIDTH];  // of a pass, on its way
-        u16 k[C * K];                    // k until the chunk's end, an image, its pairs laid out as columns of tiles
+        u16 k[C * K];                    // k until the chunk's end, swizzled, its pairs laid out as columns of tiles
     };
     Warp warp[4];
     u16 k_until[C * PITCH];  // k; then k until its block's end
@@ -36,7 +36,7 @@ struct alignas(1024) IntraShared {
     float e_scale[C], q_scale[C], k_norm[C], own[C];
 };
 
-struct IntraArguments {
+struct IntraChunkArguments {
     const u16 *q, *k;
     const void *erase, *g;
     const float *A_log, *dt_bias;
@@ -50,14 +50,14 @@ struct IntraArguments {
     DEVICE Layout layout() const { return {cu_seqlens, chunk_offsets, T, N, HV}; }
 };
 
-DEVICE u32 factor(Two f) { return pack(f.x[0], f.x[1]); }
-DEVICE Two product(Two f, Two by) { return {{f.x[0] * by.x[0], f.x[1] * by.x[1]}}; }
-DEVICE Two product(Two f, float by) { return {{f.x[0] * by, f.x[1] * by}}; }
-DEVICE void put(u16* p, u32 x) { *(u32*)p = x; }
-constexpr Two NOTHING_FADES = {{1.0f, 1.0f}};
+DEVICE u32 factor(Float2 f) { return pack(f.x[0], f.x[1]); }
+DEVICE Float2 product(Float2 f, Float2 by) { return {{f.x[0] * by.x[0], f.x[1] * by.x[1]}}; }
+DEVICE Float2 product(Float2 f, float by) { return {{f.x[0] * by, f.x[1] * by}}; }
+DEVICE void store(u16* p, u32 x) { *(u32*)p = x; }
+constexpr Float2 NO_DECAY = {{1.0f, 1.0f}};
 
 // Products of d that the compiler has formed so far are not worth the registers that would keep them.
-DEVICE void forget(Two (&d)[16]) {
+DEVICE void forget(Float2 (&d)[16]) {
 #ifndef WARP_ON_CPU
 #pragma unroll
     for (int i = 0; i < 16; i++) asm volatile("" : "+f"(d[i].x[0]), "+f"(d[i].x[1]));
@@ -81,26 +81,26 @@ template <int ROW> DEVICE void fetch(char* to, int to_pitch, const char* from, u
 }
 
 // Scores of the later halves against the earlier halves of all blocks of 2 S tokens: acc's rows are erase, then q.
-template <int S> DEVICE void level(float (&acc)[4], Two (&d)[16], const u32 (&q)[16], const u32 (&k)[16], const u32 (&e)[16], u16* rows,
+template <int S> DEVICE void level(float (&acc)[4], Float2 (&d)[16], const u32 (&q)[16], const u32 (&k)[16], const u32 (&e)[16], u16* rows,
                                    const u16* raw_k, int column, int lane) {
     warp_barrier();  // what lay here has been read
     forget(d);
 #pragma unroll
     for (int b = 0; b < 16; b += 2 * S) {
-        Two run = NOTHING_FADES;
+        Float2 run = NO_DECAY;
 #pragma unroll
         for (int i = b + S; i < b + 2 * S; i++) {
             u16* to = rows + (b / 2 + i - b - S) * PITCH + column;
-            if (ERASE == 2) put(to, i > b + S ? times(e[i], factor(run)) : e[i]);
+            if (ERASE == 2) store(to, i > b + S ? times(e[i], factor(run)) : e[i]);
             run = product(run, d[i]);
             const u32 f = factor(run);
-            if (ERASE != 2) put(to, times(ERASE ? e[i] : k[i], f));
-            put(to + 8 * PITCH, times(q[i], f));
+            if (ERASE != 2) store(to, times(ERASE ? e[i] : k[i], f));
+            store(to + 8 * PITCH, times(q[i], f));
         }
-        run = NOTHING_FADES;
+        run = NO_DECAY;
 #pragma unroll
         for (int i = b + S - 1; i >= b && S > 1; i--) {
-            put(rows + (16 + b / 2 + i - b) * PITCH + column, i < b + S - 1 ? times(k[i], factor(run)) : k[i]);
+            store(rows + (16 + b / 2 + i - b) * PITCH + column, i < b + S - 1 ? times(k[i], factor(run)) : k[i]);
             if (i > b) run = product(run, d[i]);
         }
     }
@@ -108,7 +108,7 @@ template <int S> DEVICE void level(float (&acc)[4], Two (&d)[16], const u32 (&q)
     const int from = column - 2 * lane;
     const u16* left = rows + lane % 16 * PITCH + from + lane / 16 * 8;
     const u16* right = (S > 1 ? rows + (16 + lane % 8) * PITCH : raw_k + 2 * (lane % 8) * PITCH) + from + lane / 8 * 8;
-    Quad b[WIDTH / 32], x[WIDTH / 16];  // all on their way before the first is used
+    Uint4 b[WIDTH / 32], x[WIDTH / 16];  // all on their way before the first is used
 #pragma unroll
     for (int step = 0; step < WIDTH / 16; step++) {
         if (step % 2 == 0) b[step / 2] = load_tiles(right + 16 * step);
@@ -126,14 +126,14 @@ template <bool GATED> DEVICE void own_products(float (&own)[2][4], float (&q_own
     for (int step = 0; step < WIDTH / 16; step++)
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            const Quad x = load_tiles(row + 8 * h * PITCH + 16 * step);  // q, k; q, k of the next 8 channels
+            const Uint4 x = load_tiles(row + 8 * h * PITCH + 16 * step);  // q, k; q, k of the next 8 channels
             mma(own[h], x.x[0], x.x[1], x.x[2], x.x[3], x.x[1], x.x[3]);
             if (GATED) mma(q_own[h], x.x[0], x.x[1], x.x[2], x.x[3], x.x[0], x.x[2]);
         }
 }
 
 // A level's scores, gathered by halves, to their places in A and P.
-template <int S, bool GATED> DEVICE void spread(const float (&acc)[4], float* L, u16* P, const float* e_scale, const float* q_scale, const float* k_norm, int r, int c) {
+template <int S, bool GATED> DEVICE void scatter_scores(const float (&acc)[4], float* L, u16* P, const float* e_scale, const float* q_scale, const float* k_norm, int r, int c) {
 #pragma unroll
     for (int x = 0; x < 2; x++) {
         const int at = 2 * c + x, i = r / S * 2 * S + S + r % S, j = at / S * 2 * S + at % S;
@@ -144,7 +144,7 @@ template <int S, bool GATED> DEVICE void spread(const float (&acc)[4], float* L,
 }
 
 // `before_stores` runs halfway, before this chunk's tile is written.
-template <bool GATED, class F> DEVICE void prepare(const IntraArguments& a, IntraShared& s, const Chunk& at, int group, F before_stores) {
+template <bool GATED, class F> DEVICE void prepare(const IntraChunkArguments& a, IntraChunkShared& s, const Chunk& at, int group, F before_stores) {
     const int H = a.H, HV = a.HV, head = at.head;
     const int lane = threadIdx.x % 32, w = warp_index() % 4, r = lane / 4, c = lane % 4;
     const long long tile = at.tile;
@@ -167,7 +167,7 @@ template <bool GATED, class F> DEVICE void prepare(const IntraArguments& a, Intr
         float beta = lane < tokens;
         if (ERASE == 0 && lane < tokens) {
             const long long from = (first + lane) * HV + head;
-            beta = a.wide_erase ? ((const float*)a.erase)[from] : one((const u16*)a.erase + from);
+            beta = a.wide_erase ? ((const float*)a.erase)[from] : load_scalar((const u16*)a.erase + from);
             if (GATED) beta = sigmoid(beta);
         }
         out.beta[16 * w + lane] = beta;
@@ -197,7 +197,7 @@ template <bool GATED, class F> DEVICE void prepare(const IntraArguments& a, Intr
     for (int pass = 0; pass < PASSES; pass++) {
         const int column = pass * WIDTH + 2 * lane;
         u32 q[16], k[16], e[16];  // e with ERASE alone
-        Two d[16];
+        Float2 d[16];
         if (pass > 0) {
             copies_landed();
             warp_barrier();
@@ -209,7 +209,7 @@ template <bool GATED, class F> DEVICE void prepare(const IntraArguments& a, Intr
         }
         if (a.wide_g) {
 #pragma unroll
-            for (int i = 0; i < 16; i++) d[i] = ((const Two*)log_decays)[32 * i + lane];
+            for (int i = 0; i < 16; i++) d[i] = ((const Float2*)log_decays)[32 * i + lane];
         } else {
 #pragma unroll
             for (int i = 0; i < 16; i++) {
@@ -223,7 +223,7 @@ template <bool GATED, class F> DEVICE void prepare(const IntraArguments& a, Intr
         }
         if (GATED) {
             const float rate = exp_(a.A_log[head]);
-            const Two bias = *(const Two*)(a.dt_bias + head * K + column);
+            const Float2 bias = *(const Float2*)(a.dt_bias + head * K + column);
             if (a.gate == 1) {
 #pragma unroll
                 for (int i = 0; i < 16; i++)
@@ -231,7 +231,7 @@ template <bool GATED, class F> DEVICE void prepare(const IntraArguments& a, Intr
                     for (int x = 0; x < 2; x++) d[i].x[x] = i < tokens ? -rate * softplus(d[i].x[x] + bias.x[x]) : 0.0f;
             } else {
                 const float slope = -rate * LOG2E;
-                const Two start = product(bias, slope);
+                const Float2 start = product(bias, slope);
 #pragma unroll
                 for (int i = 0; i < 16; i++)
 #pragma unroll
@@ -239,7 +239,7 @@ template <bool GATED, class F> DEVICE void prepare(const IntraArguments& a, Intr
             }
         }
         // A block's whole decay: a product of many numbers near 1 drifts, so slow ones come from the sum of logarithms.
-        Two total = NOTHING_FADES, sum = {{0.0f, 0.0f}};
+        Float2 total = NO_DECAY, sum = {{0.0f, 0.0f}};
 #pragma unroll
         for (int i = 0; i < 16; i++) {
             sum.x[0] += d[i].x[0], sum.x[1] += d[i].x[1];
@@ -249,7 +249,7 @@ template <bool GATED, class F> DEVICE void prepare(const IntraArguments& a, Intr
 #pragma unroll
         for (int x = 0; x < 2; x++)
             if (sum.x[x] > -1.0f) total.x[x] = careful_exp(sum.x[x]);
-        *(Two*)(s.total + w * K + column) = total;
+        *(Float2*)(s.total + w * K + column) = total;
 
         level<1>(near[0], d, q, k, e, rows, my_k, column, lane);
         level<2>(near[1], d, q, k, e, rows, my_k, column, lane);
@@ -268,27 +268,27 @@ template <bool GATED, class F> DEVICE void prepare(const IntraArguments& a, Intr
             out.D[channel] = s.total[channel] * f1 * f2 * s.total[3 * K + channel];
         }
         {
-            Two run = NOTHING_FADES, start = NOTHING_FADES;
+            Float2 run = NO_DECAY, start = NO_DECAY;
 #pragma unroll
             for (int J = 0; J < 3; J++)
-                if (J < w) start = product(start, *(const Two*)(s.total + J * K + column));
-            Two scaled = product(start, a.scale);  // for q, where its scale is the same for all
-            const int at_column = image(16 * w, pass * 8) + column % 8, turn = column / 8 % 8 * 8;
+                if (J < w) start = product(start, *(const Float2*)(s.total + J * K + column));
+            Float2 scaled = product(start, a.scale);  // for q, where its scale is the same for all
+            const int at_column = swizzled_offset(16 * w, pass * 8) + column % 8, turn = column / 8 % 8 * 8;
 #pragma unroll
             for (int i = 0; i < 16; i++) {
                 u16 *E = out.E + at_column + (i % 8 * 8 ^ turn) + 64 * i, *Q = E + (out.Q - out.E), *since = rows + i * PITCH + column;
-                if (ERASE == 2) put(since, times(e[i], factor(run))), put(E, times(e[i], factor(start)));
+                if (ERASE == 2) store(since, times(e[i], factor(run))), store(E, times(e[i], factor(start)));
                 run = product(run, d[i]), start = product(start, d[i]), scaled = product(scaled, d[i]);
                 const u32 f = factor(run);
-                if (ERASE != 2) put(since, times(ERASE ? e[i] : k[i], f));
-                put(since + 16 * PITCH, times(q[i], f));
-                if (ERASE != 2) put(E, ERASE ? times(e[i], factor(start)) : times(k[i], factor(product(start, e_scale[i]))));
-                put(Q, times(q[i], factor(GATED ? product(start, q_scale[i]) : scaled)));
+                if (ERASE != 2) store(since, times(ERASE ? e[i] : k[i], f));
+                store(since + 16 * PITCH, times(q[i], f));
+                if (ERASE != 2) store(E, ERASE ? times(e[i], factor(start)) : times(k[i], factor(product(start, e_scale[i]))));
+                store(Q, times(q[i], factor(GATED ? product(start, q_scale[i]) : scaled)));
             }
-            run = NOTHING_FADES;
+            run = NO_DECAY;
 #pragma unroll
             for (int i = 15; i >= 0; i--) {
-                put(my_k + i * PITCH + column, times(k[i], factor(run)));
+                store(my_k + i * PITCH + column, times(k[i], factor(run)));
                 run = product(run, d[i]);
             }
         }
@@ -306,9 +306,9 @@ template <bool GATED, class F> DEVICE void prepare(const IntraArguments& a, Intr
         const u16* f = s.between + (w == 0 ? 2 : w == 2 ? 1 : 0) * K + 2 * c;  // of the blocks between I and J, if there are any
 #pragma unroll
         for (int step = 0; step < K / 16; step++) {
-            const Quad e = load_tiles(left1 + 16 * step), q = load_tiles(left1 + 16 * PITCH + 16 * step), x = load_tiles(left2 + 16 * step);
-            Quad k = load_tiles(right1 + 16 * step);
-            const Quad k2 = load_tiles(right2 + 16 * step);
+            const Uint4 e = load_tiles(left1 + 16 * step), q = load_tiles(left1 + 16 * PITCH + 16 * step), x = load_tiles(left2 + 16 * step);
+            Uint4 k = load_tiles(right1 + 16 * step);
+            const Uint4 k2 = load_tiles(right2 + 16 * step);
             if (w < 3) {
                 const u32 f0 = *(const u32*)(f + 16 * step), f8 = *(const u32*)(f + 16 * step + 8);
                 k.x[0] = times(k.x[0], f0), k.x[1] = times(k.x[1], f8), k.x[2] = times(k.x[2], f0), k.x[3] = times(k.x[3], f8);
@@ -324,7 +324,7 @@ template <bool GATED, class F> DEVICE void prepare(const IntraArguments& a, Intr
 
     // A and P go to shared memory; -A of other blocks, as M asks for it. P has no k_norm: M^T brings it.
     group_barrier(group);  // all lanes have read the rows; A and P lie over them
-    const auto put_erase = [&](const float (&A)[2][4], int I, int J) {
+    const auto store_erase = [&](const float (&A)[2][4], int I, int J) {
         float* L = s.warp[I].L + r * L_PITCH + 16 * J + 2 * c;
         const float *scale = s.e_scale + 16 * I + r, *norm = s.k_norm + 16 * J + 2 * c;
 #pragma unroll
@@ -335,25 +335,25 @@ template <bool GATED, class F> DEVICE void prepare(const IntraArguments& a, Intr
                 L[8 * h * L_PITCH + 8 * n] = as_factor(GATED ? A0 * norm[8 * n] : A0), L[8 * h * L_PITCH + 8 * n + 1] = as_factor(GATED ? A1 * norm[8 * n + 1] : A1);
             }
     };
-    const auto put_q = [&](const float (&P)[2][4], int I, int J) {
+    const auto store_q = [&](const float (&P)[2][4], int I, int J) {
         u16* to = s.warp[I].P + r * P_PITCH + 16 * J + 2 * c;
         const float* scale = s.q_scale + 16 * I + r;
 #pragma unroll
         for (int n = 0; n < 2; n++)
 #pragma unroll
-            for (int h = 0; h < 2; h++) put(to + 8 * h * P_PITCH + 8 * n, pack(P[n][2 * h] * scale[8 * h], P[n][2 * h + 1] * scale[8 * h]));
+            for (int h = 0; h < 2; h++) store(to + 8 * h * P_PITCH + 8 * n, pack(P[n][2 * h] * scale[8 * h], P[n][2 * h + 1] * scale[8 * h]));
     };
-    put_erase(both[0], I, J), put_q(both[1], I, J);
-    if (kind == 0) put_erase(one_kind, I2, J2); else put_q(one_kind, I2, J2);
+    store_erase(both[0], I, J), store_q(both[1], I, J);
+    if (kind == 0) store_erase(one_kind, I2, J2); else store_q(one_kind, I2, J2);
     float* L = s.warp[w].L;
     u16* P = s.warp[w].P;
-    *(Quad*)(P + lane / 2 * P_PITCH + 16 * w + lane % 2 * 8) = Quad{};
-    if (w % 2 == 0) *(Quad*)(P + lane / 2 * P_PITCH + 16 * w + 16 + lane % 2 * 8) = Quad{};
+    *(Uint4*)(P + lane / 2 * P_PITCH + 16 * w + lane % 2 * 8) = Uint4{};
+    if (w % 2 == 0) *(Uint4*)(P + lane / 2 * P_PITCH + 16 * w + 16 + lane % 2 * 8) = Uint4{};
     warp_barrier();
-    spread<1, GATED>(near[0], L + 16 * w, P + 16 * w, e_scale, q_scale, k_norm, r, c);
-    spread<2, GATED>(near[1], L + 16 * w, P + 16 * w, e_scale, q_scale, k_norm, r, c);
-    spread<4, GATED>(near[2], L + 16 * w, P + 16 * w, e_scale, q_scale, k_norm, r, c);
-    spread<8, GATED>(near[3], L + 16 * w, P + 16 * w, e_scale, q_scale, k_norm, r, c);
+    scatter_scores<1, GATED>(near[0], L + 16 * w, P + 16 * w, e_scale, q_scale, k_norm, r, c);
+    scatter_scores<2, GATED>(near[1], L + 16 * w, P + 16 * w, e_scale, q_scale, k_norm, r, c);
+    scatter_scores<4, GATED>(near[2], L + 16 * w, P + 16 * w, e_scale, q_scale, k_norm, r, c);
+    scatter_scores<8, GATED>(near[3], L + 16 * w, P + 16 * w, e_scale, q_scale, k_norm, r, c);
     if (lane < 16) P[lane * P_PITCH + 16 * w + lane] = (u16)pack(s.own[16 * w + lane] * q_scale[lane], 0.0f);
     warp_barrier();
 
@@ -367,7 +367,7 @@ template <bool GATED, class F> DEVICE void prepare(const IntraArguments& a, Intr
             float sum[2] = {i == column ? 1.0f : 0.0f, 0.0f};
 #pragma unroll
             for (int t = 0; t < i; t += 4) {
-                const Quad row = *(const Quad*)(half + i * L_PITCH + t);
+                const Uint4 row = *(const Uint4*)(half + i * L_PITCH + t);
 #pragma unroll
                 for (int y = 0; y < 4; y++)
                     if (t + y < i) sum[y % 2] -= __uint_as_float(row.x[y]) * m[t + y];
@@ -381,8 +381,8 @@ template <bool GATED, class F> DEVICE void prepare(const IntraArguments& a, Intr
         warp_barrier();
         float x[4] = {}, y[4] = {};
         const float *M11 = block + 2 * c * L_PITCH + r, *A21 = block + (8 + r) * L_PITCH + 2 * c, *M22 = A21 + 8;
-        mma_sharp(x, Four{{M11[0], 0.0f, M11[L_PITCH], 0.0f}}, A21[0], A21[1]);
-        mma_sharp(y, Four{{-x[0], 0.0f, -x[1], 0.0f}}, M22[0], M22[1]);
+        mma_split_tf32(x, Float4{{M11[0], 0.0f, M11[L_PITCH], 0.0f}}, A21[0], A21[1]);
+        mma_split_tf32(y, Float4{{-x[0], 0.0f, -x[1], 0.0f}}, M22[0], M22[1]);
         float* M21 = block + (8 + 2 * c) * L_PITCH + r;
         M21[0] = as_factor(y[0]), M21[L_PITCH] = as_factor(y[1]), block[lane / 4 * L_PITCH + 8 + 2 * c] = 0.0f, block[lane / 4 * L_PITCH + 9 + 2 * c] = 0.0f;
     }
@@ -392,16 +392,16 @@ template <bool GATED, class F> DEVICE void prepare(const IntraArguments& a, Intr
 #pragma unroll 1
     for (int pass = 0; pass < PASSES; pass++) {
         const int column = pass * WIDTH + 2 * lane;
-        Two after = NOTHING_FADES;
+        Float2 after = NO_DECAY;
 #pragma unroll
         for (int J = 1; J < 4; J++)
-            if (J > w) after = product(after, *(const Two*)(s.total + J * K + column));
+            if (J > w) after = product(after, *(const Float2*)(s.total + J * K + column));
         const u32 f = factor(after);
-        u16* to = s.k + image(16 * w, pass * 8) + column % 32 / 8 * 2;
+        u16* to = s.k + swizzled_offset(16 * w, pass * 8) + column % 32 / 8 * 2;
         const int turn = (column / 32 % 2 * 4 + column % 8 / 2) * 8;
 #pragma unroll
         for (int i = 0; i < 16; i++) {
-            put(to + (i % 8 * 8 ^ turn) + 64 * i, times(pair_at(my_k + i * PITCH + column), f));
+            store(to + (i % 8 * 8 ^ turn) + 64 * i, times(pair_at(my_k + i * PITCH + column), f));
         }
     }
     to_tensor_cores();
@@ -410,7 +410,7 @@ template <bool GATED, class F> DEVICE void prepare(const IntraArguments& a, Intr
     u32 m2[4][4] = {};
     {
         float m[4][2][4] = {};
-        const float *straight = s.warp[0].L + r * L_PITCH + 2 * c, *turned = s.warp[0].L + 2 * c * L_PITCH + r;
+        const float *straight = s.warp[0].L + r * L_PITCH + 2 * c, *transposed = s.warp[0].L + 2 * c * L_PITCH + r;
         constexpr int NEXT = sizeof(Warp) / 4;  // from the rows of one block to those of the next
 #pragma unroll
         for (int I = 0; I < 4; I++) {
@@ -418,7 +418,7 @@ template <bool GATED, class F> DEVICE void prepare(const IntraArguments& a, Intr
 #pragma unroll
                 for (int n = 0; n < 2; n++)
 #pragma unroll
-                    for (int x = 0; x < 4; x++) m[I][n][x] = turned[I * NEXT + (8 * n + x % 2) * L_PITCH + 16 * I + 8 * (x / 2)];
+                    for (int x = 0; x < 4; x++) m[I][n][x] = transposed[I * NEXT + (8 * n + x % 2) * L_PITCH + 16 * I + 8 * (x / 2)];
             if (I > w) {
                 float sum[2][4] = {};
 #pragma unroll
@@ -426,20 +426,20 @@ template <bool GATED, class F> DEVICE void prepare(const IntraArguments& a, Intr
                     if (t >= w && t < I)
 #pragma unroll
                         for (int step = 0; step < 2; step++) {
-                            const Sharp x(Four{{m[t][step][0], m[t][step][2], m[t][step][1], m[t][step][3]}});
+                            const SplitTf32 x(Float4{{m[t][step][0], m[t][step][2], m[t][step][1], m[t][step][3]}});
 #pragma unroll
                             for (int n = 0; n < 2; n++) {
                                 const float* b = straight + I * NEXT + 8 * n * L_PITCH + 16 * t + 8 * step;
-                                mma_sharp(sum[n], x, b[0], b[1]);
+                                mma_split_tf32(sum[n], x, b[0], b[1]);
                             }
                         }
 #pragma unroll
                 for (int step = 0; step < 2; step++) {
-                    const Sharp x(Four{{sum[step][0], sum[step][2], sum[step][1], sum[step][3]}});
+                    const SplitTf32 x(Float4{{sum[step][0], sum[step][2], sum[step][1], sum[step][3]}});
 #pragma unroll
                     for (int n = 0; n < 2; n++) {
                         const float* b = straight + I * NEXT + 8 * n * L_PITCH + 16 * I + 8 * step;
-                        mma_sharp(m[I][n], x, b[0], b[1]);
+                        mma_split_tf32(m[I][n], x, b[0], b[1]);
                     }
                 }
             }
@@ -480,16 +480,16 @@ template <bool GATED, class F> DEVICE void prepare(const IntraArguments& a, Intr
 #pragma unroll
                 for (int p = 0; p < 4; p += 2) {
                     const int row = 8 * (l / 2) + 2 * (p + lane / 16) + l % 2;  // of 32
-                    const Quad b = load_tiles(s.warp[2 * group + row / 16].P + row % 16 * P_PITCH + 16 * I + 8 * half);
+                    const Uint4 b = load_tiles(s.warp[2 * group + row / 16].P + row % 16 * P_PITCH + 16 * I + 8 * half);
                     mma(x[p], m2[I][0], m2[I][1], m2[I][2], m2[I][3], b.x[0], b.x[1]);
                     mma(x[p + 1], m2[I][0], m2[I][1], m2[I][2], m2[I][3], b.x[2], b.x[3]);
                 }
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            Quad o;
+            Uint4 o;
 #pragma unroll
             for (int p = 0; p < 4; p++) o.x[p] = pack(x[p][2 * h], x[p][2 * h + 1]);
-            *(Quad*)(out.P + image(16 * w + 8 * h + r, 4 * group + c)) = o;
+            *(Uint4*)(out.P + swizzled_offset(16 * w + 8 * h + r, 4 * group + c)) = o;
         }
     }
     wgmma_wait<0>();
@@ -497,9 +497,9 @@ template <bool GATED, class F> DEVICE void prepare(const IntraArguments& a, Intr
     for (int part = 0; part < K / 32; part++)
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            Quad o;
+            Uint4 o;
 #pragma unroll
             for (int p = 0; p < 4; p++) o.x[p] = pack(W[16 * part + 4 * p + 2 * h], W[16 * part + 4 * p + 2 * h + 1]);
-            *(Quad*)(out.W + image(16 * w + 8 * h + r, 4 * part + c)) = o;
+            *(Uint4*)(out.W + swizzled_offset(16 * w + 8 * h + r, 4 * part + c)) = o;
         }
 }

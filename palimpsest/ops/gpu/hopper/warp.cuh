@@ -15,7 +15,7 @@ typedef unsigned short u16;
 constexpr int C = 64, K = KEY_DIM;  // tokens of a chunk, key channels
 constexpr float LOG2E = 1.4426950408889634f;
 
-struct alignas(16) Quad { u32 x[4]; };
+struct alignas(16) Uint4 { u32 x[4]; };
 
 #ifndef WARP_ON_CPU
 
@@ -58,15 +58,15 @@ DEVICE void mma_tf32(float (&d)[4], float a0, float a1, float a2, float a3, floa
 DEVICE float swap_lanes(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 // The transpose of an 8 x 8 tile of 16-bit numbers held as (r, 2c), (r, 2c + 1).
 DEVICE u32 transpose(u32 x) { u32 y; asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x)); return y; }
-// Four 8 x 8 tiles from shared memory, lane l giving the address of row l % 8 of tile l / 8; as they lie, or transposed.
-DEVICE Quad load_tiles(const u16* row) {
-    Quad d;
+// Float4 8 x 8 tiles from shared memory, lane l giving the address of row l % 8 of tile l / 8; as they lie, or transposed.
+DEVICE Uint4 load_tiles(const u16* row) {
+    Uint4 d;
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
         : "=r"(d.x[0]), "=r"(d.x[1]), "=r"(d.x[2]), "=r"(d.x[3]) : "r"((u32)__cvta_generic_to_shared(row)) : "memory");
     return d;
 }
-DEVICE Quad load_tiles_transposed(const u16* row) {
-    Quad d;
+DEVICE Uint4 load_tiles_transposed(const u16* row) {
+    Uint4 d;
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
         : "=r"(d.x[0]), "=r"(d.x[1]), "=r"(d.x[2]), "=r"(d.x[3]) : "r"((u32)__cvta_generic_to_shared(row)) : "memory");
     return d;
@@ -79,7 +79,7 @@ DEVICE void copies_landed() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 DEVICE void bulk_prefetch(const void* p, int bytes) { asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory"); }
 DEVICE u32 lanes_where(bool x) { return __ballot_sync(0xffffffffu, x); }
 DEVICE int warp_min(int x) { return __reduce_min_sync(0xffffffffu, x); }
-DEVICE int ones(u32 x) { return __popc(x); }
+DEVICE int popcount(u32 x) { return __popc(x); }
 DEVICE int warp_index() { return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0); }  // so the compiler knows it is one for all lanes
 DEVICE void warp_barrier() { __syncwarp(); }
 DEVICE void block_barrier() { __syncthreads(); }
@@ -93,7 +93,7 @@ DEVICE void group_barrier(int group) { asm volatile("bar.sync %0, 128;" ::"r"(gr
 #else
 #define SHARED_MEMORY(type, name) extern __shared__ __align__(1024) char shared[]; type& name = *(type*)shared
 #endif
-struct alignas(8) Two { float x[2]; };
+struct alignas(8) Float2 { float x[2]; };
 DEVICE u32 pair_at(const u16* p) { return *(const u32*)p; }
 // Numbers in pairs, as products ask for them.
 template <int N> DEVICE void pack_all(u32 (&to)[N], const float (&from)[2 * N]) {
@@ -101,18 +101,20 @@ template <int N> DEVICE void pack_all(u32 (&to)[N], const float (&from)[2 * N]) 
     for (int x = 0; x < N; x++) to[x] = pack(from[2 * x], from[2 * x + 1]);
 }
 
-// Products for M, in tf32, of numbers that are kept `as_factor`: rounded for bf16, whose own rounding is coarser; for fp16 of numbers in two parts each, which is
-// fp32, since what both low parts give is below it.
-struct Four { float x[4]; };
+// Products for M on the tensor cores, in tf32: 11 significant bits, unit roundoff 2^-11; mma drops the 13 bits below.
+//     bf16   a b ~ rn(a) rn(b): each factor rounded once (`as_factor`) to 2^-11, where bf16 itself rounds to 2^-8.
+//     fp16   x = h + l, h the first 11 bits of x, |l| < 2^-10 |x|;   a b ~ h_a h_b + h_a l_b + l_a h_b
+//            l_a l_b is left out and each l is cut to 11 bits: |error| < 3 x 2^-20 |a b|, where fp16 rounds to 2^-11.
+struct Float4 { float x[4]; };
 #ifdef FP16
-struct Sharp {
-    Four high, low;
-    DEVICE Sharp(const Four& a) {
+struct SplitTf32 {
+    Float4 high, low;
+    DEVICE SplitTf32(const Float4& a) {
 #pragma unroll
         for (int i = 0; i < 4; i++) high.x[i] = __uint_as_float(__float_as_uint(a.x[i]) & 0xffffe000u), low.x[i] = a.x[i] - high.x[i];
     }
 };
-DEVICE void mma_sharp(float (&d)[4], const Sharp& a, float b0, float b1) {
+DEVICE void mma_split_tf32(float (&d)[4], const SplitTf32& a, float b0, float b1) {
     const float h0 = __uint_as_float(__float_as_uint(b0) & 0xffffe000u), h1 = __uint_as_float(__float_as_uint(b1) & 0xffffe000u);
     mma_tf32(d, a.low.x[0], a.low.x[1], a.low.x[2], a.low.x[3], h0, h1);
     mma_tf32(d, a.high.x[0], a.high.x[1], a.high.x[2], a.high.x[3], b0 - h0, b1 - h1);
@@ -121,14 +123,14 @@ DEVICE void mma_sharp(float (&d)[4], const Sharp& a, float b0, float b1) {
 DEVICE float as_factor(float x) { return x; }
 #else
 DEVICE float as_factor(float x) { return __uint_as_float(__float_as_uint(x) + 0x1000u); }
-struct Sharp {
-    Four a;
-    DEVICE Sharp(const Four& x) {
+struct SplitTf32 {
+    Float4 a;
+    DEVICE SplitTf32(const Float4& x) {
 #pragma unroll
         for (int i = 0; i < 4; i++) a.x[i] = as_factor(x.x[i]);
     }
 };
-DEVICE void mma_sharp(float (&d)[4], const Sharp& x, float b0, float b1) {
+DEVICE void mma_split_tf32(float (&d)[4], const SplitTf32& x, float b0, float b1) {
     mma_tf32(d, x.a.x[0], x.a.x[1], x.a.x[2], x.a.x[3], b0, b1);
 }
 #endif
@@ -145,14 +147,14 @@ DEVICE float softplus(float x) {
     return fmaxf(x, 0.0f) + (u < 1e-4f ? u - 0.5f * u * u : log_(1.0f + u));
 }
 DEVICE float quad_sum(float x) { x += swap_lanes(x, 1); return x + swap_lanes(x, 2); }  // over c
-DEVICE float one(const u16* p) { return low((u32)*p); }
+DEVICE float load_scalar(const u16* p) { return low((u32)*p); }
 
 // Where the 16-byte piece `at` of a row lies in a tile of 64 rows, counted in numbers: pieces of 64 columns side by side,
 // 128-byte rows, swizzled as the tensor cores want them. Workspaces are kept so, and a tile is one contiguous copy.
-DEVICE int image(int row, int at) { return at / 8 * 4096 + row * 64 + ((at % 8) ^ (row % 8)) * 8; }
+DEVICE int swizzled_offset(int row, int at) { return at / 8 * 4096 + row * 64 + ((at % 8) ^ (row % 8)) * 8; }
 
-// What intra_chunk.cu leaves of a chunk for the walks, in images and rows: E, W, Q [64, K], P [64, 64], decays [K], strengths [64].
-// One contiguous copy; the walk that needs no output takes the first two and the last two.
+// What is prepared of a chunk (letters as in inter_chunk.cuh): E, W, Q [64, K] and P [64, 64] swizzled, D [K], beta [64]. One
+// contiguous copy; the pass that forms no output takes E, W, D and beta.
 struct Tile {
     u16 E[64 * K], W[64 * K], Q[64 * K], P[64 * 64];
     float D[K], beta[64];

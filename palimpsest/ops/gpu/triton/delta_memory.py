@@ -18,8 +18,7 @@ from palimpsest.ops.gpu.triton.gradient import gradient_kernel, scores_kernel
 from palimpsest.ops.gpu.triton.inter_chunk_bwd import inter_chunk_bwd_kernel
 from palimpsest.ops.gpu.triton.inter_chunk_fwd import inter_chunk_fwd_kernel
 from palimpsest.ops.gpu.triton.intra_chunk import intra_chunk_kernel
-
-GATES = {"none": 0, "softplus": 1, "sigmoid": 2}
+from palimpsest.ops.gpu.workspace import MemoryArguments
 
 
 class Plan(NamedTuple):
@@ -66,65 +65,81 @@ def plan_of(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Plan:
     return Plan(T, H, HV, K, V, sequences, chunks, C, block_k, wide, q.dtype, precision, cu_seqlens, offsets, shared)
 
 
-def intra_chunk(plan: Plan, q, k, g, erase, A_log, dt_bias, scale, floor, gate, exclusive, save):
-    """The workspaces E, Q, W, P, D, M, norms of intra_chunk.py."""
-    E, Q, W = (plan.empty(plan.C, plan.K, like=q) for _ in range(3))
-    P = plan.empty(plan.C, plan.C, like=q)
-    D = plan.empty(plan.K, dtype=torch.float32, like=q)
-    M = plan.empty(plan.C, plan.C, like=q) if save else None
-    norms = plan.empty(2, plan.C, dtype=torch.float32, like=q) if save and gate else None
+class Prepared(NamedTuple):
+    """The workspaces that intra_chunk.py writes, in its letters."""
+
+    E: Tensor  # [chunks, HV, C, K], as Q and W
+    Q: Tensor
+    W: Tensor
+    P: Tensor  # [chunks, HV, C, C]
+    D: Tensor  # [chunks, HV, K]
+    M: Tensor | None  # [chunks, HV, C, C], for the backward
+    norms: Tensor | None  # [chunks, HV, 2, C]: reciprocals of those of q and k, for the backward with a gate
+
+
+def intra_chunk(plan: Plan, x: MemoryArguments, save: bool) -> Prepared:
+    E, Q, W = (plan.empty(plan.C, plan.K, like=x.q) for _ in range(3))
+    P = plan.empty(plan.C, plan.C, like=x.q)
+    D = plan.empty(plan.K, dtype=torch.float32, like=x.q)
+    M = plan.empty(plan.C, plan.C, like=x.q) if save else None
+    norms = plan.empty(2, plan.C, dtype=torch.float32, like=x.q) if save and x.gate else None
     if plan.chunks:
         intra_chunk_kernel[(plan.chunks * plan.HV,)](
-            q, k, erase, g, A_log, dt_bias, E, Q, W, P, D, M, norms,
-            plan.cu_seqlens, plan.chunk_offsets, plan.T, plan.sequences, plan.H, plan.HV, scale, floor,
-            BLOCK_K=plan.block_k, LEVELS=plan.C.bit_length() - 1, STRENGTH=erase.ndim == 3, GATE=gate,
-            EXCLUSIVE=exclusive, SAVE=save, **plan.shared, **config("intra_chunk", plan.wide),
+            x.q, x.k, x.erase, x.log_decay, x.A_log, x.dt_bias, E, Q, W, P, D, M, norms,
+            plan.cu_seqlens, plan.chunk_offsets, plan.T, plan.sequences, plan.H, plan.HV, x.scale, x.floor,
+            BLOCK_K=plan.block_k, LEVELS=plan.C.bit_length() - 1, FROM_BETA=x.erase.ndim == 3, GATE=x.gate,
+            ERASE_BEFORE_DECAY=x.erase_before_decay, SAVE=save, **plan.shared, **config("intra_chunk", plan.wide),
         )  # fmt: skip
-    return E, Q, W, P, D, M, norms
+    return Prepared(E, Q, W, P, D, M, norms)
 
 
-def inter_chunk_fwd(plan: Plan, E, Q, W, P, D, v, erase, state, gate, save):
+def inter_chunk_fwd(plan: Plan, x: MemoryArguments, prepared: Prepared, save: bool):
     """The output and last state; or with save, the memory before each chunk [chunks, HV, V, K]."""
+    E, Q, W, P, D, _, _ = prepared
     out = state_out = memories = None
     if save:
-        memories = plan.empty(plan.V, plan.K, like=v)
+        memories = plan.empty(plan.V, plan.K, like=x.v)
     else:
-        out, state_out = torch.empty_like(v), torch.empty_like(state)
+        out, state_out = torch.empty_like(x.v), torch.empty_like(x.state)
     settings = config("inter_chunk_fwd", plan.wide)
     block_v, stages = plan.block_v(settings), settings.pop("stages")
     if plan.sequences:
         inter_chunk_fwd_kernel[(plan.sequences * plan.HV, triton.cdiv(plan.V, block_v))](
-            E, Q, W, P, D, v, erase, state, out, state_out, memories,
+            E, Q, W, P, D, x.v, x.erase, x.state, out, state_out, memories,
             plan.cu_seqlens, plan.chunk_offsets, plan.T, plan.HV,
-            V=plan.V, BLOCK_K=plan.block_k, BLOCK_V=block_v, STRENGTH=erase.ndim == 3, GATE=gate > 0, SAVE=save,
+            V=plan.V, BLOCK_K=plan.block_k, BLOCK_V=block_v, FROM_BETA=x.erase.ndim == 3, GATE=x.gate > 0, SAVE=save,
             STAGES=stages, **plan.shared, **settings,
         )  # fmt: skip
     return memories if save else (out, state_out)
 
 
-def forward(q, k, v, log_decay, erase, state, scale, cu_seqlens, A_log, dt_bias, gate, floor, exclusive):
-    """See register.py for the arguments."""
-    q, k, v, g, erase, state = (x.contiguous() for x in (q, k, v, log_decay, erase, state))
-    plan = plan_of(q, v, cu_seqlens)
-    E, Q, W, P, D, _, _ = intra_chunk(plan, q, k, g, erase, A_log, dt_bias, scale, floor, gate, exclusive, save=False)
-    return inter_chunk_fwd(plan, E, Q, W, P, D, v, erase, state, gate, save=False)
+def _readable(x: MemoryArguments) -> MemoryArguments:
+    """Contiguous; a state that is not there as zeros."""
+    state = x.new_state().zero_() if x.state is None else x.state.contiguous()
+    q, k, v, log_decay, erase = (t.contiguous() for t in (x.q, x.k, x.v, x.log_decay, x.erase))
+    return x._replace(q=q, k=k, v=v, log_decay=log_decay, erase=erase, state=state)
 
 
-def backward(
-    d_out, d_state, q, k, v, log_decay, erase, state, scale, cu_seqlens, A_log, dt_bias, gate, floor, exclusive
-):
+def forward(x: MemoryArguments) -> tuple[Tensor, Tensor]:
+    """The output, and the last state."""
+    x = _readable(x)
+    plan = plan_of(x.q, x.v, x.cu_seqlens)
+    prepared = intra_chunk(plan, x, save=False)
+    return inter_chunk_fwd(plan, x, prepared, save=False)
+
+
+def backward(d_out: Tensor, d_state: Tensor | None, x: MemoryArguments) -> tuple[Tensor, ...]:
     """Gradients of q, k, v, log_decay, erase, state, A_log, dt_bias; the last two empty without a gate."""
-    d_out = d_out.to(v.dtype)
-    d_out, d_state, q, k, v, g, erase, state = (
-        x.contiguous() for x in (d_out, d_state, q, k, v, log_decay, erase, state)
-    )
-    plan = plan_of(q, v, cu_seqlens)
-    E, Q, W, P, D, M, norms = intra_chunk(
-        plan, q, k, g, erase, A_log, dt_bias, scale, floor, gate, exclusive, save=True
-    )
-    memories = inter_chunk_fwd(plan, E, Q, W, P, D, v, erase, state, gate, save=True)
+    x = _readable(x)
+    d_out = d_out.to(x.v.dtype).contiguous()
+    d_state = x.new_state().zero_() if d_state is None else d_state.contiguous()
+    q, k, v, g, erase, A_log, dt_bias, gate = x.q, x.k, x.v, x.log_decay, x.erase, x.A_log, x.dt_bias, x.gate
+    plan = plan_of(q, v, x.cu_seqlens)
+    prepared = intra_chunk(plan, x, save=True)
+    E, Q, W, P, D, M, norms = prepared
+    memories = inter_chunk_fwd(plan, x, prepared, save=True)
 
-    d_write, d_memories, d_state_in = torch.empty_like(v), torch.empty_like(memories), torch.empty_like(state)
+    d_write, d_memories, d_state_in = torch.empty_like(v), torch.empty_like(memories), torch.empty_like(x.state)
     settings = config("inter_chunk_bwd", plan.wide)
     block_v, stages = plan.block_v(settings), settings.pop("stages")
     if plan.sequences:
@@ -133,34 +148,35 @@ def backward(
             plan.cu_seqlens, plan.chunk_offsets, plan.T, plan.HV,
             V=plan.V, BLOCK_K=plan.block_k, BLOCK_V=block_v, STAGES=stages, **plan.shared, **settings,
         )  # fmt: skip
-    del Q, W, P, D
+    del prepared, Q, W, P, D
 
-    strength = erase.ndim == 3
-    fresh, dP, dA = plan.empty(plan.C, plan.V, like=q), torch.empty_like(M), torch.empty_like(M)
+    from_beta = erase.ndim == 3
+    v_new, dP, dA = plan.empty(plan.C, plan.V, like=q), torch.empty_like(M), torch.empty_like(M)
     settings = config("scores", plan.wide)
     block_v = plan.block_v(settings)
     if plan.chunks:
         scores_kernel[(plan.chunks * plan.HV,)](
-            E, M, v, erase, d_out, d_write, memories, fresh, dP, dA,
+            E, M, v, erase, d_out, d_write, memories, v_new, dP, dA,
             plan.cu_seqlens, plan.chunk_offsets, plan.T, plan.sequences, plan.HV,
-            V=plan.V, BLOCK_K=plan.block_k, BLOCK_V=block_v, STRENGTH=strength, GATE=gate > 0, **plan.shared, **settings,
+            V=plan.V, BLOCK_K=plan.block_k, BLOCK_V=block_v, FROM_BETA=from_beta, GATE=gate > 0, **plan.shared, **settings,
         )  # fmt: skip
     del E, M
 
     per_value_head = (*v.shape[:3], plan.K)
     dq, dk = (torch.empty(per_value_head, dtype=x.dtype, device=x.device) for x in (q, k))
-    dg, d_erase, dv = torch.empty_like(g), torch.empty_like(erase), torch.empty_like(v) if strength else d_write
+    dg, d_erase, dv = torch.empty_like(g), torch.empty_like(erase), torch.empty_like(v) if from_beta else d_write
     dA_log = torch.zeros(plan.chunks, plan.HV, dtype=torch.float32, device=q.device) if gate else None
     d_bias = torch.zeros(plan.chunks, plan.HV, plan.K, dtype=torch.float32, device=q.device) if gate else None
     settings = config("gradient", plan.wide)
     block_v = plan.block_v(settings)
     if plan.chunks:
         gradient_kernel[(plan.chunks * plan.HV,)](
-            q, k, erase, g, A_log, dt_bias, v, norms, d_out, d_write, memories, d_memories, fresh, dP, dA,
+            q, k, erase, g, A_log, dt_bias, v, norms, d_out, d_write, memories, d_memories, v_new, dP, dA,
             dq, dk, d_erase, dg, dv, dA_log, d_bias,
-            plan.cu_seqlens, plan.chunk_offsets, plan.T, plan.sequences, plan.H, plan.HV, scale, floor,
+            plan.cu_seqlens, plan.chunk_offsets, plan.T, plan.sequences, plan.H, plan.HV, x.scale, x.floor,
             V=plan.V, BLOCK_K=min(settings.pop("block_k"), plan.block_k), BLOCK_V=block_v,
-            LEVELS=plan.C.bit_length() - 1, STRENGTH=strength, GATE=gate, EXCLUSIVE=exclusive, **plan.shared, **settings,
+            LEVELS=plan.C.bit_length() - 1, FROM_BETA=from_beta, GATE=gate, ERASE_BEFORE_DECAY=x.erase_before_decay,
+            **plan.shared, **settings,
         )  # fmt: skip
     if plan.HV > plan.H:
         dq, dk = (x.unflatten(2, (plan.H, -1)).sum(3) for x in (dq, dk))

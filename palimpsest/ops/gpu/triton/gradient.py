@@ -1,8 +1,8 @@
-"""Gradients inside a chunk, once the walks have left the memory before it (h) and the gradient after it (dS).
+"""Gradients inside a chunk, once the recurrences have left the memory before it (h) and the gradient after it (dS).
 
 Two kernels, both over all chunks at once. The first contracts value channels:
 
-    fresh = M (write - E h)         dP_ij = do_i . fresh_j, j <= i         dA_ij = -dw_i . fresh_j, j < i
+    v_new = M (write - E h)         dP_ij = do_i . fresh_j, j <= i         dA_ij = -dw_i . fresh_j, j < i
 
 the second goes back through the decayed rows, a block of key channels at a time:
 
@@ -31,10 +31,10 @@ from palimpsest.ops.gpu.triton.tiles import (
 
 @triton.jit(do_not_specialize=["T", "N"])
 def scores_kernel(
-    E, M, write, strength, d_out, d_write, memories, fresh_out, dP_out, dA_out,
+    E, M, write, beta, d_out, d_write, memories, v_new_out, dP_out, dA_out,
     cu_seqlens, chunk_offsets, T, N, HV,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
-    STRENGTH: tl.constexpr, GATE: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    FROM_BETA: tl.constexpr, GATE: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = E.dtype.element_ty
     chunk, head = tl.program_id(0) // HV, tl.program_id(0) % HV
@@ -58,17 +58,17 @@ def scores_kernel(
             memories + tile * K * V + v[:, None] * K + d[None, :], mask=in_V[:, None] & in_K[None, :], other=0.0
         )
         w_CV = tl.load(write + values, mask=in_values, other=0.0).to(tl.float32)
-        if STRENGTH:
-            beta_C = tl.load(strength + (start + c) * HV + head, mask=in_C, other=0.0).to(tl.float32)
+        if FROM_BETA:
+            beta_C = tl.load(beta + (start + c) * HV + head, mask=in_C, other=0.0).to(tl.float32)
             if GATE:
                 beta_C = sigmoid(beta_C)
             w_CV *= beta_C[:, None]
         do_CV = tl.load(d_out + values, mask=in_values, other=0.0)
         dw_CV = tl.load(d_write + values, mask=in_values, other=0.0)
-        fresh_CV = product(M_CC, w_CV - product(E_CK, tl.trans(h_VK), DTYPE, PRECISION), DTYPE, PRECISION).to(DTYPE)
-        tl.store(fresh_out + tile * C * V + c[:, None] * V + v[None, :], fresh_CV, mask=in_V[None, :])
-        dP_CC += product(do_CV, tl.trans(fresh_CV), DTYPE, PRECISION)
-        dA_CC -= product(dw_CV, tl.trans(fresh_CV), DTYPE, PRECISION)
+        v_new_CV = product(M_CC, w_CV - product(E_CK, tl.trans(h_VK), DTYPE, PRECISION), DTYPE, PRECISION).to(DTYPE)
+        tl.store(v_new_out + tile * C * V + c[:, None] * V + v[None, :], v_new_CV, mask=in_V[None, :])
+        dP_CC += product(do_CV, tl.trans(v_new_CV), DTYPE, PRECISION)
+        dA_CC -= product(dw_CV, tl.trans(v_new_CV), DTYPE, PRECISION)
     square = tile * C * C + c[:, None] * C + c[None, :]
     tl.store(dP_out + square, tl.where(c[:, None] >= c[None, :], dP_CC, 0.0).to(DTYPE))
     tl.store(dA_out + square, tl.where(c[:, None] > c[None, :], dA_CC, 0.0).to(DTYPE))
@@ -76,11 +76,11 @@ def scores_kernel(
 
 @triton.jit(do_not_specialize=["T", "N"])
 def gradient_kernel(
-    q, k, erase, g, A_log, dt_bias, write, norms, d_out, d_write, memories, d_memories, fresh, dP, dA,
+    q, k, erase, g, A_log, dt_bias, write, norms, d_out, d_write, memories, d_memories, v_new, dP, dA,
     dq_out, dk_out, d_erase_out, dg_out, dv_out, dA_log_out, d_bias_out,
     cu_seqlens, chunk_offsets, T, N, H, HV, scale, floor,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
-    LEVELS: tl.constexpr, STRENGTH: tl.constexpr, GATE: tl.constexpr, EXCLUSIVE: tl.constexpr, PACKED: tl.constexpr,
+    LEVELS: tl.constexpr, FROM_BETA: tl.constexpr, GATE: tl.constexpr, ERASE_BEFORE_DECAY: tl.constexpr, PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = k.dtype.element_ty
@@ -104,7 +104,7 @@ def gradient_kernel(
 
     beta_C = tl.full([C], 1.0, tl.float32)
     d_beta_C = tl.zeros([C], tl.float32)
-    if STRENGTH:
+    if FROM_BETA:
         beta_C = tl.load(erase + (start + c) * HV + head, mask=in_C, other=0.0).to(tl.float32)
         if GATE:
             beta_C = sigmoid(beta_C)
@@ -136,7 +136,7 @@ def gradient_kernel(
             q_CK *= q_norm[:, None]
             k_CK *= k_norm[:, None]
         q_CK *= scale
-        if STRENGTH:
+        if FROM_BETA:
             e_CK = k_CK * beta_C[:, None]
         else:
             e_CK = tl.load(erase + value_at, mask=in_tile, other=0.0).to(tl.float32)
@@ -156,7 +156,7 @@ def gradient_kernel(
             dS_VK = tl.load(d_memories + memory_at, mask=in_memory, other=0.0)
             do_CV = tl.load(d_out + values, mask=in_values, other=0.0)
             dw_CV = tl.load(d_write + values, mask=in_values, other=0.0)
-            u_CV = tl.load(fresh + tile * C * V + c[:, None] * V + v[None, :], mask=in_V[None, :], other=0.0)
+            u_CV = tl.load(v_new + tile * C * V + c[:, None] * V + v[None, :], mask=in_V[None, :], other=0.0)
             dq_CK += product(do_CV, h_VK, DTYPE, PRECISION)
             de_CK -= product(dw_CV, h_VK, DTYPE, PRECISION)
             dk_CK += product(u_CV, dS_VK, DTYPE, PRECISION)
@@ -164,14 +164,14 @@ def gradient_kernel(
 
         before_CK = factor(later >= earlier, g_CK, WIDE, PRECISION)
         before_e_CK = before_CK
-        if EXCLUSIVE:
+        if ERASE_BEFORE_DECAY:
             before_e_CK = factor(later > earlier, g_CK, WIDE, PRECISION)
         after_CK = factor(later < earlier, g_CK, WIDE, PRECISION)
         dq_CK *= before_CK
         de_CK *= before_e_CK
         dk_CK *= after_CK
         # the transposes of the three sums above: token as row, row as column
-        if EXCLUSIVE:
+        if ERASE_BEFORE_DECAY:
             dg_CK = tl.dot((later <= earlier).to(SUM), (q_CK * dq_CK).to(SUM), input_precision=PRECISION)
             dg_CK = tl.dot((later < earlier).to(SUM), (e_CK * de_CK).to(SUM), dg_CK, input_precision=PRECISION)
         else:
@@ -183,7 +183,7 @@ def gradient_kernel(
             meet, meet_t = crosses(C, level, False), crosses(C, level, True)
             f_CK = factor(spans(C, level, False, False), g_CK, WIDE, PRECISION)
             fe_CK = f_CK
-            if EXCLUSIVE:
+            if ERASE_BEFORE_DECAY:
                 fe_CK = factor(spans(C, level, True, False), g_CK, WIDE, PRECISION)
             kf_CK, qf_CK, ef_CK = k_CK * f_CK, q_CK * f_CK, e_CK * fe_CK
             kf_low_CK = kf_CK.to(DTYPE)
@@ -195,7 +195,7 @@ def gradient_kernel(
             de_CK += fe_CK * e_part_CK
             dk_CK += f_CK * k_part_CK
             sums = spans(C, level, False, True)
-            if EXCLUSIVE:
+            if ERASE_BEFORE_DECAY:
                 row_CK = qf_CK * q_part_CK + kf_CK * k_part_CK
                 dg_CK = tl.dot(sums.to(SUM), row_CK.to(SUM), dg_CK, input_precision=PRECISION)
                 sums = spans(C, level, True, True)
@@ -206,7 +206,7 @@ def gradient_kernel(
 
         dq_CK += own_C[:, None] * k_CK
         dk_CK += own_C[:, None] * q_CK
-        if STRENGTH:
+        if FROM_BETA:
             d_beta_C += tl.sum(k_CK * de_CK, 1)
             dk_CK += beta_C[:, None] * de_CK
         else:
@@ -231,7 +231,7 @@ def gradient_kernel(
         tl.store(dk_out + value_at, dk_CK.to(dk_out.dtype.element_ty), mask=in_tile)
         tl.store(dg_out + value_at, dg_CK.to(dg_out.dtype.element_ty), mask=in_tile)
 
-    if STRENGTH:
+    if FROM_BETA:
         if GATE:
             d_beta_C *= beta_C * (1 - beta_C)
         tl.store(d_erase_out + (start + c) * HV + head, d_beta_C.to(d_erase_out.dtype.element_ty), mask=in_C)

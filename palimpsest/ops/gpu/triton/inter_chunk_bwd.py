@@ -1,4 +1,4 @@
-"""The walk back: the gradient of the memory goes from chunk to chunk, against time.
+"""The recurrence back: the gradient of the memory goes from chunk to chunk, against time.
 
     dw = (P M)^T do + W dS          dS <- Diag(D) dS + Q^T do - E^T dw
 

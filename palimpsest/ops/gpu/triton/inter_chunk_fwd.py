@@ -1,6 +1,6 @@
-"""The walk over the chunks: the memory goes from chunk to chunk, and is read on the way.
+"""The recurrence over the chunks: the memory goes from chunk to chunk, and is read on the way.
 
-    fresh' = write - E S          o = Q S + (P M) fresh'          S <- Diag(D) S + (M^T K)^T fresh'
+    v_new' = write - E S          o = Q S + (P M) v_new'          S <- Diag(D) S + (M^T K)^T v_new'
 
 Grid      (sequence x value head, block of value channels): value channels never meet.
 Holds     S transposed, [BLOCK_V, K] in fp32 registers, so that it is the first operand of every product and never
@@ -16,10 +16,10 @@ from palimpsest.ops.gpu.triton.tiles import find_sequence, sigmoid
 
 @triton.jit(do_not_specialize=["T"])
 def inter_chunk_fwd_kernel(
-    E, Q, W, P, D, write, strength, state, out, state_out, memories,
+    E, Q, W, P, D, write, beta, state, out, state_out, memories,
     cu_seqlens, chunk_offsets, T, HV,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
-    STRENGTH: tl.constexpr, GATE: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, SAVE: tl.constexpr,
+    FROM_BETA: tl.constexpr, GATE: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, SAVE: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = E.dtype.element_ty
@@ -43,8 +43,8 @@ def inter_chunk_fwd_kernel(
         W_CK = tl.load(W + rows, mask=in_K[None, :], other=0.0)
         D_K = tl.load(D + tile * K + d, mask=in_K, other=0.0)
         w_VC = tl.load(write + values, mask=in_values, other=0.0).to(tl.float32)
-        if STRENGTH:
-            beta_C = tl.load(strength + (start + step * C + c) * HV + head, mask=in_C, other=0.0).to(tl.float32)
+        if FROM_BETA:
+            beta_C = tl.load(beta + (start + step * C + c) * HV + head, mask=in_C, other=0.0).to(tl.float32)
             if GATE:
                 beta_C = sigmoid(beta_C)
             w_VC *= beta_C[None, :]
@@ -52,14 +52,14 @@ def inter_chunk_fwd_kernel(
         if SAVE:
             tl.store(memories + tile * K * V + v[:, None] * K + d[None, :], S_low_VK, mask=in_state)
 
-        fresh_VC = (w_VC - tl.dot(S_low_VK, tl.trans(E_CK), input_precision=PRECISION)).to(DTYPE)
+        v_new_VC = (w_VC - tl.dot(S_low_VK, tl.trans(E_CK), input_precision=PRECISION)).to(DTYPE)
         if not SAVE:
             Q_CK = tl.load(Q + rows, mask=in_K[None, :], other=0.0)
             P_CC = tl.load(P + square)
             o_VC = tl.dot(S_low_VK, tl.trans(Q_CK), input_precision=PRECISION)
-            o_VC = tl.dot(fresh_VC, P_CC, o_VC, input_precision=PRECISION)
+            o_VC = tl.dot(v_new_VC, P_CC, o_VC, input_precision=PRECISION)
             tl.store(out + values, o_VC.to(out.dtype.element_ty), mask=in_values)
-        S_VK = tl.dot(fresh_VC, W_CK, S_VK * D_K[None, :], input_precision=PRECISION)
+        S_VK = tl.dot(v_new_VC, W_CK, S_VK * D_K[None, :], input_precision=PRECISION)
 
         tile += HV
         rows += HV * C * K

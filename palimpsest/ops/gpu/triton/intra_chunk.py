@@ -6,7 +6,7 @@
 Grid      (chunk x value head): all chunks at once.
 Writes    per chunk  E = erase decay(0, i), Q = q decay(0, i) [C, K];  W = M^T (k decay(i, C)) [C, K];  the transpose of P M
           [C, C];  D = decay(0, C) [K];  for the backward also M^T [C, C] and, with a gate, the norms' reciprocals.
-          With these the walk over the chunks (inter_chunk_fwd.py) is two matrix products deep.
+          With these the recurrence over the chunks (inter_chunk_fwd.py) is two matrix products deep.
 Transposed, A and M are computed as A^T and M^T: a product that is transposed before the next product is slow, and wrong
           in some Triton releases.
 Answers   to ops/chunked.py, where `merge` is one level of the loop below.
@@ -22,8 +22,8 @@ from palimpsest.ops.gpu.triton.tiles import crosses, factor, find_chunk, load_de
 def intra_chunk_kernel(
     q, k, erase, g, A_log, dt_bias, E_out, Q_out, W_out, P_out, D_out, M_out, norms_out,
     cu_seqlens, chunk_offsets, T, N, H, HV, scale, floor,
-    K: tl.constexpr, BLOCK_K: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, STRENGTH: tl.constexpr,
-    GATE: tl.constexpr, EXCLUSIVE: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, SAVE: tl.constexpr,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, FROM_BETA: tl.constexpr,
+    GATE: tl.constexpr, ERASE_BEFORE_DECAY: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = k.dtype.element_ty
     WIDE: tl.constexpr = tl.float32 == DTYPE
@@ -49,7 +49,7 @@ def intra_chunk_kernel(
             tl.store(norms_out + tile * 2 * C + c, q_norm)
             tl.store(norms_out + tile * 2 * C + C + c, k_norm)
     q_CK *= scale
-    if STRENGTH:
+    if FROM_BETA:
         beta_C = tl.load(erase + (start + c) * HV + head, mask=in_C, other=0.0).to(tl.float32)
         if GATE:
             beta_C = sigmoid(beta_C)
@@ -63,7 +63,7 @@ def intra_chunk_kernel(
     for level in tl.range(0, LEVELS, num_stages=1):
         f_CK = factor(spans(C, level, False, False), g_CK, WIDE, PRECISION)
         fe_CK = f_CK
-        if EXCLUSIVE:
+        if ERASE_BEFORE_DECAY:
             fe_CK = factor(spans(C, level, True, False), g_CK, WIDE, PRECISION)
         meet = crosses(C, level, True)
         kf_CK = (k_CK * f_CK).to(DTYPE)
@@ -75,7 +75,7 @@ def intra_chunk_kernel(
     since = j >= i  # here row j of the product, token i of the sum
     before_CK = factor(since, g_CK, WIDE, PRECISION)
     before_e_CK = before_CK
-    if EXCLUSIVE:
+    if ERASE_BEFORE_DECAY:
         before_e_CK = factor(j > i, g_CK, WIDE, PRECISION)
     after_CK = factor(j < i, g_CK, WIDE, PRECISION)
     out = tile * C * K + c[:, None] * K + d[None, :]

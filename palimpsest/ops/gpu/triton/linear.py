@@ -4,8 +4,8 @@ sums      what each chunk of 256 tokens adds: the sum of c_j b_j^T over its toke
 running   the memory before each chunk (going back: after it), a running sum over chunks
 reads     out_i = scale (S a_i + the sum over the chunk's j <= i of c_j (b_j . a_i)); going back, over j >= i
 
-The output is a read of (q, k, v). Its gradients are reads, too: dq of (d_out, v, k) with S turned; with R the running
-sum of d_out_i q_i^T from the end, dk of (v, d_out, q) with R turned, and dv of (k, q, d_out) with R.
+The output is a read of (q, k, v). Its gradients are reads, too: dq of (d_out, v, k) with S transposed; with R the running
+sum of d_out_i q_i^T from the end, dk of (v, d_out, q) with R transposed, and dv of (k, q, d_out) with R.
 
 S and R are kept in bf16 for bf16, otherwise in fp32: sums over a long sequence leave the range of fp16.
 """
@@ -20,6 +20,7 @@ from torch import Tensor
 from palimpsest.ops.gpu.triton.borders import borders_of
 from palimpsest.ops.gpu.triton.configs import config, padded
 from palimpsest.ops.gpu.triton.tiles import find_chunk, find_sequence
+from palimpsest.ops.gpu.workspace import LinearArguments
 
 CHUNK = 256  # tokens
 
@@ -86,14 +87,14 @@ def reads_kernel(
     a, b, c, memories, out, cu_seqlens, chunk_offsets, T, N, HA, HB, HC, HV, scale,
     DA: tl.constexpr, DC: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK: tl.constexpr, STAGES: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, BACK: tl.constexpr,
-    TURNED: tl.constexpr,
+    TRANSPOSED_MEMORY: tl.constexpr,
 ):  # fmt: skip
     chunk, head = tl.program_id(0) // HV, tl.program_id(0) % HV
     n, start, count = find_chunk(chunk, cu_seqlens, chunk_offsets, T, N, CHUNK, PACKED)
     t, d, e = tl.arange(0, BLOCK), tl.arange(0, BLOCK_A), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_A, in_C = d < DA, e < DC
     memory = memories + tl.program_id(0).to(tl.int64) * DA * DC
-    if TURNED:
+    if TRANSPOSED_MEMORY:
         memory += e[:, None] + d[None, :] * DC
     else:
         memory += e[:, None] * DA + d[None, :]
@@ -103,7 +104,7 @@ def reads_kernel(
     c_at = ((start + t)[:, None] * HC + head // (HV // HC)) * DC + e[None, :]
     out_at = ((start + t)[None, :] * HV + head) * DC + e[:, None]
     blocks = tl.cdiv(count, BLOCK)
-    for step in tl.range(0, blocks, num_stages=STAGES):  # the memory walks over the blocks of a chunk
+    for step in tl.range(0, blocks, num_stages=STAGES):  # the memory goes over the blocks of a chunk
         if BACK:
             i, meet = blocks - 1 - step, t[:, None] >= t[None, :]
         else:
@@ -182,7 +183,7 @@ def memories_of(plan: Plan, b: Tensor, c: Tensor, state: Tensor, scale: float, b
     return memories, last
 
 
-def reads(plan: Plan, a: Tensor, b: Tensor, c: Tensor, memories: Tensor, scale: float, back: bool, turned: bool):
+def reads(plan: Plan, a: Tensor, b: Tensor, c: Tensor, memories: Tensor, scale: float, back: bool, transposed: bool):
     """[tokens, HV, channels of c]; see the top of this file."""
     DA, DC = a.shape[3], c.shape[3]
     out = torch.empty(*a.shape[:2], plan.HV, DC, dtype=c.dtype, device=a.device)
@@ -192,30 +193,33 @@ def reads(plan: Plan, a: Tensor, b: Tensor, c: Tensor, memories: Tensor, scale: 
         reads_kernel[(plan.chunks * plan.HV, triton.cdiv(DC, tiling["BLOCK_C"]))](
             a, b, c, memories, out, plan.cu_seqlens, plan.chunk_offsets, plan.T, plan.sequences, a.shape[2], b.shape[2],
             c.shape[2], plan.HV, scale, DA=DA, DC=DC, BLOCK_A=padded(DA, wide), PRECISION=plan.precision, BACK=back,
-            TURNED=turned, **tiling, **plan.constants,
+            TRANSPOSED_MEMORY=transposed, **tiling, **plan.constants,
         )  # fmt: skip
     return out
 
 
-def forward(q, k, v, state, scale, cu_seqlens):
+def forward(x: LinearArguments) -> tuple[Tensor, Tensor]:
     """Output [B, T, HV, V] in v's dtype, and the last state."""
-    q, k, v, state = (x.contiguous() for x in (q, k, v, state))
-    plan = plan_of(v, cu_seqlens)
+    q, k, v = (t.contiguous() for t in (x.q, x.k, x.v))
+    state = x.new_state().zero_() if x.state is None else x.state.contiguous()
+    plan = plan_of(v, x.cu_seqlens)
     memories, last = memories_of(plan, k, v, state, 1.0, back=False)
-    return reads(plan, q, k, v, memories, scale, back=False, turned=False), last
+    return reads(plan, q, k, v, memories, x.scale, back=False, transposed=False), last
 
 
-def backward(d_out, d_state, q, k, v, state, scale, cu_seqlens):
+def backward(d_out: Tensor, d_state: Tensor | None, x: LinearArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and state."""
+    scale = x.scale
     if scale == 0:  # nothing was read
         d_out, scale = torch.zeros_like(d_out), 1.0
-    d_out, d_state, q, k, v, state = (x.contiguous() for x in (d_out.to(v.dtype), d_state, q, k, v, state))
-    plan = plan_of(v, cu_seqlens)
+    d_out, q, k, v = (t.contiguous() for t in (d_out.to(x.v.dtype), x.q, x.k, x.v))
+    d_state, state = (x.new_state().zero_() if t is None else t.contiguous() for t in (d_state, x.state))
+    plan = plan_of(v, x.cu_seqlens)
     memories, _ = memories_of(plan, k, v, state, 1.0, back=False)
-    dq = reads(plan, d_out, v, k, memories, scale, back=False, turned=True)
+    dq = reads(plan, d_out, v, k, memories, scale, back=False, transposed=True)
     ends, d_first = memories_of(plan, q, d_out, d_state, scale, back=True)
-    dk = reads(plan, v, d_out, q, ends, scale, back=True, turned=True)
-    dv = reads(plan, k, q, d_out, ends, scale, back=True, turned=False)
+    dk = reads(plan, v, d_out, q, ends, scale, back=True, transposed=True)
+    dv = reads(plan, k, q, d_out, ends, scale, back=True, transposed=False)
     if q.shape[2] < plan.HV:
-        dq, dk = (x.unflatten(2, (q.shape[2], -1)).sum(3) for x in (dq, dk))
+        dq, dk = (t.unflatten(2, (q.shape[2], -1)).sum(3) for t in (dq, dk))
     return dq, dk, dv, d_first

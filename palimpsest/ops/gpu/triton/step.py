@@ -38,12 +38,12 @@ def step_kernel(
         k_K = tl.load(k + key_at, mask=in_K, other=0.0).to(tl.float32)
         g_K = tl.load(g + value_at * K + c, mask=in_K, other=0.0).to(tl.float32)
         v_V = tl.load(v + value_at * V + d, mask=in_V, other=0.0).to(tl.float32)
-        strength = tl.load(beta + value_at).to(tl.float32)
+        beta_t = tl.load(beta + value_at).to(tl.float32)
 
         S_KV = tl.exp2(g_K * LOG2E)[:, None] * S_KV
         held_V = tl.sum(k_K[:, None] * S_KV, 0)
-        fresh_V = strength * (v_V - held_V)
-        S_KV += k_K[:, None] * fresh_V[None, :]
+        v_new_V = beta_t * (v_V - held_V)
+        S_KV += k_K[:, None] * v_new_V[None, :]
         o_V = tl.sum(q_K[:, None] * S_KV, 0)
 
         tl.store(out + value_at * V + d, o_V.to(out.dtype.element_ty), mask=in_V)

@@ -47,17 +47,17 @@ def find_sequence(n, cu_seqlens, chunk_offsets, T, C: tl.constexpr, PACKED: tl.c
 
 
 @triton.jit
-def spans(C: tl.constexpr, level, EXCLUSIVE: tl.constexpr, TRANSPOSED: tl.constexpr):
+def spans(C: tl.constexpr, level, ERASE_BEFORE_DECAY: tl.constexpr, TRANSPOSED: tl.constexpr):
     """[row, token], or its transpose: is this token's decay in this row's factor at level s = 2^level?
 
-    Rows of a later half: from the border up to the row, itself included (unless EXCLUSIVE). Rows of an earlier half:
+    Rows of a later half: from the border up to the row, itself included (unless ERASE_BEFORE_DECAY). Rows of an earlier half:
     the tokens after the row up to the border.
     """
     if TRANSPOSED:
         row, token = tl.arange(0, C)[None, :], tl.arange(0, C)[:, None]
     else:
         row, token = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    if EXCLUSIVE:
+    if ERASE_BEFORE_DECAY:
         since = token < row
     else:
         since = token <= row
