@@ -6,7 +6,16 @@ from typing import Literal
 
 import torch
 
-Op = Literal["core", "kda", "kda_from_logits", "dplr", "step", "lookup"]
+Op = Literal["core", "kda", "kda_from_logits", "dplr", "linear", "step", "lookup"]
+_WORDS: dict[Op, str] = {  # of a refusal
+    "core": "the core of the family",
+    "kda": "KDA",
+    "kda_from_logits": "KDA from logits",
+    "dplr": "DPLR",
+    "linear": "linear attention",
+    "step": "a single step",
+    "lookup": "softmax attention",
+}
 
 
 @dataclass(frozen=True)
@@ -31,7 +40,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Backend:
-    """A set of implementations under one name; None where it has none of its own.
+    """A set of implementations under one name, one a field of `Op`; None where it has none, and then it refuses.
 
     Every run function gets checked tensors: heads as the caller gave them (q and k may have fewer than v), state None
     only where the backend `starts_empty`, scale a number, cu_seqlens int or None. It returns (output in v's dtype, state
@@ -41,7 +50,7 @@ class Backend:
         kda(q, k, v, log_decay, beta, state, scale, cu_seqlens)
         kda_from_logits(q, k, v, decay_logits, beta_logits, gate, state, scale, cu_seqlens)
         dplr(q, k, v, a, b, log_decay, state, scale, cu_seqlens)
-        linear(q, k, v, state, scale, cu_seqlens), where linear attention is more than the core without erasing
+        linear(q, k, v, state, scale, cu_seqlens); `linear_by_core` makes it of a core
         step(q, k, v, log_decay, beta, state, scale)
         lookup(q, k, v, keys, values, scale, cu_seqlens) -> output
     """
@@ -60,8 +69,18 @@ class Backend:
     def refusal(self, problem: Problem) -> str | None:
         """Why this backend cannot take the problem, as a sentence; None if it can."""
         if getattr(self, problem.op) is None:
-            return f"has no {problem.op} of its own"
+            return f"has no kernel for {_WORDS[problem.op]}"
         return self.refuses(problem)
+
+
+def linear_by_core(core: Callable) -> Callable:
+    """The run function of linear attention for a backend that has none but the core: no decay, nothing erased."""
+
+    def linear(q, k, v, state, scale, cu_seqlens):
+        zeros = v.new_zeros(1, 1, 1, 1).expand(*v.shape[:3], q.shape[-1])
+        return core(q, k, zeros.to(k.dtype), v, zeros, state, scale, cu_seqlens)
+
+    return linear
 
 
 _BACKENDS: list[Backend] = []  # fastest first
@@ -99,9 +118,9 @@ def choose(problem: Problem, name: str = "auto") -> Backend:
 def explain(problem: Problem) -> str:
     """One line per backend: what it says to this call. The first "ok" is what "auto" runs.
 
-    >>> import torch
     >>> problem = Problem("kda", "kda", "cpu", torch.float64, 64, 64, 128, sequences=1, heads=4, value_heads=4)
-    >>> print(explain(problem).splitlines()[-1])
-    reference  ok
+    >>> answers = dict(line.split(maxsplit=1) for line in explain(problem).splitlines())
+    >>> answers["chunked"], answers["triton"]
+    ('ok', 'needs a CUDA device; the tensors are on cpu')
     """
     return "\n".join(f"{backend.name:10} {backend.refusal(problem) or 'ok'}" for backend in _BACKENDS)

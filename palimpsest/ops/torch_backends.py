@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.ops import chunked, reference
-from palimpsest.ops.backends import Backend
+from palimpsest.ops.backends import Backend, linear_by_core
 from palimpsest.ops.packing import by_sequence
 
 
@@ -56,7 +56,8 @@ def _backend(name: str, law, fold) -> Backend:
         lengths = cu_seqlens.diff().tolist()
         return torch.cat([law.softmax_lookup(*x) for x in zip(*(x.split(lengths, 1) for x in (q, keys, values)))], 1)
 
-    return Backend(name, lambda problem: None, core=core, kda=kda, dplr=dplr, step=step_, lookup=lookup)
+    runs = dict(core=core, kda=kda, dplr=dplr, linear=linear_by_core(core), step=step_, lookup=lookup)
+    return Backend(name, lambda problem: None, **runs)
 
 
 def _wide(sequences, state):

@@ -151,13 +151,7 @@ def linear_attention(
     B, T, H, HV, K, V = _sizes(q, k, v)
     q, k = feature_map(q), feature_map(k)
     write = torch.cat((v, torch.ones_like(v[..., :1])), -1) if normalise else v
-    chosen, state = _start("core", "linear_attention", (q, k, write), write, state, cu_seqlens, backend)
-    if chosen.linear:
-        result = DeltaOutput(*chosen.linear(q, k, write, state, scale, cu_seqlens))
-    else:
-        assert chosen.core is not None
-        zeros = write.new_zeros(1, 1, 1, 1, dtype=_state_dtype(v)).expand(B, T, HV, K)
-        result = DeltaOutput(*chosen.core(q, k, zeros.to(k.dtype), write, zeros, state, scale, cu_seqlens))
+    result = _run("linear", "linear_attention", (q, k, write), write, state, scale, cu_seqlens, backend)
     if not normalise:
         return result
     return DeltaOutput(result.output[..., :V] / result.output[..., V:], result.state)

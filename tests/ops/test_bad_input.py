@@ -1,5 +1,7 @@
 """What a caller can get wrong, and the sentence that tells them: the argument, what came, what was expected."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from palimpsest import backends
 from palimpsest.ops.backends import Backend, Problem
 from palimpsest.ops.short_conv import short_conv
 from palimpsest.ops.trace import trace
-from palimpsest.ops.variants import dplr, gated_delta, kda, kda_step_, softmax_lookup
+from palimpsest.ops.variants import dplr, gated_delta, kda, kda_step_, linear_attention, softmax_lookup
 
 
 def good():
@@ -112,7 +114,7 @@ class TestBackends:
             ValueError, match="backend 'picky' cannot run this call: it wants an even key_dim; .*chunked"
         ):
             kda(**odd, backend="picky")
-        with pytest.raises(ValueError, match="it has no dplr of its own"):
+        with pytest.raises(ValueError, match="it has no kernel for DPLR"):
             dplr(*(good()["q"] for _ in range(6)), backend="picky")
         with pytest.raises(ValueError, match="'picky' is registered already"):
             backends.register(Backend("picky", lambda p: None))
@@ -122,3 +124,19 @@ class TestBackends:
         backends.register(Backend("mine", lambda p: None, kda=lambda q, k, v, g, beta, S, *_: (v + 41, S)), first=True)
         x = good()
         assert torch.equal(kda(**x).output, x["v"] + 41)
+
+    @pytest.mark.parametrize(("op", "words"), [("step", "a single step"), ("linear", "linear attention")])
+    def test_hopper_refuses_what_it_has_no_kernel_for(self, op, words):
+        problem = Problem(op, "any", "cuda", torch.bfloat16, 128, 128, 1, 1, 4, 4, capability=(9, 0))
+        with pytest.raises(ValueError, match=f"backend 'hopper' cannot run this call: it has no kernel for {words}"):
+            backends.choose(problem, "hopper")
+        assert backends.choose(replace(problem, op="kda"), "hopper").name == "hopper"
+
+    def test_linear_attention_is_an_op_like_the_others(self, monkeypatch):
+        monkeypatch.setattr(backends, "_BACKENDS", list(backends._BACKENDS))
+        backends.register(Backend("cores", lambda p: None, core=lambda *x: (x[3], x[5])))
+        backends.register(Backend("linear", lambda p: None, linear=lambda q, k, v, S, *_: (v + 41, S)))
+        q, k, v = (good()[name] for name in "qkv")
+        assert torch.equal(linear_attention(q, k, v, normalise=False, backend="linear").output, v + 41)
+        with pytest.raises(ValueError, match="'cores' cannot run this call: it has no kernel for linear attention"):
+            linear_attention(q, k, v, backend="cores")

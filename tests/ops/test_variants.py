@@ -108,7 +108,9 @@ def test_every_backend_stays_in_budget(variant, decay, T):
 
 
 def able_on_cpu(variant: str, T: int) -> list[str]:
-    op = {"kda": "kda", "gated_delta": "kda", "delta_rule": "kda", "dplr": "dplr"}.get(variant, "core")
+    op = {"gdn2": "core", "gated_linear_attention": "core", "linear_attention": "linear", "dplr": "dplr"}.get(
+        variant, "kda"
+    )
     problem = Problem(op, variant, "cpu", torch.float32, K, V, T, B, H, HV, needs_grad=True)
     names = [name for name in backends.names() if name != "reference"]
     return [name for name in names if explained(problem)[name] == "ok"]

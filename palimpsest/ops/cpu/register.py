@@ -14,7 +14,7 @@ from ctypes import c_double, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from palimpsest.ops.backends import Backend, Problem
+from palimpsest.ops.backends import Backend, Problem, linear_by_core
 from palimpsest.ops.cpu import jit
 
 SEGMENT = 64  # tokens between checkpoints, as in delta_memory.c
@@ -248,4 +248,6 @@ def refuses(problem: Problem) -> str | None:
     return jit.refusal()
 
 
-CPU = Backend("cpu", refuses, core=core, kda=kda, kda_from_logits=kda_from_logits, step=step)
+CPU = Backend(
+    "cpu", refuses, core=core, kda=kda, kda_from_logits=kda_from_logits, linear=linear_by_core(core), step=step
+)

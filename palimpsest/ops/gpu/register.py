@@ -1,5 +1,6 @@
 """The GPU kernels as torch custom ops, and as backends. Knows torch alone: a tier is imported when a kernel first runs."""
 
+from dataclasses import replace
 from functools import cache, wraps
 from importlib.util import find_spec
 
@@ -252,17 +253,7 @@ def _family(name: str, refuses, hopper: bool) -> Backend:
         )  # fmt: skip
         return output[:, 1::2], state
 
-    return Backend(
-        name,
-        refuses,
-        core=core,
-        kda=kda,
-        kda_from_logits=kda_from_logits,
-        dplr=dplr,
-        linear=_direct(_linear_forward, torch.ops.palimpsest_gpu.linear_memory, _setup_linear, _linear_gradients),
-        step=_direct(_step_, torch.ops.palimpsest_gpu.step_),
-        starts_empty=True,
-    )
+    return Backend(name, refuses, core=core, kda=kda, kda_from_logits=kda_from_logits, dplr=dplr, starts_empty=True)
 
 
 @cache
@@ -291,10 +282,14 @@ def _refuses_hopper(problem: Problem) -> str | None:
         return f"multiplies in bfloat16 or float16; the tensors are {problem.dtype}"
     if problem.key_dim not in (64, 128) or problem.value_dim not in (64, 128):
         return f"is built for 64 or 128 channels a head; these have {problem.key_dim} and {problem.value_dim}"
-    if (problem.packed or problem.op == "step" or problem.variant == "linear_attention") and not _has_triton():
-        return "needs Triton for packed sequences, steps and linear attention: pip install palimpsest-kda[triton]"
+    if problem.packed and not _has_triton():
+        return "needs Triton for packed sequences: pip install palimpsest-kda[triton]"
     return None
 
 
-TRITON = _family("triton", _refuses, hopper=False)
+TRITON = replace(
+    _family("triton", _refuses, hopper=False),
+    linear=_direct(_linear_forward, torch.ops.palimpsest_gpu.linear_memory, _setup_linear, _linear_gradients),
+    step=_direct(_step_, torch.ops.palimpsest_gpu.step_),
+)
 HOPPER = _family("hopper", _refuses_hopper, hopper=True)

@@ -24,7 +24,9 @@ def warmup(
 
     Args:
         heads, value_heads, key_dim, value_dim, dtype: of the calls to come; value_heads are `heads` if None.
+        device: where the calls will be.
         training: the backward, too.
+        backend: as of `kda`; a step with "hopper" runs as with "auto".
     """
     HV = heads if value_heads is None else value_heads
 
@@ -49,7 +51,8 @@ def warmup(
                 torch.stack([result.output.float().sum() for result in results]).sum().backward()
     with torch.no_grad():
         state = torch.zeros(1, HV, key_dim, value_dim, device=device)
-        kda_step_(q[:, 0], q[:, 0], v[:, 0], log_decay[:, 0], beta[:, 0], state, backend=backend)
+        steps = "auto" if backend == "hopper" else backend  # which has no kernel for a step
+        kda_step_(q[:, 0], q[:, 0], v[:, 0], log_decay[:, 0], beta[:, 0], state, backend=steps)
     if torch.device(device).type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         problem = Problem("kda", "kda", "cuda", dtype, key_dim, value_dim, 2, 1, heads, HV, capability=capability)
