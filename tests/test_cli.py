@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from palimpsest import __version__, cli
+from palimpsest import __version__, cli, display
+from palimpsest.commands import train as train_command
 from palimpsest.models.kimi_linear import KimiLinearForCausalLM
 from palimpsest.train import latest
 
@@ -120,8 +121,8 @@ def test_quiet_says_the_result_alone(capsys, place, tmp_path):
 
 def test_progress_names_rate_loss_bits_and_time_left(monkeypatch):
     seconds = itertools.count()
-    monkeypatch.setattr(cli.time, "monotonic", lambda: 30.0 * next(seconds))
-    standing = cli._Standing()
+    monkeypatch.setattr(train_command.time, "monotonic", lambda: 30.0 * next(seconds))
+    standing = train_command.Standing()
     for i in range(3):
         event = {
             "event": "step",
@@ -132,18 +133,17 @@ def test_progress_names_rate_loss_bits_and_time_left(monkeypatch):
             "bits_per_byte": 2.9,
             "skipped": 1,
         }
-        standing.take(event)
-    standing.take({"event": "evaluate", "heldout_bits_per_byte": 3.1})
-    words = standing.words(event)
-    assert words == "3 tok/s  loss 2.00  bits/byte 2.90  held out 3.10  1 skipped  ETA 4:00"
-    assert cli._clock(3700) == "1:01:40"
+        share, words = standing.status(event)
+        standing.status({"event": "evaluate", "heldout_bits_per_byte": 3.1})
+    assert share == 0.2
+    assert words == "step 2  3 tok/s  loss 2.00  bits/byte 2.90  held out 3.10  1 skipped  ETA 4:00"
 
 
 def test_a_live_bar_shows_the_same(place, tmp_path, monkeypatch):
     from rich.console import Console
 
     with open(tmp_path / "screen", "w+", encoding="utf-8") as screen:
-        monkeypatch.setattr(cli, "notes", Console(file=screen, force_terminal=True, width=160))
+        monkeypatch.setattr(display, "notes", Console(file=screen, force_terminal=True, width=160))
         assert cli.run(["train", str(place / "small.py"), "--out", str(tmp_path / "r"), "-s", "steps=2"]) == 0
         screen.seek(0)
         shown = screen.read()

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from palimpsest.lab.contestants import Contestant, Size, build, config, count_parameters, state_numbers
-from palimpsest.lab.experiment import InterruptedSweep, Row, Tell
+from palimpsest.lab.framework.experiment import InterruptedSweep, Row, Tell
+from palimpsest.lab.model_variants import ModelVariant, Size, build, config, count_parameters, state_numbers
 from palimpsest.lab.tasks.task import IGNORED, Batch, Key, Task, check, describe
 from palimpsest.models.kimi_linear import KimiLinearForCausalLM
 
@@ -47,7 +47,7 @@ class Training:
         stop_at: the accuracy on the first test at which the run has succeeded and ends.
     """
 
-    who: Contestant
+    who: ModelVariant
     train: tuple[Task, ...]
     tests: tuple[Task, ...] = ()
     size: Size = Size()  # noqa: RUF009 - frozen
@@ -85,7 +85,8 @@ class Training:
 
     def prepare(self) -> None:
         check(
-            isinstance(self.who, Contestant), f"training: who is {self.who!r}; give a Contestant, as contestant('kda')"
+            isinstance(self.who, ModelVariant),
+            f"training: who is {self.who!r}; give a ModelVariant, as model_variant('kda')",
         )
         for name in ("train", "tests"):
             tasks = getattr(self, name)

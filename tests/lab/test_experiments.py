@@ -4,11 +4,11 @@ import re
 
 import pytest
 
+from palimpsest import display
 from palimpsest.cli import run as command
-from palimpsest.lab.command import _Lines
-from palimpsest.lab.cost import Decode, Shape
-from palimpsest.lab.experiment import NAMES, load_experiment
-from palimpsest.lab.run import read_records
+from palimpsest.lab.framework.experiment import NAMES, load_experiment
+from palimpsest.lab.framework.sweep import read_records
+from palimpsest.lab.measure.context_cost import Decode, Shape
 from palimpsest.lab.training import Training
 
 
@@ -77,7 +77,7 @@ def test_bad_use_ends_in_a_sentence(case, capsys, tmp_path, monkeypatch):
 
 
 def test_progress_can_be_read_in_a_log(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(_Lines.__init__, "__defaults__", (0.0,))  # a line at once and not every 15 seconds
+    monkeypatch.setattr(display, "EVERY", 0.0)
     out = ["--out", str(tmp_path / "out"), "--device", "cpu"]
     assert command(["lab", "run", "fig4", "--scale", "tiny", "--only", "task mqar", *out]) == 0
     said = capsys.readouterr().err
@@ -105,7 +105,7 @@ def test_what_compiles_at_first_is_measured_as_often_as_the_rest(monkeypatch):
         taken.append(count)
         return 9.0 if len(taken) == 1 else 1e-3
 
-    monkeypatch.setattr("palimpsest.lab.cost.timed", timed)
+    monkeypatch.setattr("palimpsest.lab.measure.context_cost.timed", timed)
     shape = Shape(hidden_size=16, heads=1, head_dim=8, latent=8, positions=4)
     found = Decode(layer="kda", shape=shape, contexts=(64, 256), rounds=2, steps=50).run("cpu", lambda *_: None)
     assert taken == [3, 3, 3, 3, 50, 50, 50, 50]

@@ -6,15 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from palimpsest.lab.contestants import CONTESTANTS, Size, build
-from palimpsest.lab.experiment import InterruptedSweep
-from palimpsest.lab.run import counted, spelled
+from palimpsest.lab.framework.experiment import InterruptedSweep
+from palimpsest.lab.framework.sweep import counted, spelled
+from palimpsest.lab.model_variants import MODEL_VARIANTS, Size, build
 from palimpsest.lab.tasks import IGNORED, MQAR, Key, Needle, Palindrome, Stack, Text
 from palimpsest.lab.training import Training, answer_losses, draw_test, evaluate, learn, question
 
 SIZE = Size(layers=1, hidden_size=16, heads=1, head_dim=8, mlp=16)
 POINT = Training(
-    who=CONTESTANTS["kda"], train=(MQAR(length=16, vocab_size=16, pairs=3),), size=SIZE, steps=4, tokens_per_step=64,
+    who=MODEL_VARIANTS["kda"], train=(MQAR(length=16, vocab_size=16, pairs=3),), size=SIZE, steps=4, tokens_per_step=64,
     evaluate_every=2, test_batches=1,
 )  # fmt: skip
 
@@ -84,7 +84,7 @@ def test_a_run_interrupted_as_it_succeeds_does_not_go_on(tmp_path):
 
 
 def test_only_what_is_asked_is_learned():
-    model = build(CONTESTANTS["kda"], SIZE, 16)
+    model = build(MODEL_VARIANTS["kda"], SIZE, 16)
     batch = POINT.train[0].draw(2, Key("train", 0, 0))
     asked = question(batch, "cpu")
     losses, correct = answer_losses(model, asked, "cpu")
@@ -120,7 +120,7 @@ def test_a_batch_that_asks_nothing_teaches_nothing():
 
 
 def test_an_untrained_model_knows_nothing():
-    model = build(CONTESTANTS["kda"], SIZE, 256)
+    model = build(MODEL_VARIANTS["kda"], SIZE, 256)
     found = evaluate(model, draw_test(Text(length=64), 2, 2, "cpu"), "cpu")
     assert found["bits"] == pytest.approx(8, abs=0.3)
 
@@ -129,7 +129,7 @@ def test_a_sequence_is_exact_if_all_its_answers_are_right(monkeypatch):
     some_right = lambda model, asked, *_: (torch.zeros(len(asked.place)), asked.place % 48 % 5 > 0)
     monkeypatch.setattr("palimpsest.lab.training.answer_losses", some_right)
     test = draw_test(MQAR(length=16, vocab_size=16, pairs=2), 4, 3, "cpu")
-    found = evaluate(build(CONTESTANTS["kda"], SIZE, 16), test, "cpu")
+    found = evaluate(build(MODEL_VARIANTS["kda"], SIZE, 16), test, "cpu")
     places = torch.arange(64).view(4, 16) % 48 % 5 > 0
     right = torch.cat([places | ~b.scored for b in test.batches])
     answers = sum(int(b.scored.sum()) for b in test.batches)
@@ -149,11 +149,11 @@ BAD = {
     "half a step": ({"steps": 2.5}, "steps is 2.5; give a whole number"),
     "seed": ({"seed": -1}, "seed is -1"),
     "one task for several": ({"train": POINT.train[0]}, "give a tuple of tasks"),
-    "a name for a contestant": ({"who": "kda"}, "give a Contestant"),
+    "a name for a contestant": ({"who": "kda"}, "give a ModelVariant"),
     "rate": ({"lr": -1.0}, "lr is -1.0"),
     "less than a sequence": ({"tokens_per_step": 8}, "less than one sequence of 16"),
     "schedule": ({"warmup": 0.6, "decay": 0.6}, "more than the run"),
-    "pattern": ({"who": CONTESTANTS["kda"].__class__("x", "KKKM")}, "pattern of 4 layers"),
+    "pattern": ({"who": MODEL_VARIANTS["kda"].__class__("x", "KKKM")}, "pattern of 4 layers"),
 }
 
 

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from palimpsest.lab.contestants import CONTESTANTS, Size
-from palimpsest.lab.experiment import Experiment, Record, Verdict
+from palimpsest.lab.compare.plots import figure, learning_curves, legend_below, style
+from palimpsest.lab.compare.seed_statistics import Table
 from palimpsest.lab.experiments.fig4 import QUICK_RATE, QUICK_RUN, quick_tasks, tasks
-from palimpsest.lab.plots import figure, learning_curves, legend_below, style
-from palimpsest.lab.spread import Table
+from palimpsest.lab.framework.experiment import Experiment, Record, Verdict
+from palimpsest.lab.model_variants import MODEL_VARIANTS, Size
 from palimpsest.lab.training import Training
 
 RATES = (QUICK_RATE, QUICK_RATE / 2)
@@ -23,7 +23,7 @@ def points(scale: str) -> list:
         settings = [(task, lr) for lr in RATES for length in (256, 512, 1024) for task in quick_tasks(length)]
         settings += [(task, QUICK_RATE) for task in quick_tasks(256, vocab_size=512)]
     return [
-        Calibration(Training(who=CONTESTANTS["kda"], train=(task,), lr=lr, **shared))  # type: ignore[arg-type]
+        Calibration(Training(who=MODEL_VARIANTS["kda"], train=(task,), lr=lr, **shared))  # type: ignore[arg-type]
         for task, lr in settings
     ]
 

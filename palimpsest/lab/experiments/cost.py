@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from palimpsest.lab.cost import LARGE, SMALL, Cache, Decode, Prefill, Shape
-from palimpsest.lab.experiment import Experiment, Record, Verdict
-from palimpsest.lab.plots import FAINT, figure, legend_below, style
-from palimpsest.lab.spread import grid
+from palimpsest.lab.compare.plots import FAINT, figure, legend_below, style
+from palimpsest.lab.compare.seed_statistics import grid
+from palimpsest.lab.framework.experiment import Experiment, Record, Verdict
+from palimpsest.lab.measure.context_cost import LARGE, SMALL, Cache, Decode, Prefill, Shape
 
 
 def points(scale: str) -> list:

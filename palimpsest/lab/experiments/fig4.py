@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 
-from palimpsest.lab.contestants import CONTESTANTS, PAPER_SIZE, Size
-from palimpsest.lab.experiment import Experiment, Record, Verdict
-from palimpsest.lab.plots import band, figure, learning_curves, legend_below, sliced, style
-from palimpsest.lab.spread import against, contestants_table, diverged, grid, tuned
+from palimpsest.lab.compare.plots import band, figure, learning_curves, legend_below, sliced, style
+from palimpsest.lab.compare.seed_statistics import against, contestants_table, diverged, grid, tuned
+from palimpsest.lab.framework.experiment import Experiment, Record, Verdict
+from palimpsest.lab.model_variants import MODEL_VARIANTS, PAPER_SIZE, Size
 from palimpsest.lab.tasks import MQAR, Palindrome, Stack
 from palimpsest.lab.training import Training
 
-WHO = [CONTESTANTS[name] for name in ("kda", "gdn", "mamba2")]
+WHO = [MODEL_VARIANTS[name] for name in ("kda", "gdn", "mamba2")]
 # The quick form: `calibrate` tells what can be learned in the steps there are.
 QUICK_LENGTHS, QUICK_RATE = (256, 512), 1e-3
 QUICK_RUN = {"size": PAPER_SIZE, "steps": 3000, "tokens_per_step": 16384, "evaluate_every": 100, "test_batches": 2}

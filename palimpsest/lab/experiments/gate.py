@@ -1,18 +1,18 @@
 """The gate: what does a decay of its own for every channel bring?"""
 
-from palimpsest.lab.contestants import PAPER_SIZE, Contestant, Size
-from palimpsest.lab.experiment import Experiment
-from palimpsest.lab.ranking import draw_bars, versus
+from palimpsest.lab.compare.comparison import draw_bars, versus
+from palimpsest.lab.framework.experiment import Experiment
+from palimpsest.lab.model_variants import PAPER_SIZE, ModelVariant, Size
 from palimpsest.lab.tasks import MQAR, Induction, Palindrome, SelectiveCopy
 from palimpsest.lab.training import Training
 
 WHO = {
-    "channel": Contestant("channel", "K"),
-    "channel, full rank": Contestant("channel, full rank", "K", {"gate_rank": "full"}),
-    "channel, bounded": Contestant("channel, bounded", "K", {"gate": "sigmoid"}),
-    "head": Contestant("head", "G"),
-    "constant": Contestant("constant", "K", {"decay": "constant"}),
-    "none": Contestant("none", "D"),
+    "channel": ModelVariant("channel", "K"),
+    "channel, full rank": ModelVariant("channel, full rank", "K", {"gate_rank": "full"}),
+    "channel, bounded": ModelVariant("channel, bounded", "K", {"gate": "sigmoid"}),
+    "head": ModelVariant("head", "G"),
+    "constant": ModelVariant("constant", "K", {"decay": "constant"}),
+    "none": ModelVariant("none", "D"),
 }
 WORDS = {
     "channel, full rank": "a gate of full rank",

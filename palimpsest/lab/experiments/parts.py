@@ -1,17 +1,17 @@
 """The parts of the layer: output gate, short convolution, normalised queries and keys (paper, Table 1, lower half)."""
 
-from palimpsest.lab.contestants import PAPER_SIZE, Contestant, Size
-from palimpsest.lab.experiment import Experiment
-from palimpsest.lab.ranking import draw_bars, versus
+from palimpsest.lab.compare.comparison import draw_bars, versus
+from palimpsest.lab.framework.experiment import Experiment
+from palimpsest.lab.model_variants import PAPER_SIZE, ModelVariant, Size
 from palimpsest.lab.tasks import MQAR, Text
 from palimpsest.lab.training import Training
 
 WHO = {
-    "kda": Contestant("kda", "K"),
-    "no output gate": Contestant("no output gate", "K", {"output_gate": "none"}),
-    "SiLU output gate": Contestant("SiLU output gate", "K", {"output_gate": "silu"}),
-    "no convolution": Contestant("no convolution", "K", {"conv": False}),
-    "no q/k norm": Contestant("no q/k norm", "K", {"qk_norm": False}),
+    "kda": ModelVariant("kda", "K"),
+    "no output gate": ModelVariant("no output gate", "K", {"output_gate": "none"}),
+    "SiLU output gate": ModelVariant("SiLU output gate", "K", {"output_gate": "silu"}),
+    "no convolution": ModelVariant("no convolution", "K", {"conv": False}),
+    "no q/k norm": ModelVariant("no q/k norm", "K", {"qk_norm": False}),
 }
 
 

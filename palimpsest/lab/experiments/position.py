@@ -2,19 +2,19 @@
 
 from collections.abc import Sequence
 
-from palimpsest.lab.contestants import Contestant, Size
-from palimpsest.lab.experiment import Experiment, Record, Verdict
-from palimpsest.lab.plots import needle_map
-from palimpsest.lab.ranking import Measure, best, draw_lengths, results_table
-from palimpsest.lab.spread import contestants_table, diverged
+from palimpsest.lab.compare.comparison import Measure, best, draw_lengths, results_table
+from palimpsest.lab.compare.plots import needle_map
+from palimpsest.lab.compare.seed_statistics import contestants_table, diverged
+from palimpsest.lab.framework.experiment import Experiment, Record, Verdict
+from palimpsest.lab.model_variants import ModelVariant, Size
 from palimpsest.lab.tasks import Needle, Text
 from palimpsest.lab.training import Training
 
 WHO = {
-    "hybrid, NoPE": Contestant("hybrid, NoPE", "KKKM"),
-    "hybrid, RoPE": Contestant("hybrid, RoPE", "KKKR"),
-    "attention, NoPE": Contestant("attention, NoPE", "M"),
-    "attention, RoPE": Contestant("attention, RoPE", "R"),
+    "hybrid, NoPE": ModelVariant("hybrid, NoPE", "KKKM"),
+    "hybrid, RoPE": ModelVariant("hybrid, RoPE", "KKKR"),
+    "attention, NoPE": ModelVariant("attention, NoPE", "M"),
+    "attention, RoPE": ModelVariant("attention, RoPE", "R"),
 }
 
 

@@ -1,19 +1,19 @@
 """The ratio: how many layers of attention does a hybrid need? (paper, Table 1, upper half)"""
 
-from palimpsest.lab.contestants import Contestant, Size
-from palimpsest.lab.experiment import Experiment
-from palimpsest.lab.plots import needle_map
-from palimpsest.lab.ranking import draw_bars, versus
+from palimpsest.lab.compare.comparison import draw_bars, versus
+from palimpsest.lab.compare.plots import needle_map
+from palimpsest.lab.framework.experiment import Experiment
+from palimpsest.lab.model_variants import ModelVariant, Size
 from palimpsest.lab.tasks import Needle, Text
 from palimpsest.lab.training import Training
 
 WHO = {
-    "0:1, all attention": Contestant("0:1, all attention", "M"),
-    "1:1": Contestant("1:1", "KM"),
-    "3:1": Contestant("3:1", "KKKM"),
-    "7:1": Contestant("7:1", 7 * "K" + "M"),
-    "15:1": Contestant("15:1", 15 * "K" + "M"),
-    "1:0, all KDA": Contestant("1:0, all KDA", "K"),
+    "0:1, all attention": ModelVariant("0:1, all attention", "M"),
+    "1:1": ModelVariant("1:1", "KM"),
+    "3:1": ModelVariant("3:1", "KKKM"),
+    "7:1": ModelVariant("7:1", 7 * "K" + "M"),
+    "15:1": ModelVariant("15:1", 15 * "K" + "M"),
+    "1:0, all KDA": ModelVariant("1:0, all KDA", "K"),
 }
 
 

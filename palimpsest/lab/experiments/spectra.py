@@ -2,16 +2,16 @@
 
 from collections.abc import Sequence
 
-from palimpsest.lab.contestants import CONTESTANTS, PAPER_SIZE, Size
-from palimpsest.lab.experiment import Experiment, Record, Table, Verdict
-from palimpsest.lab.plots import PALETTE, figure, legend_below
-from palimpsest.lab.spectra import Spectra
+from palimpsest.lab.compare.plots import PALETTE, figure, legend_below
+from palimpsest.lab.framework.experiment import Experiment, Record, Table, Verdict
+from palimpsest.lab.measure.transition_spectra import Spectra
+from palimpsest.lab.model_variants import MODEL_VARIANTS, PAPER_SIZE, Size
 from palimpsest.lab.tasks import MQAR, StateTracking, Text
 from palimpsest.lab.training import Training
 
 
 def points(scale: str) -> list[Spectra]:
-    kda, negative = CONTESTANTS["kda"], CONTESTANTS["kda-negative"]
+    kda, negative = MODEL_VARIANTS["kda"], MODEL_VARIANTS["kda-negative"]
     if scale == "tiny":
         size = Size(layers=2, hidden_size=16, heads=1, head_dim=8, mlp=32)
         shared = {"size": size, "steps": 2, "tokens_per_step": 64, "evaluate_every": 1, "test_batches": 1}

@@ -2,18 +2,18 @@
 
 from collections.abc import Sequence
 
-from palimpsest.lab.contestants import CONTESTANTS, PAPER_SIZE, Size
-from palimpsest.lab.drift import LIVES, Drift, StoredState
-from palimpsest.lab.experiment import Experiment, Record, Verdict
-from palimpsest.lab.formats import FORMATS
-from palimpsest.lab.plots import band, figure, legend_below, style
-from palimpsest.lab.spread import Spread, grid
+from palimpsest.lab.compare.plots import band, figure, legend_below, style
+from palimpsest.lab.compare.seed_statistics import Spread, grid
+from palimpsest.lab.framework.experiment import Experiment, Record, Verdict
+from palimpsest.lab.measure.state_formats import FORMATS
+from palimpsest.lab.measure.state_quantization import LIVES, Drift, StoredState
+from palimpsest.lab.model_variants import MODEL_VARIANTS, PAPER_SIZE, Size
 from palimpsest.lab.tasks import MQAR, Text
 from palimpsest.lab.training import Training
 
 
 def points(scale: str) -> list:
-    kda = CONTESTANTS["kda"]
+    kda = MODEL_VARIANTS["kda"]
     if scale == "tiny":
         drifts = [
             Drift(format=name, life=life, tokens=32, heads=1, channels=8)

@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 
-from palimpsest.lab.contestants import CONTESTANTS, Size
-from palimpsest.lab.experiment import Experiment, Record, Verdict
-from palimpsest.lab.ranking import Measure, best, draw_lengths, results_table
-from palimpsest.lab.spread import contestants_table, diverged
+from palimpsest.lab.compare.comparison import Measure, best, draw_lengths, results_table
+from palimpsest.lab.compare.seed_statistics import contestants_table, diverged
+from palimpsest.lab.framework.experiment import Experiment, Record, Verdict
+from palimpsest.lab.model_variants import MODEL_VARIANTS, Size
 from palimpsest.lab.tasks import StateTracking
 from palimpsest.lab.training import Training
 
-WHO = [CONTESTANTS[name] for name in ("kda", "kda-negative", "gdn", "gdn-negative", "softmax")]
+WHO = [MODEL_VARIANTS[name] for name in ("kda", "kda-negative", "gdn", "gdn-negative", "softmax")]
 PAIRS = (("kda-negative", "kda"), ("gdn-negative", "gdn"))
 
 

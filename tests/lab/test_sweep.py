@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from palimpsest.lab.experiment import Experiment, Record, Verdict, load_experiment
-from palimpsest.lab.ranking import versus
-from palimpsest.lab.report import compare
-from palimpsest.lab.run import (
+from palimpsest.lab.compare.comparison import versus
+from palimpsest.lab.compare.seed_statistics import Spread, against, diverged, tuned
+from palimpsest.lab.framework.experiment import Experiment, Record, Verdict, load_experiment
+from palimpsest.lab.framework.report import compare
+from palimpsest.lab.framework.sweep import (
     InterruptedSweep,
     check_device,
     check_room,
@@ -26,15 +27,14 @@ from palimpsest.lab.run import (
     run,
     title,
 )
-from palimpsest.lab.spread import Spread, against, diverged, tuned
 
 RECIPE = '''
 """An experiment whose points take no time, unless they wait for other processes, or for a file named go."""
 import os, time
 from dataclasses import dataclass
 from pathlib import Path
-from palimpsest.lab.experiment import Experiment, Verdict
-from palimpsest.lab.plots import figure
+from palimpsest.lab.framework.experiment import Experiment, Verdict
+from palimpsest.lab.compare.plots import figure
 
 @dataclass(frozen=True)
 class Count:
@@ -243,7 +243,7 @@ def test_long_points_are_begun_first(tmp_path):
 def test_ctrl_c_ends_the_workers_too(tmp_path):
     experiment = recipe(tmp_path, FREE=2)
     code = (
-        "from palimpsest.lab.experiment import load_experiment\nfrom palimpsest.lab.run import *\n"
+        "from palimpsest.lab.framework.experiment import load_experiment\nfrom palimpsest.lab.framework.sweep import *\n"
         "if __name__ == '__main__':\n"
         "    try:\n        run(load_experiment('count.py'), 'tiny', 'out', device='cpu', workers=2)\n"
         "    except InterruptedSweep:\n        raise SystemExit(130)\n"

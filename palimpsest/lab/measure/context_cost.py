@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from palimpsest.lab.contestants import Contestant
-from palimpsest.lab.experiment import Row, Tell
+from palimpsest.lab.framework.experiment import Row, Tell
+from palimpsest.lab.model_variants import ModelVariant
 from palimpsest.lab.tasks.task import check
 from palimpsest.layers.kimi_delta_attention import KimiDeltaAttention
 from palimpsest.layers.latent_attention import MultiHeadLatentAttention
@@ -105,7 +105,7 @@ class Decode:
             f"layer {self.layer!r} is unknown; choose one of {', '.join(LAYERS)}, or a pattern such as KKKM",
         )
         if self.layer.isupper():
-            Contestant(self.layer, self.layer)
+            ModelVariant(self.layer, self.layer)
         check(
             min(self.contexts, default=0) >= 1,
             f"cost: contexts are {self.contexts}; give at least one of 1 token or more",
@@ -178,7 +178,7 @@ class Prefill:
             f"layer {self.layer!r} is unknown; choose one of {', '.join(known)}, or a pattern such as KKKM",
         )
         if self.layer.isupper():
-            Contestant(self.layer, self.layer)
+            ModelVariant(self.layer, self.layer)
         check(
             min(self.contexts, default=0) >= 1,
             f"cost: contexts are {self.contexts}; give at least one of 1 token or more",
@@ -368,7 +368,7 @@ class Cache:
         return {"kind": "cache", **vars(self), "shape": asdict(self.shape)}
 
     def prepare(self) -> None:
-        Contestant(self.pattern, self.pattern)
+        ModelVariant(self.pattern, self.pattern)
 
     def work(self) -> float:
         return 1.0

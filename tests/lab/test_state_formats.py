@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from palimpsest.lab.drift import Drift, StepReader
-from palimpsest.lab.formats import FORMATS, Format
+from palimpsest.lab.measure.state_formats import FORMATS, Format
+from palimpsest.lab.measure.state_quantization import Drift, StepReader
 from palimpsest.layers.options import MixerOptions
 from palimpsest.models.kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
 
@@ -55,7 +55,7 @@ def test_what_is_zero_stays_zero():
 
 def test_float8_in_between_is_a_float8():
     x = torch.linspace(-448, 448, 999).view(1, 1, 1, -1)
-    from palimpsest.lab.formats import _between_float8
+    from palimpsest.lab.measure.state_formats import _between_float8
 
     y = _between_float8(x, torch.Generator().manual_seed(0))
     assert y.to(torch.float8_e4m3fn).float().equal(y)

@@ -3,16 +3,16 @@
 import pytest
 import torch
 
-from palimpsest.lab.contestants import (
+from palimpsest.lab.model_variants import (
     ABOUT,
-    CONTESTANTS,
+    MODEL_VARIANTS,
     PAPER_SIZE,
-    Contestant,
+    ModelVariant,
     Size,
     build,
     config,
-    contestant,
     count_parameters,
+    model_variant,
     state_numbers,
 )
 from palimpsest.lab.tasks import Palindrome
@@ -21,22 +21,22 @@ from palimpsest.models.kimi_linear.config import LATENT_TYPES
 from palimpsest.models.kimi_linear.model_state import ModelState
 from palimpsest.ops import variants
 
-EVERYONE = [*CONTESTANTS, "KKKM", "KM"]
+EVERYONE = [*MODEL_VARIANTS, "KKKM", "KM"]
 SIZE = Size(layers=4, hidden_size=32, heads=2, head_dim=16, mlp=64)
 
 
 @pytest.mark.parametrize("name", EVERYONE)
 def test_parameters_are_matched_to_half_a_percent(name):
     for size in (SIZE, Size(layers=4), PAPER_SIZE):
-        if size.layers < len(contestant(name).pattern):
+        if size.layers < len(model_variant(name).pattern):
             continue
-        have, want = (count_parameters(config(contestant(who), size, 512)) for who in (name, "kda"))
+        have, want = (count_parameters(config(model_variant(who), size, 512)) for who in (name, "kda"))
         assert abs(have - want) <= max(0.005 * want, 3 * size.hidden_size * size.layers / 2 + 1)
 
 
 @pytest.mark.parametrize("name", EVERYONE)
 def test_the_state_is_counted_as_it_is(name):
-    model = build(contestant(name), SIZE, 20)
+    model = build(model_variant(name), SIZE, 20)
     with torch.no_grad():
         state = model(torch.randint(20, (1, 24))).state
     held = sum(
@@ -47,14 +47,14 @@ def test_the_state_is_counted_as_it_is(name):
 
 
 def test_every_matrix_memory_holds_as_many_numbers():
-    matrix = [name for name in CONTESTANTS if "softmax" not in name]
-    assert len({state_numbers(config(contestant(name), SIZE, 20), 999) for name in matrix}) == 1
+    matrix = [name for name in MODEL_VARIANTS if "softmax" not in name]
+    assert len({state_numbers(config(model_variant(name), SIZE, 20), 999) for name in matrix}) == 1
 
 
 @pytest.mark.parametrize("name", EVERYONE)
 def test_nobody_sees_a_future_token(name):
     torch.manual_seed(0)
-    model = build(contestant(name), SIZE, 20).eval()
+    model = build(model_variant(name), SIZE, 20).eval()
     tokens = torch.randint(20, (1, 40))
     changed = tokens.clone()
     changed[:, 25:] = (changed[:, 25:] + 7) % 20
@@ -75,7 +75,7 @@ def test_half_precision_reaches_products_and_no_decay(name, monkeypatch):
 
     monkeypatch.setattr(variants, "_problem", note)
     torch.manual_seed(0)
-    model = build(contestant(name), SIZE, 20)
+    model = build(model_variant(name), SIZE, 20)
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(torch.randint(20, (2, 24))).logits
     logits.float().logsumexp(-1).mean().backward()
@@ -89,11 +89,11 @@ def test_half_precision_reaches_products_and_no_decay(name, monkeypatch):
 
 
 def test_every_contestant_says_what_it_is():
-    assert set(ABOUT) == set(CONTESTANTS)
+    assert set(ABOUT) == set(MODEL_VARIANTS)
 
 
 def test_a_bounded_gate_starts_where_it_can_learn():
-    model = build(Contestant("bounded", "K", {"gate": "sigmoid"}), SIZE, 20)
+    model = build(ModelVariant("bounded", "K", {"gate": "sigmoid"}), SIZE, 20)
     assert not any(p.any() for name, p in model.named_parameters() if name.endswith("A_log"))
 
 
@@ -111,10 +111,10 @@ LEARN = {
 
 def test_who_cannot_tell_the_order_fails_and_who_can_learns():
     """Linear attention without decay and convolution gives the same answer to any order of what it read."""
-    blind = Contestant("blind", "L", {"conv": False})
+    blind = ModelVariant("blind", "L", {"conv": False})
     found = {
         w.name: learn(Training(who=w, **LEARN), "cpu", lambda *_: None)[0]["rows"][0]
-        for w in (blind, CONTESTANTS["kda"])
+        for w in (blind, MODEL_VARIANTS["kda"])
     }
     assert found["kda"]["best_accuracy"] > 0.8
     assert found["blind"]["best_accuracy"] < 0.5
@@ -122,14 +122,14 @@ def test_who_cannot_tell_the_order_fails_and_who_can_learns():
 
 
 BAD = {
-    "unknown": (lambda: contestant("kdaa"), "did you mean 'kda'"),
-    "unknown, far": (lambda: contestant("transformer-xl"), "choose one of kda, "),
-    "letter": (lambda: contestant("KX"), "unknown letters X"),
-    "part": (lambda: Contestant("mine", "K", {"convolution": False}), "did you mean conv?"),
-    "value": (lambda: Contestant("mine", "K", {"decay": "token"}), "choose one of 'channel'"),
-    "layers": (lambda: config(contestant("KKKM"), Size(layers=2), 20), "pattern of 4 layers"),
+    "unknown": (lambda: model_variant("kdaa"), "did you mean 'kda'"),
+    "unknown, far": (lambda: model_variant("transformer-xl"), "choose one of kda, "),
+    "letter": (lambda: model_variant("KX"), "unknown letters X"),
+    "part": (lambda: ModelVariant("mine", "K", {"convolution": False}), "did you mean conv?"),
+    "value": (lambda: ModelVariant("mine", "K", {"decay": "token"}), "choose one of 'channel'"),
+    "layers": (lambda: config(model_variant("KKKM"), Size(layers=2), 20), "pattern of 4 layers"),
     "size": (lambda: Size(heads=0), "heads is 0"),
-    "no room": (lambda: config(contestant("gdn2"), Size(hidden_size=64, mlp=8), 20), "give mlp at least"),
+    "no room": (lambda: config(model_variant("gdn2"), Size(hidden_size=64, mlp=8), 20), "give mlp at least"),
 }
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from palimpsest.lab.experiment import Record, Row, Table, Verdict
-from palimpsest.lab.plots import FAINT, band, figure, learning_curves, legend_below, style
-from palimpsest.lab.spread import Spread, contestants_table, diverged, grid
+from palimpsest.lab.compare.plots import FAINT, band, figure, learning_curves, legend_below, style
+from palimpsest.lab.compare.seed_statistics import Spread, contestants_table, diverged, grid
+from palimpsest.lab.framework.experiment import Record, Row, Table, Verdict
 
 PERCENT: Callable[[float], str] = lambda x: f"{100 * x:.1f}"
 

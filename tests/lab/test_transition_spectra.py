@@ -2,8 +2,8 @@
 
 import torch
 
-from palimpsest.lab.contestants import CONTESTANTS, Size, build
-from palimpsest.lab.spectra import eigenvalues, layer_edits, spectrum, transition_matrix, warnings
+from palimpsest.lab.measure.transition_spectra import eigenvalues, layer_edits, spectrum, transition_matrix, warnings
+from palimpsest.lab.model_variants import MODEL_VARIANTS, Size, build
 from palimpsest.layers.kimi_delta_attention import RecurrenceInputs
 from palimpsest.ops.gates import l2norm
 from palimpsest.ops.variants import kda
@@ -61,7 +61,7 @@ def test_norms_are_those_of_singular_values():
 
 def test_a_long_sequence_is_looked_at_here_and_there(monkeypatch):
     whole = spectrum(edits())
-    monkeypatch.setattr("palimpsest.lab.spectra.LOOKS", 5)
+    monkeypatch.setattr("palimpsest.lab.measure.transition_spectra.LOOKS", 5)
     some = spectrum(edits())
     assert some.tokens.tolist() == [1, 7, 13, 18, 24]
     assert some.life.equal(whole.life)
@@ -86,7 +86,7 @@ def test_warnings_are_given_when_something_is_wrong():
 
 def test_the_edits_of_a_model_are_those_of_its_layers():
     torch.manual_seed(0)
-    model = build(CONTESTANTS["kda"], Size(hidden_size=16, heads=2, head_dim=8, mlp=16), 20).eval()
+    model = build(MODEL_VARIANTS["kda"], Size(hidden_size=16, heads=2, head_dim=8, mlp=16), 20).eval()
     tokens = torch.randint(20, (2, 12))
     found = layer_edits(model, tokens)
     assert list(found) == [0, 1]

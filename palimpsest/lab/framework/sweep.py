@@ -32,7 +32,7 @@ try:
 except ImportError:  # not on Windows
     fcntl = None
 
-from palimpsest.lab.experiment import Experiment, InterruptedSweep, Record, Row, Tell, load_experiment
+from palimpsest.lab.framework.experiment import Experiment, InterruptedSweep, Record, Row, Tell, load_experiment
 from palimpsest.lab.tasks.task import check
 
 Report = Callable[[Row], None]
@@ -140,7 +140,7 @@ def _stops(end: float) -> Iterator[Callable[[], None]]:
 
 def finish(folder: Path, experiment: Experiment) -> None:
     """Writes CSV, plots and the report of what is done, if anything is."""
-    from palimpsest.lab.report import write_report
+    from palimpsest.lab.framework.report import write_report
 
     records = read_records(folder)
     if records:

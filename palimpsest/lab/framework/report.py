@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from palimpsest.lab.experiment import Experiment, Record, Row, Table
-from palimpsest.lab.plots import save
-from palimpsest.lab.run import failures, read_records, read_sweep, title
-from palimpsest.lab.spread import Spread
+from palimpsest.lab.compare.plots import save
+from palimpsest.lab.compare.seed_statistics import Spread
+from palimpsest.lab.framework.experiment import Experiment, Record, Row, Table
+from palimpsest.lab.framework.sweep import failures, read_records, read_sweep, title
 from palimpsest.lab.tasks.task import check
 
 
@@ -40,7 +40,9 @@ def write_report(folder: Path, experiment: Experiment, records: Sequence[Record]
     for s in sweep["sessions"]:
         sessions.setdefault((s["command"], s["machine"], s["note"]), []).append(s["began"])
     for (command, machine, note), began in sessions.items():
-        lines += [f"- {began[0]}: `{command or 'palimpsest.lab.run'}` on {machine}{'; ' + note if note else ''}"]
+        lines += [
+            f"- {began[0]}: `{command or 'palimpsest.lab.framework.sweep'}` on {machine}{'; ' + note if note else ''}"
+        ]
     lines += ["", "Every number is in `results.csv`; curves and settings are in `results.jsonl`.", ""]
     (folder / "report.md").write_text("\n".join(lines), encoding="utf-8")
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,28 +12,28 @@ import typer
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-INTERRUPTED = 130
+from palimpsest.commands.options import INTERRUPTED, Command, Group, Json
+from palimpsest.display import clock, display, notes
+
 app = typer.Typer(
     name="lab",
+    cls=Group,
     help="Claims about these memories, measured again: a sweep, plots and a one-page report by one command.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )
-notes = Console(stderr=True, highlight=False)
-Json = Annotated[bool, typer.Option("--json", help="JSON on standard output, for programs.")]
 
 
-@app.command("list")
+@app.command("list", cls=Command)
 def list_(as_json: Json = False) -> int:
     """The experiments, contestants and tasks there are.
 
     Example: `palimpsest lab list`
     """
-    from palimpsest.lab.contestants import ABOUT, CONTESTANTS
-    from palimpsest.lab.experiment import NAMES, load_experiment
+    from palimpsest.lab.framework.experiment import NAMES, load_experiment
+    from palimpsest.lab.model_variants import ABOUT, MODEL_VARIANTS
     from palimpsest.lab.tasks import TASKS
 
     found = [load_experiment(name) for name in NAMES]
@@ -54,7 +51,7 @@ def list_(as_json: Json = False) -> int:
     console.print(table)
     table = Table("contestant", "what it is", "layers")
     for name, words in ABOUT.items():
-        table.add_row(name, words, CONTESTANTS[name].pattern)
+        table.add_row(name, words, MODEL_VARIANTS[name].pattern)
     table.add_row("KKKM, ...", "any pattern of layers, capital letters", "")
     console.print(table)
     table = Table("task", "what is asked")
@@ -64,7 +61,7 @@ def list_(as_json: Json = False) -> int:
     return 0
 
 
-@app.command()
+@app.command(cls=Command)
 def show(
     target: Annotated[str, typer.Argument(help="An experiment's name, a recipe file, or a folder with results.")],
     scale: Annotated[str | None, typer.Option(help="Which scale's points to describe.", show_default=False)] = None,
@@ -75,7 +72,7 @@ def show(
     """
     console = Console(highlight=False)
     if Path(target).is_dir():
-        from palimpsest.lab.run import read_sweep
+        from palimpsest.lab.framework.sweep import read_sweep
 
         read_sweep(Path(target))
         report = Path(target) / "report.md"
@@ -84,8 +81,8 @@ def show(
         text = report.read_text(encoding="utf-8")
         console.print(Markdown(text)) if console.is_terminal else typer.echo(text)
         return 0
-    from palimpsest.lab.experiment import load_experiment
-    from palimpsest.lab.run import title
+    from palimpsest.lab.framework.experiment import load_experiment
+    from palimpsest.lab.framework.sweep import title
 
     experiment = load_experiment(target)
     console.print(f"[bold]{escape(experiment.name)}[/]: {escape(experiment.question)}\n", soft_wrap=True)
@@ -102,7 +99,7 @@ def show(
     return 0
 
 
-@app.command()
+@app.command(cls=Command)
 def run(
     experiment: Annotated[
         str, typer.Argument(help="A name from `lab list`, or a Python file that defines EXPERIMENT.")
@@ -138,9 +135,9 @@ def run(
     """
     import torch
 
-    from palimpsest.lab.experiment import load_experiment
-    from palimpsest.lab.run import InterruptedSweep
-    from palimpsest.lab.run import run as run_sweep
+    from palimpsest.lab.framework.experiment import load_experiment
+    from palimpsest.lab.framework.sweep import InterruptedSweep
+    from palimpsest.lab.framework.sweep import run as run_sweep
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -158,7 +155,7 @@ def run(
         report(event)
 
     try:
-        with _display(quiet, as_json) as report:
+        with display(_status, _remarks, quiet=quiet, as_json=as_json) as report:
             complete = run_sweep(
                 loaded, scale, folder, device=device, workers=workers, only=only, minutes=minutes, report=told, command=command,
                 note=note,
@@ -181,7 +178,7 @@ def run(
     return 1 if failed else 0
 
 
-@app.command()
+@app.command(cls=Command)
 def compare(
     folders: Annotated[list[Path], typer.Argument(help="Folders with results of one experiment, two or more.")],
     metric: Annotated[str, typer.Option(help="Only metrics whose name contains this.")] = "",
@@ -191,7 +188,7 @@ def compare(
 
     Example: `palimpsest lab compare results/lab/fig4-small runs/lab/fig4-small --metric accuracy`
     """
-    from palimpsest.lab.report import compare as side_by_side
+    from palimpsest.lab.framework.report import compare as side_by_side
 
     tables = [t for t in side_by_side(folders) if metric in t.title]
     if not tables:
@@ -209,48 +206,11 @@ def compare(
     return 0
 
 
-@contextmanager
-def _display(quiet: bool, as_json: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
-    if as_json:
-        yield lambda event: None if event["event"] == "progress" else typer.echo(json.dumps(event))
-    elif quiet:
-        yield lambda event: None
-    elif notes.is_terminal:
-        columns = (BarColumn(bar_width=24), TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.description}"))
-        with Progress(*columns, console=notes) as bar:
-            yield _Bar(bar)
-    else:
-        yield _Lines()
-
-
-class _Bar:
-    """A live line for the whole sweep, and a line above it for every finished point."""
-
-    def __init__(self, bar: Progress):
-        self.bar, self.task = bar, bar.add_task("starting", total=1.0)
-
-    def __call__(self, event: dict[str, Any]) -> None:
-        if event["event"] in ("progress", "point"):
-            words = f"ETA {_clock(event['eta'])}  {event['point']}  {event.get('word', '')}"
-            self.bar.update(self.task, completed=event["done"], description=escape(words))
-        for line in _remarks(event):
-            self.bar.console.print(line, soft_wrap=True)
-
-
-class _Lines:
-    """The same for a log file: a line every few seconds, and one for every finished point."""
-
-    def __init__(self, every: float = 15.0):
-        self.every, self.last = every, 0.0
-
-    def __call__(self, event: dict[str, Any]) -> None:
-        if event["event"] == "progress" and time.monotonic() - self.last > self.every:
-            self.last = time.monotonic()
-            word = event["word"] or f"{event['share']:.0%}"
-            clocks = f"{_clock(event['elapsed'])}, ETA {_clock(event['eta'])}"
-            notes.print(escape(f"{event['done']:4.0%}  {clocks}  {event['point']}: {word}"), soft_wrap=True)
-        for line in _remarks(event):
-            notes.print(line, soft_wrap=True)
+def _status(event: dict[str, Any]) -> tuple[float, str] | None:
+    if event["event"] not in ("progress", "point"):
+        return None
+    word = event.get("word") or f"{event.get('share', 1.0):.0%}"
+    return event["done"], f"{clock(event['elapsed'])}, ETA {clock(event['eta'])}  {event['point']}: {word}"
 
 
 def _remarks(event: dict[str, Any]) -> list[str]:
@@ -265,14 +225,7 @@ def _remarks(event: dict[str, Any]) -> list[str]:
             for name in ("best_accuracy", "bits", "relative_error", "milliseconds")
             if name in row
         ]
-        return [escape(f"{event['done']:4.0%}  {event['point']}: {', '.join(words)}, {_clock(event['seconds'])}")]
+        return [escape(f"{event['done']:4.0%}  {event['point']}: {', '.join(words)}, {clock(event['seconds'])}")]
     if event["event"] == "end" and event["failed"]:
         return [f"[red]{event['failed']} points failed[/]; the same command tries them again"]
     return []
-
-
-def _clock(seconds: float | None) -> str:
-    if seconds is None:
-        return "--:--"
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"

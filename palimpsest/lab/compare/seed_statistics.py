@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from palimpsest.lab.experiment import Record, Row, Table
+from palimpsest.lab.framework.experiment import Record, Row, Table
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ A contestant is a pattern of layers, repeated to the model's depth, and changes 
 memory saves or spends in projections is given to its MLPs, so that all have the baseline's parameters to within
 half a percent; heads and channels are the same, so that every matrix memory holds as many numbers. Both are reported.
 
-To add a contestant: a line in CONTESTANTS; or `Contestant("mine", "K", {"conv": False})` in a recipe.
+To add a contestant: a line in MODEL_VARIANTS; or `ModelVariant("mine", "K", {"conv": False})` in a recipe.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from palimpsest.models.kimi_linear.config import LATENT_TYPES, read_layer_types
 
 
 @dataclass(frozen=True)
-class Contestant:
+class ModelVariant:
     """Args:
         name: in tables and plots.
         pattern: letters of `KimiLinearConfig.layer_types`, repeated to the model's depth: "K", "KKKM", "R".
         parts: changes to `MixerOptions`, such as {"conv": False}.
 
-    >>> Contestant("KDA, no convolution", "K", {"conv": False}).pattern
+    >>> ModelVariant("KDA, no convolution", "K", {"conv": False}).pattern
     'K'
     """
 
@@ -49,7 +49,7 @@ class Contestant:
         object.__setattr__(self, "parts", MappingProxyType(dict(self.parts)))
 
     def __reduce__(self):  # a read-only mapping does not travel to other processes by itself
-        return Contestant, (self.name, self.pattern, dict(self.parts))
+        return ModelVariant, (self.name, self.pattern, dict(self.parts))
 
     def __hash__(self):
         return hash((self.name, self.pattern, tuple(self.parts.items())))
@@ -58,21 +58,21 @@ class Contestant:
         return {"name": self.name, "pattern": self.pattern, "parts": dict(self.parts)}
 
 
-CONTESTANTS = {
+MODEL_VARIANTS = {
     c.name: c
     for c in (
-        Contestant("kda", "K"),
-        Contestant("gdn", "G"),
-        Contestant("gdn2", "E"),
-        Contestant("deltanet", "D"),
-        Contestant("gla", "A"),
-        Contestant("mamba2", "S"),
-        Contestant("linear", "L"),
-        Contestant("softmax", "M"),
-        Contestant("softmax-rope", "R"),
-        Contestant("kda-negative", "K", {"beta_max": 2.0}),
-        Contestant("gdn-negative", "G", {"beta_max": 2.0}),
-        Contestant("deltanet-negative", "D", {"beta_max": 2.0}),
+        ModelVariant("kda", "K"),
+        ModelVariant("gdn", "G"),
+        ModelVariant("gdn2", "E"),
+        ModelVariant("deltanet", "D"),
+        ModelVariant("gla", "A"),
+        ModelVariant("mamba2", "S"),
+        ModelVariant("linear", "L"),
+        ModelVariant("softmax", "M"),
+        ModelVariant("softmax-rope", "R"),
+        ModelVariant("kda-negative", "K", {"beta_max": 2.0}),
+        ModelVariant("gdn-negative", "G", {"beta_max": 2.0}),
+        ModelVariant("deltanet-negative", "D", {"beta_max": 2.0}),
     )
 }
 ABOUT = {
@@ -91,19 +91,21 @@ ABOUT = {
 }
 
 
-def contestant(name: str) -> Contestant:
+def model_variant(name: str) -> ModelVariant:
     """By its name, or by a pattern of capital letters.
 
-    >>> contestant("KKKM").pattern
+    >>> model_variant("KKKM").pattern
     'KKKM'
     """
-    if name in CONTESTANTS:
-        return CONTESTANTS[name]
+    if name in MODEL_VARIANTS:
+        return MODEL_VARIANTS[name]
     if name.isupper():
-        return Contestant(name, name)
-    near = difflib.get_close_matches(name, CONTESTANTS, n=1)
+        return ModelVariant(name, name)
+    near = difflib.get_close_matches(name, MODEL_VARIANTS, n=1)
     hint = (
-        f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(CONTESTANTS)}, or a pattern such as KKKM"
+        f"did you mean {near[0]!r}?"
+        if near
+        else f"choose one of {', '.join(MODEL_VARIANTS)}, or a pattern such as KKKM"
     )
     raise ValueError(f"contestant {name!r} is unknown; {hint}")
 
@@ -132,9 +134,9 @@ PAPER_SIZE = Size(layers=2, hidden_size=256, heads=2, head_dim=128, mlp=512)  # 
 
 
 @cache
-def config(who: Contestant, size: Size, vocab_size: int) -> KimiLinearConfig:
+def config(who: ModelVariant, size: Size, vocab_size: int) -> KimiLinearConfig:
     """The contestant's model, fitted to the parameters of KDA in this size."""
-    target = count_parameters(_config(CONTESTANTS["kda"], size, vocab_size, size.mlp))
+    target = count_parameters(_config(MODEL_VARIANTS["kda"], size, vocab_size, size.mlp))
     have = count_parameters(_config(who, size, vocab_size, size.mlp))
     step = 8 if size.mlp >= 256 else 1  # tensor cores want multiples of 8; that leaves less than half a percent
     mlp = size.mlp + step * round((target - have) / (3 * size.hidden_size * size.layers * step))
@@ -146,7 +148,7 @@ def config(who: Contestant, size: Size, vocab_size: int) -> KimiLinearConfig:
     return _config(who, size, vocab_size, mlp)
 
 
-def _config(who: Contestant, size: Size, vocab_size: int, mlp: int) -> KimiLinearConfig:
+def _config(who: ModelVariant, size: Size, vocab_size: int, mlp: int) -> KimiLinearConfig:
     pattern = (who.pattern * size.layers)[: size.layers]
     check(
         len(who.pattern) <= size.layers,
@@ -173,7 +175,7 @@ def _config(who: Contestant, size: Size, vocab_size: int, mlp: int) -> KimiLinea
     )
 
 
-def build(who: Contestant, size: Size, vocab_size: int) -> KimiLinearForCausalLM:
+def build(who: ModelVariant, size: Size, vocab_size: int) -> KimiLinearForCausalLM:
     """The contestant's model, fresh; torch's seed decides its weights."""
     model = KimiLinearForCausalLM(config(who, size, vocab_size))
     if model.config.mixer_options.gate == "sigmoid":

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from palimpsest.lab.experiment import Row, Tell
-from palimpsest.lab.formats import FORMATS, Format
+from palimpsest.lab.framework.experiment import Row, Tell
+from palimpsest.lab.measure.state_formats import FORMATS, Format
 from palimpsest.lab.tasks.task import Task, check
 from palimpsest.lab.training import Training, draw_test, evaluate, learn
 from palimpsest.layers.layer_state import KDAState

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from palimpsest.lab.experiment import Record
+from palimpsest.lab.framework.experiment import Record
 
 INK, FAINT = "#333333", "#999999"
 PALETTE = (

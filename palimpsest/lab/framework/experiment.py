@@ -135,7 +135,7 @@ class Experiment:
             check(
                 not lacks,
                 f"experiment {self.name!r} has a point {point!r:.60} without {', '.join(lacks)}; give a Training, or "
-                "anything with the methods of palimpsest.lab.experiment.Point",
+                "anything with the methods of palimpsest.lab.framework.experiment.Point",
             )
             point.prepare()
             found.setdefault(identity(point), point)
@@ -173,6 +173,8 @@ def load_experiment(place: str) -> Experiment:
         module = import_module(f"palimpsest.lab.experiments.{place}")
     found = getattr(module, "EXPERIMENT", None)
     if not isinstance(found, Experiment):
-        raise ValueError(f"experiment {place!r} defines no EXPERIMENT of type palimpsest.lab.experiment.Experiment")
+        raise ValueError(
+            f"experiment {place!r} defines no EXPERIMENT of type palimpsest.lab.framework.experiment.Experiment"
+        )
     object.__setattr__(found, "place", place)
     return found

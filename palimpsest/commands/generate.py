@@ -1,0 +1,138 @@
+"""`palimpsest generate`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from palimpsest.commands.options import Json, Quiet, checkpoint_of
+from palimpsest.display import notes
+
+
+def generate(
+    model: Annotated[str, typer.Argument(help="A run's folder, or any folder with a Kimi Linear checkpoint.")],
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="Text to continue; may be given several times.")
+    ] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="Read one prompt from a file; `-` is standard input.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="At most this many tokens each.")] = 200,
+    temperature: Annotated[
+        float, typer.Option("--temperature", "-t", help="0 always takes the likeliest token.")
+    ] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Choose among the k likeliest tokens.", show_default=False)] = None,
+    top_p: Annotated[float, typer.Option(help="Choose among the likeliest that reach this probability.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Leave out tokens less likely than this share of the likeliest.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="More than 1 discourages repetition.")] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; may be given several times.")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="`bytes` or a tokenizer.json; by default what the folder says.", show_default=False),
+    ] = None,
+    save: Annotated[Path | None, typer.Option(help="Save what was read and written, to go on later.")] = None,
+    load: Annotated[Path | None, typer.Option(help="Go on from a file written by --save.")] = None,
+    device: Annotated[str, typer.Option(help="`cpu`, `cuda`, or `auto`.")] = "auto",
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> int:
+    """Continue text with a trained model, token by token.
+
+    Example: `palimpsest generate runs/demo --prompt "def read_lines(path):"`
+    """
+    from palimpsest.generate import DecodeState, Sampling
+    from palimpsest.models.kimi_linear import KimiLinearForCausalLM
+
+    folder = checkpoint_of(model)
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    prompts = list(prompt or []) + ([_read_prompt(prompt_file)] if prompt_file else [])
+    if load is not None and len(prompts) > 1:
+        raise ValueError(f"{len(prompts)} prompts were given with --load, which continues one text; give one or none")
+    if load is None and not prompts:
+        raise ValueError("no prompt was given; use --prompt TEXT, --prompt-file FILE or --load FILE")
+    network = KimiLinearForCausalLM.from_pretrained(folder, device=_device(device))
+    words = _tokenizer_of(folder, tokenizer)
+    start = None if load is None else DecodeState.load(load, network)
+    options = {"max_new_tokens": max_new_tokens, "sampling": sampling, "stop": tuple(stop or ()), "tokenizer": words}
+    began, count, last = time.monotonic(), 0, None
+    for i, text in enumerate(prompts or [""]):
+        last = _continue(network, text, start, i, seed + i, options, quiet, as_json)
+        count += len(last.tokens[0])
+    if save is not None and last is not None:
+        last.decode_state.save(save, network)
+    if not quiet and not as_json:
+        seconds = time.monotonic() - began
+        notes.print(f"\n{count} tokens, {count / max(seconds, 1e-9):,.0f} tok/s", style="dim")
+    return 0
+
+
+def _continue(network, text: str, start, number: int, seed: int, options: dict[str, Any], quiet: bool, as_json: bool):
+    """Streams one continuation to standard output and returns the generation."""
+    from palimpsest.generate import stream
+
+    if start is None or text:
+        pieces = stream(network, text, state=None if start is None else start.state, seed=seed, **options)
+    else:
+        pieces = stream(network, start, seed=seed, **options)
+    if not as_json and not quiet:
+        if number:
+            typer.echo("\n")
+        Console(highlight=False).print(Text(text, style="dim"), end="")
+    while True:
+        try:
+            piece = next(pieces)
+        except StopIteration as end:
+            generation = end.value
+            break
+        if not as_json:
+            sys.stdout.write(piece.text)
+            sys.stdout.flush()
+    if as_json:
+        told = {"prompt": text, "text": generation.texts[0], "tokens": generation.tokens[0]}
+        print(json.dumps(told | {"reason": generation.reasons[0]}), flush=True)
+    else:
+        typer.echo()
+    return generation
+
+
+def _read_prompt(file: Path) -> str:
+    try:
+        return sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"prompt file {str(file)!r} is not UTF-8 text: {error.reason} at byte {error.start}"
+        ) from error
+
+
+def _tokenizer_of(folder: Path, name: str | None):
+    from palimpsest.text import load_tokenizer
+
+    if name is not None:
+        return load_tokenizer(name)
+    if (folder / "palimpsest.json").is_file():
+        name = json.loads((folder / "palimpsest.json").read_text(encoding="utf-8")).get("tokenizer", "bytes")
+        return load_tokenizer("bytes" if name == "bytes" else folder / str(name))
+    if (folder / "tokenizer.json").is_file():
+        return load_tokenizer(folder)
+    raise ValueError(f"folder {str(folder)!r} does not say which tokenizer it needs; give --tokenizer bytes or a file")
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.partition(":")[0] == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name!r}, but this machine has no CUDA device; use cpu or auto")
+    try:
+        return str(torch.device(name))
+    except RuntimeError as error:
+        raise ValueError(f"--device {name!r} is unknown; use cpu, cuda or auto") from error

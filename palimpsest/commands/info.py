@@ -1,0 +1,90 @@
+"""`palimpsest info`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from palimpsest.commands.options import Json, checkpoint_of
+from palimpsest.display import size
+
+
+def info(
+    model: Annotated[
+        str | None, typer.Argument(help="`48b`, `tiny`, a run's folder, a checkpoint's folder, or a recipe.")
+    ] = None,
+    as_json: Json = False,
+) -> int:
+    """What a model is made of and what it holds in memory; without a model, what this machine can run.
+
+    Example: `palimpsest info 48b`
+    """
+    from palimpsest.models.kimi_linear import card
+
+    facts = {"machine": card.machine()} | ({} if model is None else {"model": card.describe(_config_of(model))})
+    if as_json:
+        typer.echo(json.dumps(facts))
+        return 0
+    console = Console(highlight=False)
+    if model is not None:
+        _print_model(console, model, facts["model"])
+    _print_machine(console, facts["machine"])
+    return 0
+
+
+def _config_of(name: str):
+    from palimpsest.models.kimi_linear.checkpoint import read_config
+    from palimpsest.models.kimi_linear.config import KimiLinearConfig
+
+    presets = {"48b": KimiLinearConfig.official_48b, "tiny": KimiLinearConfig.tiny}
+    if name.lower() in presets:
+        return presets[name.lower()]()
+    if name.partition(":")[0].endswith(".py"):
+        from palimpsest.train import load_recipe
+
+        return load_recipe(name).model
+    if not Path(name).is_dir():
+        raise ValueError(f"{name!r} is no model; give one of {', '.join(presets)}, a folder, or a recipe file")
+    return read_config(checkpoint_of(name))
+
+
+def _print_model(console: Console, name: str, card: dict[str, Any]) -> None:
+    console.print(f"[bold]{escape(name)}[/]  layers {card['pattern']}  (K: constant memory, M: latent attention)")
+    console.print(f"hidden size {card['hidden_size']}, vocabulary {card['vocab_size']:,}\n")
+    table = Table()
+    table.add_column("part")
+    table.add_column("parameters", justify="right")
+    sums = ("total", "active")
+    for part, count in card["parameters"].items():
+        if part not in sums:
+            table.add_row(part, f"{count:,}")
+    table.add_section()
+    table.add_row("[bold]total[/]", f"[bold]{card['parameters']['total']:,}[/]")
+    table.add_row("at work on a token", f"{card['parameters']['active']:,}")
+    console.print(table)
+    table = Table(title="memory of one sequence, bfloat16", title_justify="left")
+    for column in ("tokens", "this model", "all latent attention", "share", "all keys and values"):
+        table.add_column(column, justify="right")
+    for row in card["memory"]:
+        share = f"{row['state'] / row['latent']:.0%}"
+        table.add_row(f"{row['tokens']:,}", size(row["state"]), size(row["latent"]), share, size(row["full"]))
+    console.print(table)
+
+
+def _print_machine(console: Console, facts: dict[str, Any]) -> None:
+    device = facts.get("gpu") or f"CPU, {facts['threads']} threads"
+    console.print(f"this machine: {device}; torch {facts['torch']}, Python {facts['python']}")
+    calls = facts["backends"]
+    table = Table(title="backends: the first ok runs", title_justify="left")
+    table.add_column("call")
+    for name in next(iter(calls.values())):
+        table.add_column(name, overflow="fold")
+    for call, answers in calls.items():
+        table.add_row(call, *answers.values())
+    console.print(table)

@@ -1,0 +1,1 @@
+"""Results side by side: statistics over seeds, judges and plots that experiments share."""
