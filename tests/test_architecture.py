@@ -12,6 +12,7 @@ MAY_IMPORT = {  # room -> rooms it may import, besides itself
     "testing": {"ops"},
     "compat": {"ops"},
     "text": set(),
+    "integrations": {"ops", "layers", "models", "generate", "text"},  # each tool in a room of its own
     "layers": {"ops"},
     "models": {"ops", "layers"},
     "generate": {"models", "layers", "ops", "text"},
