@@ -1,15 +1,22 @@
-"""The page as a static site: the built files, and traces computed now. It can lie on any web server, or on none's network."""
+"""The page as a static site: the built files, and traces computed now. It can lie on any web server, or on none's network.
 
+FOLDER/export.json says which files an export wrote, with their digests: a later export replaces those and no others.
+"""
+
+import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from palimpsest import __version__
 from palimpsest.explainer.code import code
 from palimpsest.explainer.server import EXAMPLES, STATIC, Library
 
 LIVE, EXPORTED = '<meta name="palimpsest" content="live"', '<meta name="palimpsest" content="export"'
+MANIFEST = "export.json"
 BEATS = (
     "decayed",
     "erased",
@@ -31,7 +38,7 @@ def export(
     the browser, in float64, and shows how far it is from the outputs and the last memory that this library computed.
 
     Args:
-        folder: new, empty, or an earlier export, which is replaced as a whole once the new one is complete.
+        folder: new, empty, or an earlier export as it was written, whose files are replaced once the new ones are complete.
         library: scenes and model.
         sentences: those that the page offers.
         report: called with the number of traces done and of all.
@@ -40,11 +47,11 @@ def export(
         The files written.
 
     Raises:
-        ValueError: the folder holds something else, or cannot be written.
+        ValueError: the folder holds anything that no export wrote, or cannot be written.
     """
     from palimpsest.explainer.scene_file import to_safetensors
 
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     check_target(folder)
     scenes, model = library.get()
     try:
@@ -80,9 +87,7 @@ def export(
         about = library.about() | {"examples": list(sentences)}
         (data / "about.json").write_text(json.dumps(about), encoding="utf-8")
         (data / "code.json").write_text(json.dumps(code()), encoding="utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)
-        site.rename(folder)
+        _replace(folder, site)
     except OSError as error:
         raise ValueError(f"{str(folder)!r} cannot be written ({error.strerror}); give another folder") from error
     finally:
@@ -91,10 +96,66 @@ def export(
 
 
 def check_target(folder: Path) -> None:
-    """Refuses a folder that holds something else, or that has no parent to lie in."""
+    """Refuses a folder that holds anything that no export wrote, or that has no parent to lie in."""
+    folder = folder.resolve()
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{str(folder)!r} is a file; give a folder")
-    if not folder.resolve().parent.is_dir():
+    if not folder.parent.is_dir():
         raise ValueError(f"{str(folder.parent)!r} does not exist; make it first, or give another folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "data" / "about.json").is_file():
-        raise ValueError(f"{str(folder)!r} holds files that are no earlier export; give a new or empty folder")
+    written = read_manifest(folder)
+    for file in _files(folder):
+        path = folder / file
+        ours = file in written and path.is_file() and not path.is_symlink() and _digest(path) in written[file]
+        if not ours and file not in (MANIFEST, f".{MANIFEST}"):
+            raise ValueError(
+                f"{str(folder)!r} holds {file!r}, which no export wrote as it is now; give a new or empty folder"
+            )
+
+
+def read_manifest(folder: Path) -> dict[str, list[str]]:
+    """file -> the digests that exports into this folder may have given it; {} where there was none."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        return {str(name): list(digests) for name, digests in files.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        raise ValueError(
+            f"{str(folder / MANIFEST)!r} does not say what an export wrote; give a new or empty folder"
+        ) from None
+
+
+def _replace(folder: Path, site: Path) -> None:
+    """Puts the site's files in the folder, which stays, in place of those of the earlier export.
+
+    The manifest names old and new files while they change places, so that an interrupted export can be made again.
+    """
+    check_target(folder)  # again: drawing the site has taken a while
+    before, now = read_manifest(folder), {file: [_digest(site / file)] for file in _files(site)}
+    folder.mkdir(exist_ok=True)
+    _write_manifest(folder, {file: [*before.get(file, ()), *now.get(file, ())] for file in before | now})
+    for file in now:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (site / file).replace(folder / file)
+    for file in set(_files(folder)) & before.keys() - now.keys():
+        (folder / file).unlink()
+    _write_manifest(folder, now)
+
+
+def _write_manifest(folder: Path, files: dict[str, list[str]]) -> None:
+    whole = folder / f".{MANIFEST}"
+    whole.write_text(json.dumps({"palimpsest": __version__, "files": files}, indent=1), encoding="utf-8")
+    whole.replace(folder / MANIFEST)
+
+
+def _files(folder: Path) -> list[str]:
+    """All but folders, by their paths within it; what a link leads to is not entered."""
+    return sorted(
+        str((Path(place) / name).relative_to(folder))
+        for place, folders, files in os.walk(folder)
+        for name in [*files, *(name for name in folders if (Path(place) / name).is_symlink())]
+    )
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()

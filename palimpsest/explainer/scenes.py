@@ -143,7 +143,9 @@ def _traced(
 # Change one thing ----------------------------------------------------------------------------------------------------
 
 
-def touch(alpha: list[float], beta: float, angle: float, value: list[float], times: int, eraser: bool) -> Scene:
+def touch(
+    alpha: tuple[float, float], beta: float, angle: float, value: tuple[float, float], times: int, eraser: bool
+) -> Scene:
     """Write one fact, `times` times, over a memory of two rows that holds an old one.
 
     Args:
@@ -181,7 +183,7 @@ def touch(alpha: list[float], beta: float, angle: float, value: list[float], tim
 # The family side by side ---------------------------------------------------------------------------------------------
 
 
-def family(story: str, beta: float, keep: list[float]) -> Scene:
+def family(story: str, beta: float, keep: tuple[float, float]) -> Scene:
     """The same tokens through every member: its memory after each, and its answer if asked then.
 
     Args:
@@ -332,6 +334,12 @@ def order(model: Watched, text: str) -> Scene:
         "memory": moved(model.watchable()[0]),
         "latent": None if latent is None else moved(latent),
     }
+
+
+SCENES = {  # by the names that the page asks for
+    **{"worked": worked, "sentence": sentence, "heads": heads, "touch": touch, "family": family},
+    **{"chunk": chunk_of_sentence, "hybrid": hybrid, "order": order},
+}
 
 
 # A model to watch ----------------------------------------------------------------------------------------------------

@@ -8,14 +8,16 @@ Only requests that name this server as their host are answered, and none that co
 
 from __future__ import annotations
 
+import asyncio
 import json
 import mimetypes
 import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from palimpsest import __version__
 from palimpsest.explainer.code import code
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 STATIC = Path(__file__).parent / "static"
 HOST = "127.0.0.1"
 MAX_BODY = 32 << 10  # bytes; the longest sentence needs 2 kB
+MAX_CONNECTIONS = 128  # a browser opens six
+PATIENCE = 10.0  # seconds for a request to arrive
 EXAMPLES = (
     "The door is red. Now the door is blue. What colour is the door?",
     "Ada is in the garden. Then Ada is in the attic. Where is Ada?",
@@ -42,16 +46,6 @@ HEADERS = (
     (b"cross-origin-resource-policy", b"same-origin"),
     (b"cache-control", b"no-store"),
 )
-ARGUMENTS: dict[str, dict[str, type | tuple]] = {  # scene -> its arguments and their types
-    "worked": {"name": str},
-    "sentence": {"text": str, "layer": int, "head": int},
-    "heads": {"text": str},
-    "touch": {"alpha": (2,), "beta": float, "angle": float, "value": (2,), "times": int, "eraser": bool},
-    "family": {"story": str, "beta": float, "keep": (2,)},
-    "chunk": {"text": str, "layer": int, "head": int, "start": int, "size": int},
-    "hybrid": {},
-    "order": {"text": str},
-}
 
 
 class Library:
@@ -91,52 +85,57 @@ class Library:
             "examples": list(EXAMPLES),
         }
 
-    def scene(self, name: str, arguments: dict) -> bytes:
+    def scene(self, name: str, body: bytes) -> bytes:
+        """A scene as safetensors.
+
+        Args:
+            name: of palimpsest.explainer.scenes.SCENES.
+            body: a JSON object of its arguments.
+
+        Raises:
+            ValueError: there is no such scene, or it does not take these arguments.
+        """
         from palimpsest.explainer.scene_file import to_safetensors
 
         scenes, model = self.get()
-        of_model = {
-            "sentence": scenes.sentence,
-            "heads": scenes.heads,
-            "chunk": scenes.chunk_of_sentence,
-            "order": scenes.order,
-        }
-        if name in of_model:
-            return to_safetensors(of_model[name](model, **arguments))
-        return to_safetensors(getattr(scenes, name)(**arguments))
+        if name not in scenes.SCENES:
+            raise ValueError(f"There is no scene {name[:80]!r}; the scenes are {', '.join(scenes.SCENES)}.")
+        compute = scenes.SCENES[name]
+        given = arguments_of(compute, body)
+        return to_safetensors(compute(model, **given) if "model" in signature(compute).parameters else compute(**given))
 
 
-def checked(name: str, given: Any) -> dict:
-    """The arguments of a scene, or a ValueError that says what is wrong with them."""
-    if name not in ARGUMENTS:
-        raise ValueError(f"There is no scene {name!r}; the scenes are {', '.join(ARGUMENTS)}.")
-    if not isinstance(given, dict):
-        raise ValueError(f"The request holds {type(given).__name__}; expected a JSON object of arguments.")
-    expected = ARGUMENTS[name]
-    for argument in given:
-        if argument not in expected:
-            raise ValueError(f"{name} has no argument {argument!r}; it takes {', '.join(expected) or 'none'}.")
-    for argument, kind in expected.items():
-        if argument not in given:
-            raise ValueError(f"{name} needs {argument}; it takes {', '.join(expected)}.")
-        if not _is(given[argument], kind):
-            what = f"a list of {kind[0]} numbers" if isinstance(kind, tuple) else kind.__name__
-            raise ValueError(f"{argument} is {str(given[argument])[:40]!r}; expected {what}.")
-    return given
+def arguments_of(function: Callable, body: bytes) -> dict[str, Any]:
+    """What JSON gives a function to be called with, of the types in its signature; `model` is not asked for.
 
+    Raises:
+        ValueError: the body is no JSON object, lacks an argument, has one too many, or one of another type.
 
-def _is(value: Any, kind: type | tuple) -> bool:
-    if isinstance(kind, tuple):
-        return isinstance(value, list) and len(value) == kind[0] and all(_is(x, float) for x in value)
-    if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e6
-    return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+    >>> def double(x: int): ...
+    >>> arguments_of(double, b'{"x": 2}')
+    {'x': 2}
+    """
+    from pydantic import ConfigDict, ValidationError, create_model
+
+    types = {name: kind for name, kind in get_type_hints(function).items() if name not in ("model", "return")}
+    strict = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    expected = create_model("arguments", __config__=strict, **{name: (kind, ...) for name, kind in types.items()})
+    try:
+        return dict(expected.model_validate_json(body))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where, what = ".".join(map(str, first["loc"])), first["msg"]
+        given = "" if first["type"] in ("missing", "json_invalid") else f", which is {str(first['input'])[:40]!r}"
+        takes = ", ".join(types) or "none"
+        raise ValueError(f"{where or 'The request'}{given}: {what}. The arguments are {takes}.") from None
 
 
 def build_app(library: Library, port: int):
     """The ASGI application for this port."""
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
     from starlette.requests import Request
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
@@ -166,51 +165,47 @@ def build_app(library: Library, port: int):
     async def scene(request: Request) -> Response:
         if request.headers.get("content-type", "").split(";")[0].strip() != "application/json":
             return JSONResponse({"error": "The request's content-type is not application/json."}, status_code=415)
-        body = await request.body()
+        name, body = request.path_params["name"], await request.body()
+        return await answer(lambda: Response(library.scene(name, body), media_type="application/octet-stream"))
 
-        def compute() -> Response:
-            try:
-                given = json.loads(body)
-            except (ValueError, RecursionError):
-                raise ValueError("The request is not JSON; send an object with the scene's arguments.") from None
-            name = request.path_params["name"]
-            return Response(library.scene(name, checked(name, given)), media_type="application/octet-stream")
-
-        return await answer(compute)
-
-    app = Starlette(
+    return Starlette(
         routes=[
             Route("/api/about", about),
             Route("/api/code", show_code),
             Route("/api/scene/{name}", scene, methods=["POST"]),
             Route("/{path:path}", page),
-        ]
+        ],
+        middleware=[
+            Middleware(Guard, port=port),
+            Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"], www_redirect=False),
+        ],
     )
-    return Guard(app, port)
 
 
 class Guard:
-    """Lets only this machine's own page through: host, origin and size are checked before anything is read."""
+    """Adds the headers, and refuses pages of other sites and bodies that are too large or too slow, before any is read."""
 
     def __init__(self, app, port: int):
-        self.app = app
-        self.hosts = {f"{name}:{port}" for name in (HOST, "localhost")}
-        self.origins = {f"http://{host}" for host in self.hosts}
+        self.app, self.origins = app, {f"http://{name}:{port}" for name in (HOST, "localhost")}
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] != "http":
             return
-        refusal = self._refusal(scope)
-        if refusal is not None:
-            return await _say(send, *refusal)
-        body, more = b"", True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            body, more = body + message.get("body", b""), message.get("more_body", False)
-            if len(body) > MAX_BODY:
-                return await _say(send, *TOO_LARGE)
+        headers: dict[bytes, bytes] = dict(scope["headers"])
+        origin, length = headers.get(b"origin"), headers.get(b"content-length", b"0")
+        if origin is not None and origin.decode("latin-1") not in self.origins:
+            return await _say(send, 403, "This server does not answer pages of other sites.")
+        if not length.isdigit() or int(length) > MAX_BODY:
+            return await _say(send, *TOO_LARGE)
+        try:
+            async with asyncio.timeout(PATIENCE):
+                body = await _body(receive)
+        except TimeoutError:
+            return await _say(send, 408, f"The request did not arrive within {PATIENCE:g} seconds; send it at once.")
+        if body is None:
+            return
+        if len(body) > MAX_BODY:
+            return await _say(send, *TOO_LARGE)
         given = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def read():
@@ -223,21 +218,19 @@ class Guard:
 
         await self.app(scope, read, with_headers)
 
-    def _refusal(self, scope) -> tuple[int, str] | None:
-        headers: dict[bytes, bytes] = dict(scope["headers"])
-        hosts = [value.decode("latin-1") for key, value in scope["headers"] if key == b"host"]
-        if len(hosts) != 1 or hosts[0] not in self.hosts:
-            return 403, "This server answers only to its own address; open the one that palimpsest explain printed."
-        origin = headers.get(b"origin")
-        if origin is not None and origin.decode("latin-1") not in self.origins:
-            return 403, "This server does not answer pages of other sites."
-        length = headers.get(b"content-length", b"0")
-        if not length.isdigit() or int(length) > MAX_BODY:
-            return TOO_LARGE
-        return None
-
 
 TOO_LARGE = (413, f"The request is larger than {MAX_BODY} bytes; send less.")
+
+
+async def _body(receive) -> bytes | None:
+    """The body, or as much of it as tells that it is too large; None if whoever sent it has gone."""
+    body, more = b"", True
+    while more and len(body) <= MAX_BODY:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        body, more = body + message.get("body", b""), message.get("more_body", False)
+    return body
 
 
 async def _say(send, status: int, sentence: str) -> None:
@@ -271,11 +264,31 @@ def listen(port: int = 0) -> socket.socket:
 def serve(listener: socket.socket, library: Library, ready: Callable[[str], None] = lambda url: None) -> None:
     """Answers on a socket from `listen` until interrupted; calls ready with the page's address once it can."""
     import uvicorn
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class Connection(H11Protocol):
+        """One that closes if the head of a request is not there in time: uvicorn waits for the first one for ever."""
+
+        def connection_made(self, transport) -> None:
+            super().connection_made(transport)
+            self.clock = self.loop.call_later(PATIENCE, self.transport.close)
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self.cycle is not None and not self.cycle.response_complete:
+                self.clock.cancel()
+            elif self.clock.cancelled():  # the next head on this line has begun
+                self.clock = self.loop.call_later(PATIENCE, self.transport.close)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self.clock.cancel()
+            super().connection_lost(exc)
 
     port = listener.getsockname()[1]
     config = uvicorn.Config(
         build_app(library, port),
-        **{"http": "h11", "ws": "none", "lifespan": "off", "loop": "asyncio"},  # type: ignore[arg-type]
+        **{"http": Connection, "limit_concurrency": MAX_CONNECTIONS},  # type: ignore[arg-type]
+        **{"ws": "none", "lifespan": "off", "loop": "asyncio"},  # type: ignore[arg-type]
         **{"log_level": "error", "access_log": False, "server_header": False, "timeout_graceful_shutdown": 1},  # type: ignore[arg-type]
     )
     url = f"http://{HOST}:{port}/"

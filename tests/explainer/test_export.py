@@ -1,6 +1,8 @@
 """The static site holds what the library computed, and is written whole or not at all."""
 
+import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -32,18 +34,123 @@ def test_the_site_is_whole(tmp_path, library):
     assert "written" not in kept
 
 
-def test_an_earlier_export_is_replaced_and_anything_else_refused(tmp_path, library):
+@pytest.fixture
+def quick(monkeypatch, library):
+    """Exports whose traces take no time: the files around them are what is tested."""
+    calls = iter(range(1000))
+    scene = lambda *arguments: {"next": [], "call": next(calls)}
+    for name in ("order", "heads", "sentence", "hybrid"):
+        monkeypatch.setattr(scenes, name, scene)
+    return lambda folder, sentences=SENTENCES: export(folder, library, sentences)
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_earlier_export_is_replaced(tmp_path, quick):
     site = tmp_path / "site"
-    export(site, library, SENTENCES)
-    (site / "data" / "old.safetensors").write_bytes(b"old")
-    export(site, library, SENTENCES)
-    assert not (site / "data" / "old.safetensors").exists()
-    other = tmp_path / "mine"
-    other.mkdir()
-    (other / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="no earlier export"):
-        export(other, library, SENTENCES)
-    assert (other / "notes.txt").read_text() == "mine"
+    quick(site, (*SENTENCES, "Another one."))
+    before = contents(site)
+    assert "data/order-1.safetensors" in before
+    quick(site)
+    after = contents(site)
+    assert before.keys() - after.keys() == {
+        "data/order-1.safetensors",
+        "data/heads-1.safetensors",
+        "data/next-1.json",
+    } | {f"data/sentence-1-{layer}-{head}.safetensors" for layer in range(3) for head in range(4)}
+    assert before["data/hybrid.safetensors"] != after["data/hybrid.safetensors"]
+    assert [p.name for p in tmp_path.iterdir()] == ["site"]
+
+
+def foreign(site: Path, kind: str) -> None:
+    """Something in the folder that no export wrote."""
+    match kind:
+        case "git":
+            (site / ".git").mkdir()
+            (site / ".git" / "HEAD").write_text("ref: refs/heads/main")
+        case "page of one's own":
+            (site / "data" / "mine.json").write_text("{}")
+        case "changed":
+            (site / "index.html").write_text("my own words")
+        case "link":
+            (site / "assets" / "law.js").unlink()
+            (site / "assets" / "law.js").symlink_to("/etc/passwd")
+        case "linked folder":
+            (site / "more").symlink_to(site.parent)
+        case "pipe":
+            os.mkfifo(site / "pipe")
+        case "no manifest":
+            (site / "export.json").unlink()
+        case "another manifest":
+            (site / "export.json").write_text('["export"]')
+        case "half a manifest":
+            (site / "export.json").write_bytes((site / "export.json").read_bytes()[:500])
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "git", "page of one's own", "changed", "link", "linked folder", "pipe", "no manifest", "another manifest",
+        "half a manifest",
+    ],
+)  # fmt: skip
+def test_what_no_export_wrote_is_never_replaced(tmp_path, quick, kind):
+    site = tmp_path / "site"
+    quick(site)
+    foreign(site, kind)
+    before = contents(site)
+    with pytest.raises(ValueError, match="give a new or empty folder"):
+        quick(site)
+    assert contents(site) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["site"]
+
+
+def test_a_manifest_cannot_name_files_elsewhere(tmp_path, quick):
+    site, precious = tmp_path / "site", tmp_path / "thesis.tex"
+    precious.write_text("precious")
+    quick(site)
+    manifest = json.loads((site / "export.json").read_text())
+    manifest["files"]["../thesis.tex"] = [hashlib.sha256(b"precious").hexdigest()]
+    manifest["files"][str(precious)] = manifest["files"]["../thesis.tex"]
+    (site / "export.json").write_text(json.dumps(manifest))
+    quick(site)
+    assert precious.read_text() == "precious"
+
+
+@pytest.mark.parametrize("there", ["empty", "an export"])
+def test_it_can_be_written_into_the_folder_one_is_in(tmp_path, quick, monkeypatch, there):
+    site = tmp_path / "site"
+    if there == "empty":
+        site.mkdir()
+    else:
+        quick(site)
+    monkeypatch.chdir(site)
+    files = quick(Path("."))
+    assert (Path.cwd() / "index.html").is_file()
+    assert Path("index.html").is_file()
+    assert len(files) == len(contents(site)) > 30
+    assert [p.name for p in tmp_path.iterdir()] == ["site"]
+
+
+def test_an_export_that_was_interrupted_can_be_made_again(tmp_path, quick, monkeypatch):
+    site, moves = tmp_path / "site", []
+    quick(site)
+    replace = Path.replace
+
+    def stumble(path, target):
+        moves.append(target)
+        if len(moves) == 20:
+            raise KeyboardInterrupt
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", stumble)
+    with pytest.raises(KeyboardInterrupt):
+        quick(site)
+    assert [p.name for p in tmp_path.iterdir()] == ["site"]
+    quick(site)
+    assert len(contents(site)) > 30
 
 
 def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path, library):

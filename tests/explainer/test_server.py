@@ -4,6 +4,7 @@ import http.client
 import json
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
@@ -77,12 +78,21 @@ def test_only_the_pages_own_files_can_be_had(address, path):
     assert "There is no page" in error(content)
 
 
-@pytest.mark.parametrize("host", ["example.org", "127.0.0.1", "127.0.0.1:1", "0.0.0.0", ""])
+@pytest.mark.parametrize(
+    "host", ["example.org", "127.0.0.1.example.org", "example.org:80", "0.0.0.0", "[::1]", "", "@"]
+)
 def test_another_host_is_refused(address, host):
-    for path in ("/", "/api/about"):
-        status, _, content = ask(address, "GET", path, Host=host)
-        assert status == 403
-        assert "its own address" in error(content)
+    for path in ("/", "/api/about", "/nothing"):
+        status, headers, content = ask(address, "GET", path, Host=host)
+        assert status == 400
+        assert b"Invalid host" in content
+        assert "default-src 'self'" in headers["content-security-policy"]
+
+
+def test_two_hosts_are_refused(address):
+    with socket.create_connection((HOST, urlsplit(address).port), timeout=60) as line:
+        line.sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nHost: example.org\r\n\r\n")
+        assert line.recv(200).startswith(b"HTTP/1.1 400")
 
 
 @pytest.mark.parametrize("origin", ["https://example.org", "null", "http://127.0.0.1:1", "http://localhost"])
@@ -140,14 +150,16 @@ def test_what_is_no_http_is_turned_away(address, raw):
 @pytest.mark.parametrize(
     ("body", "says"),
     [
-        ("", "not JSON"),
-        ("{", "not JSON"),
-        ("[" * 20_000, "not JSON"),
-        ("[]", "expected a JSON object"),
-        ('{"text": "a", "layer": 0}', "needs head"),
-        ('{"text": "a", "layer": 0, "head": 0, "x": 1}', "no argument 'x'"),
-        ('{"text": 1, "layer": 0, "head": 0}', "text is '1'; expected str"),
-        ('{"text": "a", "layer": true, "head": 0}', "expected int"),
+        ("", "Invalid JSON"),
+        ("{", "Invalid JSON"),
+        ("[" * 20_000, "Invalid JSON"),
+        (b"\xff\xfe", "Invalid JSON"),
+        ("[]", "an object. The arguments are text, layer, head"),
+        ('{"text": "a", "layer": 0}', "head: Field required"),
+        ('{"text": "a", "layer": 0, "head": 0, "x": 1}', "x, which is '1': Extra inputs are not permitted"),
+        ('{"text": 1, "layer": 0, "head": 0}', "text, which is '1': Input should be a valid string"),
+        ('{"text": "a", "layer": true, "head": 0}', "layer, which is 'True': Input should be a valid integer"),
+        ('{"text": "a", "layer": 0.5, "head": 0}', "a valid integer"),
         ('{"text": "a", "layer": 99999999999999999999, "head": 0}', "cannot be watched"),
         ('{"text": "", "layer": 0, "head": 0}', "empty"),
         ('{"text": "' + "a" * 5000 + '", "layer": 0, "head": 0}', "5000 tokens; up to 256"),
@@ -157,6 +169,31 @@ def test_a_malformed_request_hears_what_is_wrong(address, body, says):
     status, _, content = ask(address, "POST", "/api/scene/sentence", body, content_type="application/json")
     assert status == 400
     assert says in error(content)
+
+
+@pytest.mark.parametrize(
+    "start", [b"", b"GET / HT", b"POST /api/scene/hybrid HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 9\r\n\r\n{"]
+)
+def test_who_says_nothing_more_is_not_waited_for(monkeypatch, run_server, library, start):
+    monkeypatch.setattr(server, "PATIENCE", 0.3)
+    with run_server(library) as url, socket.create_connection((HOST, urlsplit(url).port), timeout=60) as line:
+        line.sendall(start)
+        said = line.recv(1000)  # the server ends it, or this raises after a minute
+        assert said.startswith(b"HTTP/1.1 408") if b"POST" in start else said == b""
+        assert ask(url, "GET", "/")[0] == 200
+
+
+def test_a_line_that_is_kept_open_is_not_cut_between_its_requests(monkeypatch, run_server, library):
+    monkeypatch.setattr(server, "PATIENCE", 0.3)
+    with run_server(library) as url:
+        connection = http.client.HTTPConnection(HOST, urlsplit(url).port, timeout=60)
+        for _ in range(3):
+            connection.request("GET", "/")
+            assert connection.getresponse().read()
+            time.sleep(0.4)
+        connection.sock.sendall(b"GET / HT")
+        assert connection.sock.recv(100) == b""
+        connection.close()
 
 
 def test_numbers_beyond_all_reason_are_refused(address):
@@ -171,6 +208,9 @@ def test_other_methods_types_and_scenes(address):
     assert ask(address, "GET", "/api/scene/hybrid")[0] in (404, 405)
     assert ask(address, "POST", "/api/scene/hybrid", "{}", content_type="text/plain")[0] == 415
     status, _, content = scene(address, "nothing")
+    assert status == 400
+    assert "There is no scene" in error(content)
+    status, _, content = scene(address, "SCENES")
     assert status == 400
     assert "There is no scene" in error(content)
 
