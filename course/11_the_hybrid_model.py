@@ -221,7 +221,7 @@ def _():
     mo.md(r"""
     ## Where to look next
 
-    `palimpsest/models/kimi_linear/model.py`, top to bottom; `palimpsest info official_48b` prints the arithmetic of this
+    `palimpsest/models/kimi_linear/model.py`, top to bottom; `palimpsest info 48b` prints the arithmetic of this
     lesson for the released model. The paper measures a cache smaller by up to three quarters and up to six times faster
     decoding at a million tokens.
 

@@ -1,4 +1,5 @@
-"""What the site adds: each lesson of course/ as a page, run on the spot; mathematics as MathML; doctests as code.
+"""What the site adds to docs/: each lesson of course/ as a page, run on the spot; the lab's reports, the benchmarks and the
+changelog from where they lie; the explainer, exported; mathematics as MathML; doctests as code.
 
 A lesson is a marimo notebook. Its page shows the notebook's text, code, values and figures, with every control where it
 starts; the notebook itself is for playing. Nothing is written into the repository.
@@ -8,9 +9,11 @@ import contextlib
 import html
 import importlib.util
 import io
+import os
 import re
 import sys
 import textwrap
+from functools import cache
 from pathlib import Path
 
 import griffe
@@ -18,11 +21,11 @@ from latex2mathml.converter import convert
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
-COURSE = Path(__file__).parents[1] / "course"
+ROOT = Path(__file__).parents[1]
+COURSE, LAB, BENCHMARKS = ROOT / "course", ROOT / "results" / "lab", ROOT / "benchmarks" / "results"
+PAGE = ROOT / "palimpsest" / "explainer" / "static"  # the explainer's; the site shares its type
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
-FILE_LINK = re.compile(
-    r"\[([^\]]+)\]\((?:\.\./)+((?:benchmarks|palimpsest|tests|recipes|results|course|web)/[^)#]+)\)"
-)  # not of the site
+LINK = re.compile(r"(?<!`)\[((?:[^\[\]]|`[^`]*`)*)\]\((?!\w+:)([^)#\s]+)(#[^)\s]*)?\)")
 _pages: dict[tuple[str, str], tuple[str, dict[str, bytes]]] = {}  # (name, source) -> page, figures: for `mkdocs serve`
 
 
@@ -40,24 +43,73 @@ def lessons() -> list[Path]:
     return sorted(COURSE.glob("[0-9][0-9]_*.py"))
 
 
+def on_config(config):
+    """In the navigation, the line "course/*.md" stands for all lessons."""
+    for group in config.nav:
+        for pages in group.values():
+            if "course/*.md" in pages:
+                place = pages.index("course/*.md")
+                pages[place : place + 1] = [f"course/{path.stem}.md" for path in lessons()]
+    return config
+
+
 def on_files(files, config):
     for path in lessons():
         page, figures = _page(path)
         files.append(File.generated(config, f"course/{path.stem}.md", content=page))
         for name, content in figures.items():
             files.append(File.generated(config, f"course/{name}", content=content))
+    for path, uri in published().items():
+        if path.suffix != ".py":
+            content = path.read_text() if path.suffix == ".md" else path.read_bytes()
+            files.append(File.generated(config, uri, content=content))
     return files
 
 
+@cache
+def published() -> dict[Path, str]:
+    """Files outside of docs/ that the site has: where they lie, and where they are on the site."""
+    found = {ROOT / "CHANGELOG.md": "changelog.md"}
+    found |= {path: f"course/{path.stem}.md" for path in lessons()}
+    found |= {path: f"gallery/{path.parent.name}.md" for path in LAB.glob("*/report.md")}
+    found |= {path: f"gallery/{path.parent.name}-{path.name}" for path in LAB.glob("*/*.png")}  # their names recur
+    found |= {path: f"benchmarks/{path.name}" for path in BENCHMARKS.glob("*/*.*") if path.suffix in (".md", ".png")}
+    found |= {path: f"styles/{path.name}" for path in (PAGE / "assets").glob("*-latin-wght-normal.woff2")}
+    return found
+
+
 def on_page_markdown(markdown, page, config, files):
-    markdown = FILE_LINK.sub(lambda x: x[1] if x[2] in x[1] else f"{x[1]} (`{x[2]}`)", markdown)
-    if page.file.src_uri == "course/index.md":
+    place = page.file.src_uri
+    home = next((path.parent for path, uri in published().items() if uri == place), (ROOT / "docs" / place).parent)
+    if place == "gallery.md":
+        home, table = LAB, (LAB / "README.md").read_text().partition("| results |")
+        markdown = markdown.replace("](../results/lab/", "](").replace("<!-- results -->", "".join(table[1:]))
+    if place == "course/index.md":
         markdown = markdown.replace("<!-- lessons -->", "\n".join(map(_line_of_index, lessons())))
-    return markdown
+    markdown = re.sub(r"^```python\n(?=>>>)", "```pycon\n", markdown, flags=re.MULTILINE)  # prompts are no code
+    return LINK.sub(lambda x: _link(x[1], x[2], x[3] or "", home, place), markdown)
+
+
+def _link(text: str, target: str, anchor: str, home: Path, place: str) -> str:
+    """A link to a file of the repository: to its page where it has one; else the text, and where the file lies."""
+    path = (home / target).resolve()
+    if path in published():
+        return f"[{text}]({os.path.relpath(published()[path], Path(place).parent)}{anchor})"
+    if not path.exists() or (ROOT / "docs") in path.parents:
+        return f"[{text}]({target}{anchor})"
+    name = path.relative_to(ROOT).as_posix()
+    return text if name in text else f"{text} (`{name}`)"
 
 
 def on_page_content(content, page, config, files):
     return FORMULA.sub(lambda found: mathml(html.unescape(found[3]), block=found[2] == "["), content)
+
+
+def on_post_build(config):
+    from palimpsest.explainer.export import export
+    from palimpsest.explainer.server import Library
+
+    export(Path(config.site_dir) / "explainer", Library())
 
 
 def mathml(tex: str, block: bool) -> str:

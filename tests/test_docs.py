@@ -1,7 +1,12 @@
-"""Every example runs: docstrings of the package, Python blocks of the README and of the documentation."""
+"""Every example runs: docstrings of the package, Python blocks of the README and of the documentation; every command that
+they show is one; every `file::name` that they point at is there.
+"""
 
+import ast
 import doctest
 import re
+import shlex
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -15,6 +20,8 @@ MODULES = sorted(
     if ">>>" in path.read_text() and not {"gpu", "static"} & set(path.parts)
 )
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+COMMAND = re.compile(r"(?:^|(?<=`)|(?<=^    )|-m )(palimpsest (?!import)[^`#\n|]+|palimpsest$)", re.MULTILINE)
+POINTER = re.compile(r"`((?:palimpsest|tests|benchmarks|recipes|course|docs|web|results)/[\w./-]+)(?:::(\w+))?`")
 LINK = re.compile(r"\]\((?!https?://|mailto:|#)([^)#\s]+)")
 
 
@@ -54,3 +61,53 @@ def test_the_readme_shows_what_it_prints(capsys):
     exec(block[1], {})
     printed = capsys.readouterr().out.splitlines()
     assert printed == re.findall(r"^print\(.*\)\s+# (.*)$", block[1], re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if "palimpsest " in p.read_text()], ids=lambda p: p.name)
+def test_commands_can_be_run(page):
+    """Options, values and names are those of the command line; what reads only is run, what takes long is not."""
+    typer = pytest.importorskip("typer", reason="commands need the cli extra")
+    from palimpsest.lab.experiment import NAMES, load_experiment
+
+    from palimpsest import cli
+
+    whole = typer.main.get_command(cli.app)
+    prose = re.sub(r"^```(?:python|pycon|text)\n.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    for line in map(str.strip, COMMAND.findall(prose)):
+        words = shlex.split(line)[1:]
+        command, context, name = whole, None, "palimpsest"
+        while hasattr(command, "resolve_command"):
+            context = command.make_context(name, list(words), parent=context, resilient_parsing=not words)
+            if not words or words[0].startswith("-"):
+                break
+            name, command, words = command.resolve_command(context, words)
+        else:
+            if words or name not in ("train", "generate", "run", "show", "compare"):
+                command.make_context(name, list(words), parent=context)
+        if name == "info" and words and not words[0].isupper():
+            assert cli.run(["info", *words]) == 0, line
+        if name == "train" and words:
+            assert (ROOT / words[0].partition(":")[0]).is_file() or words[0] == "recipes/yours.py:debug", line
+        if name == "run" and words and not words[0].endswith(".py") and words[0] != "NAME":
+            assert words[0] in NAMES, line
+            if "--scale" in words:
+                assert words[words.index("--scale") + 1] in load_experiment(words[0]).scales, line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_what_a_page_points_at_is_there(page):
+    for path, name in POINTER.findall(page.read_text()):
+        if path.startswith("recipes/yours"):
+            continue
+        assert (ROOT / path).exists(), path
+        assert not name or name in _defined(ROOT / path), f"{path}::{name}"
+
+
+@cache
+def _defined(path: Path) -> set[str]:
+    """Names of functions, classes and module variables."""
+    tree = ast.parse(path.read_text())
+    defined = {n.name for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    return defined | {
+        t.id for n in tree.body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)
+    }

@@ -1,13 +1,12 @@
-"""A running explainer, and a browser to read it with."""
+"""A running explainer, and a reader of its page."""
 
-import os
 import time
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
-from benchmarks._page import FLAGS, browser, served, settled
+from benchmarks._page import served, settled
 from palimpsest.explainer.server import Library
 
 PICTURES = Path(__file__).parents[2] / "build" / "explainer"  # screenshots, to be looked at; never committed
@@ -27,20 +26,6 @@ def library() -> Library:
 def address(library):
     with served(library) as url:
         yield url
-
-
-@pytest.fixture(scope="module")  # no longer: an event loop runs as long as it does
-def chromium():
-    playwright = pytest.importorskip(
-        "playwright.sync_api", reason="the page is tested with playwright: pip install playwright"
-    )
-    program = browser()
-    if program is None:
-        pytest.skip("the page is tested in Chromium, and none is installed: apt-get install chromium")
-    with playwright.sync_playwright() as run:
-        chromium = run.chromium.launch(executable_path=program, args=FLAGS, env=dict(os.environ), timeout=120_000)
-        yield chromium
-        chromium.close()
 
 
 class Reader:
