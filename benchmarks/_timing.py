@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from palimpsest import delta_rule, dplr, gated_delta, gated_linear_attention, gdn2, kda, linear_attention
+from palimpsest.files import write_json
 
 HERE = Path(__file__).parent / "results"
 GATES = ("fast", "slow")
@@ -216,9 +217,7 @@ class Results:
 
     def save(self) -> None:
         self.measured = self.machine()
-        partial = self.path.with_suffix(".part")
-        partial.write_text(json.dumps({"machine": self.measured, "cells": self.cells}, indent=1) + "\n")
-        partial.replace(self.path)
+        write_json(self.path, {"machine": self.measured, "cells": self.cells}, indent=1)
 
     def table(self, rows: list[str], columns: list[str], show: Callable[[dict], str], title: str) -> str:
         """Markdown, or nothing if nothing is measured yet; the cell of row and column is kept under "row | column"."""

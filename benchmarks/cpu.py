@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from palimpsest import KimiLinearConfig, KimiLinearForCausalLM, kda, kda_step_
+from palimpsest.files import write_json
 from palimpsest.generate import generate
 
 SHAPES = ((4, 64), (8, 128))  # heads, channels of key and value
@@ -334,9 +335,7 @@ def main() -> None:
         samples = measure(cell, options.rounds, options.patience, too_slow)
         results[key] = {name: [float(f"{x:.4g}") for x in some] for name, some in samples.items()}
         results = {k: results[k] for k in cells(False) | cells(True) | results if k in results}
-        written = file.with_suffix(".new")
-        written.write_text(json.dumps({"machine": facts, "results": results}))
-        written.replace(file)
+        write_json(file, {"machine": facts, "results": results}, indent=None)
         spent = time.monotonic() - began
         left = spent / (n + 1) * (len(todo) - n - 1)
         print(f"{n + 1}/{len(todo)} {key}: {spent:.0f} s, about {left:.0f} s left", file=sys.stderr, flush=True)

@@ -12,7 +12,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from palimpsest.generate.arguments import is_count, require
+from palimpsest.checks import is_count, require
 from palimpsest.generate.decode_state import DecodeState
 from palimpsest.generate.decoder import Decoder, SessionDecoder
 from palimpsest.generate.prompts import Prompts, read_prompts

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from palimpsest.generate.arguments import is_count, require
+from palimpsest.checks import is_count, require
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from palimpsest.lab.tasks.task import check
+from palimpsest.checks import check
 from palimpsest.layers.options import CHOICES, MixerOptions
 from palimpsest.models.kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
 from palimpsest.models.kimi_linear.config import LATENT_TYPES, read_layer_types

@@ -21,9 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from palimpsest.checks import check
+from palimpsest.files import replacing
 from palimpsest.lab.framework.experiment import InterruptedSweep, Row, Tell
 from palimpsest.lab.model_variants import ModelVariant, Size, build, config, count_parameters, state_numbers
-from palimpsest.lab.tasks.task import IGNORED, Batch, Key, Task, check, describe
+from palimpsest.lab.tasks.task import IGNORED, Batch, Key, Task, describe
 from palimpsest.models.kimi_linear import KimiLinearForCausalLM
 
 TEST_SEED = 0  # one test set for all
@@ -250,10 +252,9 @@ def _keep(place: Path | None, model, optimizer, step: int, curve: list[Row], run
     if place is None:
         return
     place.parent.mkdir(parents=True, exist_ok=True)
-    half = place.with_suffix(".saving")
     whole = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "curve": curve}
-    torch.save(whole | {"running": running}, half)
-    half.rename(place)
+    with replacing(place) as partial:
+        torch.save(whole | {"running": running}, partial)
 
 
 def _take_up(place: Path | None, model, optimizer, device: str) -> tuple[int, list[Row], Tensor]:

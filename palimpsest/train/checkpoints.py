@@ -11,7 +11,6 @@ dot, and the next run removes it.
 
 import errno
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedType
 
+from palimpsest.files import put, write_json, write_text
 from palimpsest.models.kimi_linear import KimiLinearForCausalLM
 from palimpsest.models.kimi_linear.checkpoint import load_into_
 from palimpsest.text import FileTokenizer, Tokenizer
@@ -134,9 +134,7 @@ def save(
             raise CheckpointError(_sentence(failure, final, latest(run.path), room)) from failure
         raise CheckpointError(f"checkpoint {str(final)!r} could not be written by another process") from failure
     if accelerator.is_main_process:
-        flush(half)
-        half.rename(final)
-        _flush_folder(run.checkpoints)
+        put(half, final)
         older = sorted(run.checkpoints.glob("step-*"))[: -run.recipe.keep.checkpoints]
         for path in older:  # renamed first, so that a kill leaves no half checkpoint under a whole one's name
             path.rename(run.checkpoints / f".removing-{path.name}")
@@ -179,28 +177,6 @@ def restore(accelerator: Accelerator, folder: Path) -> None:
         ) from error
 
 
-def write_json(file: Path, value: Any) -> None:
-    """Writes a JSON file whole or not at all."""
-    write_text(file, json.dumps(value, indent=2) + "\n")
-
-
-def write_text(file: Path, text: str) -> None:
-    """Writes a text file whole or not at all."""
-    half = file.with_name(f".saving-{file.name}")
-    half.write_text(text, encoding="utf-8")
-    _flush_file(half)
-    half.rename(file)
-    _flush_folder(file.parent)
-
-
-def flush(folder: Path) -> None:
-    """Forces every file below the folder, and the folders' own lists, to the disk."""
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            _flush_file(Path(parent, name))
-        _flush_folder(Path(parent))
-
-
 def _write(accelerator: Accelerator, model: KimiLinearForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
     accelerator.save_state(str(folder))
     whole = model
@@ -235,17 +211,3 @@ def _step(line: str) -> int | None:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return None  # the last line of a killed run
-
-
-def _flush_file(file: Path) -> None:
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _flush_folder(folder: Path) -> None:
-    if os.name == "nt":  # folders cannot be opened there, and renames are journaled
-        return
-    _flush_file(folder)

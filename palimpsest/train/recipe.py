@@ -7,19 +7,17 @@ A recipe file is Python with a function that returns a `Recipe`; a field is over
 
 import dataclasses
 import difflib
-import hashlib
-import importlib.util
 import json
 import re
-import sys
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from pathlib import Path
 from typing import Any, Literal
 
+from palimpsest.checks import check
 from palimpsest.models.kimi_linear.config import KimiLinearConfig
+from palimpsest.python_files import load_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +31,8 @@ class TextFiles:
     heldout_paths: tuple[str, ...] = ()  # or: these files and folders are held out, and `heldout` is not used
 
     def __post_init__(self):
-        _expect(bool(self.paths), "data.source.paths is empty; name at least one file or folder")
-        _expect(0 < self.heldout < 1, f"data.source.heldout is {self.heldout}; expected a share between 0 and 1")
+        check(bool(self.paths), "data.source.paths is empty; name at least one file or folder")
+        check(0 < self.heldout < 1, f"data.source.heldout is {self.heldout}; expected a share between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +58,7 @@ class Data:
 
     def __post_init__(self):
         for name, least in {"sequence_length": 2, "batch_size": 1, "accumulate": 1}.items():
-            _expect(getattr(self, name) >= least, f"data.{name} is {getattr(self, name)}; expected at least {least}")
+            check(getattr(self, name) >= least, f"data.{name} is {getattr(self, name)}; expected at least {least}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +73,7 @@ class Optim:
 
     def __post_init__(self):
         for name in ("lr", "matrix_lr", "clip"):
-            _expect(getattr(self, name) > 0, f"optim.{name} is {getattr(self, name)}; expected a positive number")
+            check(getattr(self, name) > 0, f"optim.{name} is {getattr(self, name)}; expected a positive number")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,10 +88,8 @@ class Schedule:
     def __post_init__(self):
         decay = self.decay if self.kind == "wsd" else 0.0
         shares = min(self.warmup, decay) >= 0 and self.warmup + decay <= 1
-        _expect(
-            shares, f"schedule.warmup {self.warmup} and decay {self.decay} are shares of the run, at most 1 together"
-        )
-        _expect(0 <= self.floor <= 1, f"schedule.floor is {self.floor}; expected a factor between 0 and 1")
+        check(shares, f"schedule.warmup {self.warmup} and decay {self.decay} are shares of the run, at most 1 together")
+        check(0 <= self.floor <= 1, f"schedule.floor is {self.floor}; expected a factor between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +104,8 @@ class Evaluate:
 
     def __post_init__(self):
         for name in ("every", "batch_size", "max_bytes", "final_max_bytes"):
-            _expect(getattr(self, name) >= 1, f"evaluate.{name} is {getattr(self, name)}; expected at least 1")
-        _expect(self.piece_bytes >= 2, f"evaluate.piece_bytes is {self.piece_bytes}; expected at least 2")
+            check(getattr(self, name) >= 1, f"evaluate.{name} is {getattr(self, name)}; expected at least 1")
+        check(self.piece_bytes >= 2, f"evaluate.piece_bytes is {self.piece_bytes}; expected at least 2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +119,7 @@ class Keep:
 
     def __post_init__(self):
         for name in ("checkpoint_every", "checkpoints", "log_every"):
-            _expect(getattr(self, name) >= 1, f"keep.{name} is {getattr(self, name)}; expected at least 1")
+            check(getattr(self, name) >= 1, f"keep.{name} is {getattr(self, name)}; expected at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,9 +139,9 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self):
-        _expect(self.steps >= 1, f"steps is {self.steps}; expected at least 1")
-        _expect(self.minutes is None or self.minutes > 0, f"minutes is {self.minutes}; expected more than 0, or none")
-        _expect(self.max_nonfinite >= 0, f"max_nonfinite is {self.max_nonfinite}; expected 0 or more")
+        check(self.steps >= 1, f"steps is {self.steps}; expected at least 1")
+        check(self.minutes is None or self.minutes > 0, f"minutes is {self.minutes}; expected more than 0, or none")
+        check(self.max_nonfinite >= 0, f"max_nonfinite is {self.max_nonfinite}; expected 0 or more")
 
 
 RESUMABLE = ("keep.",)  # fields that may change between the parts of an interrupted run: they decide no number
@@ -163,8 +159,8 @@ def override(recipe: Recipe, settings: Mapping[str, str]) -> Recipe:
         *groups, last = path.split(".")
         for name in groups:
             node = node.setdefault(name, {})
-            _expect(isinstance(node, dict), f"{path!r} and a part of it are both set; set one of them")
-        _expect(last not in node, f"{path!r} and a part of it are both set; set one of them")
+            check(isinstance(node, dict), f"{path!r} and a part of it are both set; set one of them")
+        check(last not in node, f"{path!r} and a part of it are both set; set one of them")
         node[last] = text
     return _replace(recipe, tree, prefix="")
 
@@ -177,21 +173,10 @@ def load_recipe(place: str, settings: Mapping[str, str] | None = None) -> Recipe
     """
     path, _, name = place.partition(":")
     name = name or "recipe"
-    if not Path(path).is_file():
-        raise ValueError(f"recipe {path!r} is not a file; give a Python file such as recipes/demo.py")
-    unique = hashlib.sha256(str(Path(path).resolve()).encode()).hexdigest()[:12]
-    spec = importlib.util.spec_from_file_location(f"palimpsest_recipe_{unique}", path)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"recipe {path!r} is not Python; give a file that ends in .py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses defined in the file look themselves up here
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ValueError(f"recipe {path!r} does not run: {type(error).__name__}: {error}") from error
+    module = load_file(path, "recipe")
     function = getattr(module, name, None)
     if not callable(function):
-        own = [n for n, f in vars(module).items() if callable(f) and getattr(f, "__module__", "") == spec.name]
+        own = [n for n, f in vars(module).items() if callable(f) and getattr(f, "__module__", "") == module.__name__]
         raise ValueError(f"recipe {path!r} has no function {name!r}; it has {', '.join(own) or 'none'}")
     try:
         recipe = function()
@@ -235,7 +220,7 @@ def _replace(node: Any, tree: Mapping[str, Any], prefix: str) -> Any:
             raise ValueError(f"the recipe has no field {path!r}; {hint}")
         inner = getattr(node, name)
         if isinstance(value, Mapping):
-            _expect(is_dataclass(inner), f"{path!r} is a single value and has no field {next(iter(value))!r}")
+            check(is_dataclass(inner), f"{path!r} is a single value and has no field {next(iter(value))!r}")
             changes[name] = _replace(inner, value, path + ".")
         elif is_dataclass(inner):
             raise ValueError(f"{path!r} is a group; set one of {', '.join(f'{path}.{f.name}' for f in fields(inner))}")
@@ -260,16 +245,16 @@ def _parse(path: str, text: str, kind: Any) -> Any:
                 if option is options[-1]:
                     raise
     if origin is Literal:
-        _expect(text in arguments, f"{path} is {text!r}; expected one of {', '.join(map(str, arguments))}")
+        check(text in arguments, f"{path} is {text!r}; expected one of {', '.join(map(str, arguments))}")
         return text
     if origin in (tuple, list):
         items = [item.strip().strip("'\"") for item in re.split(r"[,\s]+", text.strip("()[] ")) if item]
         item_kinds = [arguments[0]] * len(items) if arguments[-1] is Ellipsis or origin is list else list(arguments)
-        _expect(len(items) == len(item_kinds), f"{path} is {text!r}; expected {len(item_kinds)} values")
+        check(len(items) == len(item_kinds), f"{path} is {text!r}; expected {len(item_kinds)} values")
         return origin(_parse(path, item, item_kind) for item, item_kind in zip(items, item_kinds))
     if kind is bool:
         words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-        _expect(text.lower() in words, f"{path} is {text!r}; expected true or false")
+        check(text.lower() in words, f"{path} is {text!r}; expected true or false")
         return words[text.lower()]
     if kind in (int, float):
         try:
@@ -280,8 +265,3 @@ def _parse(path: str, text: str, kind: Any) -> Any:
     if kind is str:
         return text
     raise ValueError(f"{path} cannot be set from the command line; change it in the recipe file")
-
-
-def _expect(condition: bool, sentence: str) -> None:
-    if not condition:
-        raise ValueError(sentence)

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from palimpsest.train.checkpoints import RunFolder, write_json
+from palimpsest.files import write_json
+from palimpsest.train.checkpoints import RunFolder
 from palimpsest.train.evaluate import compressors
 from palimpsest.train.plots import draw_loss_curve
 from palimpsest.train.progress import Progress, Result

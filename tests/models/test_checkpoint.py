@@ -13,6 +13,7 @@ import torch
 
 from palimpsest.models.kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
 from palimpsest.models.kimi_linear.checkpoint import INDEX, WHOLE, load, load_into_, save
+from tests.disk import Journal
 
 
 def build(seed=0, **changes):
@@ -225,6 +226,14 @@ def test_a_full_disk_leaves_the_old_model_whole(tmp_path, monkeypatch, at):
         build(1).save_pretrained(tmp_path, max_shard_bytes=60_000)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
     assert same(load(tmp_path), build(0))
+
+
+@pytest.mark.parametrize("max_shard_bytes", [10**9, 70_000])
+def test_a_power_cut_finds_every_file_on_the_disk(tmp_path, monkeypatch, max_shard_bytes):
+    journal = Journal(monkeypatch)
+    build(0).save_pretrained(tmp_path, max_shard_bytes=max_shard_bytes)
+    assert not journal.lost
+    assert not journal.moved
 
 
 WHOLE_FILE, FEW, MANY = 10**9, 120_000, 70_000

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from palimpsest import files
 from palimpsest.models.kimi_linear import KimiLinearForCausalLM, ModelState
 from palimpsest.text import ByteTokenizer
-from palimpsest.train import CheckpointError, NonFiniteError, Optim, checkpoints, latest, override, train
+from palimpsest.train import CheckpointError, NonFiniteError, Optim, latest, override, train
 from palimpsest.train.data import Heldout, read_documents
 from palimpsest.train.evaluate import compressors
 from palimpsest.train.interrupts import interrupts
@@ -257,7 +258,7 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before_it_whole(whole, tmp_pa
     class Kill(BaseException):
         pass
 
-    real = {"writing": KimiLinearForCausalLM.save_pretrained, "before the rename": checkpoints.flush}[moment]
+    real = {"writing": KimiLinearForCausalLM.save_pretrained, "before the rename": files.flush}[moment]
 
     def kill(*args, **options):
         real(*args, **options)
@@ -267,7 +268,7 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before_it_whole(whole, tmp_pa
     if moment == "writing":
         monkeypatch.setattr(KimiLinearForCausalLM, "save_pretrained", kill)
     else:
-        monkeypatch.setattr(checkpoints, "flush", kill)
+        monkeypatch.setattr(files, "flush", kill)
     with pytest.raises(Kill):
         train(recipe, tmp_path / "run")
     monkeypatch.undo()

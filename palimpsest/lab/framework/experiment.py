@@ -8,16 +8,15 @@ A point is one run with one result: `Training` for a model that learns a task, o
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from palimpsest.lab.tasks.task import check
+from palimpsest.checks import check
+from palimpsest.python_files import load_file
 
 Row = dict[str, Any]
 Tell = Callable[[float, str], None]  # the share of a point that is done, and a word about it
@@ -154,20 +153,7 @@ def load_experiment(place: str) -> Experiment:
     'fig4'
     """
     if place.endswith(".py"):
-        check(Path(place).is_file(), f"experiment {place!r} is not a file; give a Python file that defines EXPERIMENT")
-        name = f"palimpsest_experiment_{hashlib.sha256(str(Path(place).resolve()).encode()).hexdigest()[:12]}"
-        if name in sys.modules:
-            module = sys.modules[name]
-        else:
-            spec = importlib.util.spec_from_file_location(name, place)
-            assert spec is not None
-            assert spec.loader is not None
-            module = sys.modules[name] = importlib.util.module_from_spec(spec)
-            try:
-                spec.loader.exec_module(module)
-            except Exception as error:
-                del sys.modules[name]
-                raise ValueError(f"experiment {place!r} does not run: {type(error).__name__}: {error}") from error
+        module = load_file(place, "experiment", again=False)
     else:
         check(place in NAMES, f"experiment {place!r} is unknown; choose one of {', '.join(NAMES)}, or give a .py file")
         module = import_module(f"palimpsest.lab.experiments.{place}")

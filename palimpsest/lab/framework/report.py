@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from palimpsest.checks import check
 from palimpsest.lab.compare.plots import save
 from palimpsest.lab.compare.seed_statistics import Spread
 from palimpsest.lab.framework.experiment import Experiment, Record, Row, Table
 from palimpsest.lab.framework.sweep import failures, read_records, read_sweep, title
-from palimpsest.lab.tasks.task import check
 
 
 def write_report(folder: Path, experiment: Experiment, records: Sequence[Record]) -> None:

@@ -14,7 +14,6 @@ import csv
 import json
 import math
 import multiprocessing
-import os
 import platform
 import queue
 import signal
@@ -27,13 +26,9 @@ from typing import Any
 
 import torch
 
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None
-
+from palimpsest.checks import check
+from palimpsest.files import locked, replacing, write_json, write_text
 from palimpsest.lab.framework.experiment import Experiment, InterruptedSweep, Record, Row, Tell, load_experiment
-from palimpsest.lab.tasks.task import check
 
 Report = Callable[[Row], None]
 PATIENCE = 30.0  # seconds in which a worker that is asked to stop puts down what it is doing
@@ -184,26 +179,14 @@ class Sweep:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"results folder {str(self.folder)!r} cannot be written: {error.strerror}") from error
-        if fcntl is None:
+        busy = f"results folder {str(self.folder)!r} is in use by another run; wait for it, or give another folder"
+        with locked(self.folder, busy):
             yield
-            return
-        holder = os.open(self.folder, os.O_RDONLY)
-        try:
-            fcntl.flock(holder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(holder)
-            raise ValueError(
-                f"results folder {str(self.folder)!r} is in use by another run; wait for it, or give another folder"
-            ) from None
-        try:
-            yield
-        finally:
-            os.close(holder)
 
     def start(self, command: str, note: str, device: str) -> None:
         """Cuts off a line that a kill left half written, and adds this session to the folder's history."""
         try:
-            _write_whole(
+            write_text(
                 self.folder / "results.jsonl", "".join(json.dumps(spelled(line)) + "\n" for line in self.lines())
             )
         except OSError as error:
@@ -211,7 +194,7 @@ class Sweep:
         history = read_sweep(self.folder)["sessions"] if (self.folder / "sweep.json").is_file() else []
         now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
         history = [*history, {"began": now, "command": command, "machine": machine(device), "note": note}]
-        _write_whole(self.folder / "sweep.json", json.dumps(self.facts | {"sessions": history}, indent=2) + "\n")
+        write_json(self.folder / "sweep.json", self.facts | {"sessions": history})
 
     def lines(self) -> list[Row]:
         return read_lines(self.folder / "results.jsonl")
@@ -484,12 +467,10 @@ def failures(folder: Path) -> list[tuple[str, str]]:
 def write_csv(file: Path, records: list[Record]) -> None:
     rows = [row | {"seconds": record.seconds} for record in records for row in record.rows]
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    half = file.with_name(f".saving-{file.name}")
-    with open(half, "w", newline="", encoding="utf-8") as out:
+    with replacing(file) as partial, open(partial, "w", newline="", encoding="utf-8") as out:
         writer = csv.DictWriter(out, columns)
         writer.writeheader()
         writer.writerows(rows)
-    half.rename(file)
 
 
 def machine(device: str) -> str:
@@ -513,9 +494,3 @@ def _cpu() -> str:
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def _write_whole(file: Path, text: str) -> None:
-    half = file.with_name(f".saving-{file.name}")
-    half.write_text(text, encoding="utf-8")
-    half.rename(file)

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from palimpsest.checks import check
 from palimpsest.lab.framework.experiment import Row, Tell
 from palimpsest.lab.model_variants import ModelVariant
-from palimpsest.lab.tasks.task import check
 from palimpsest.layers.kimi_delta_attention import KimiDeltaAttention
 from palimpsest.layers.latent_attention import MultiHeadLatentAttention
 from palimpsest.layers.layer_state import KDAState, LatentState

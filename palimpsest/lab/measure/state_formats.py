@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from palimpsest.lab.tasks.task import check
+from palimpsest.checks import check
 
 KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8": torch.float8_e4m3fn, "int8": torch.int8}
 LARGEST = {"float8": 448.0, "int8": 127.0}

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from palimpsest.checks import check
 from palimpsest.lab.framework.experiment import Row, Tell
 from palimpsest.lab.measure.state_formats import FORMATS, Format
-from palimpsest.lab.tasks.task import Task, check
+from palimpsest.lab.tasks.task import Task
 from palimpsest.lab.training import Training, draw_test, evaluate, learn
 from palimpsest.layers.layer_state import KDAState
 from palimpsest.models.kimi_linear import KimiLinearForCausalLM

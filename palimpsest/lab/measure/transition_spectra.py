@@ -17,8 +17,9 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
+from palimpsest.checks import check
 from palimpsest.lab.framework.experiment import Row, Tell
-from palimpsest.lab.tasks.task import Key, check
+from palimpsest.lab.tasks.task import Key
 from palimpsest.lab.training import TEST_SEED, Training, learn
 from palimpsest.layers.kimi_delta_attention import KimiDeltaAttention, RecurrenceInputs
 from palimpsest.models.kimi_linear import KimiLinearForCausalLM

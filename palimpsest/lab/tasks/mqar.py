@@ -15,7 +15,8 @@ from typing import Literal
 
 import numpy as np
 
-from palimpsest.lab.tasks.task import IGNORED, Batch, Key, batch, check, check_whole, distinct
+from palimpsest.checks import check
+from palimpsest.lab.tasks.task import IGNORED, Batch, Key, batch, check_whole, distinct
 
 
 @dataclass(frozen=True, kw_only=True)

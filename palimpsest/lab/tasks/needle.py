@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from palimpsest.lab.tasks.task import Batch, Key, batch, check, check_whole
+from palimpsest.checks import check
+from palimpsest.lab.tasks.task import Batch, Key, batch, check_whole
 from palimpsest.lab.tasks.text import library, windows
 
 NAME, DIGITS = 4, 4

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from palimpsest.lab.tasks.task import IGNORED, Batch, Key, batch, check, check_whole
+from palimpsest.checks import check
+from palimpsest.lab.tasks.task import IGNORED, Batch, Key, batch, check_whole
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from palimpsest.lab.tasks.task import IGNORED, Batch, Key, batch, check, check_whole
+from palimpsest.checks import check
+from palimpsest.lab.tasks.task import IGNORED, Batch, Key, batch, check_whole
 
 PAD, PUSH, POP = 0, 1, 2
 

@@ -16,7 +16,8 @@ from typing import Literal
 
 import numpy as np
 
-from palimpsest.lab.tasks.task import Batch, Key, batch, check, check_whole
+from palimpsest.checks import check
+from palimpsest.lab.tasks.task import Batch, Key, batch, check_whole
 
 
 @cache

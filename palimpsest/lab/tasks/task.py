@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from palimpsest.checks import check
+
 IGNORED = -100  # the label where nothing is asked
 SPLITS = ("train", "test")
 
@@ -95,9 +97,3 @@ def check_whole(task: Any) -> None:
         value = getattr(task, field.name)
         whole = field.type is not int or (isinstance(value, int) and not isinstance(value, bool))
         check(whole, f"{type(task).__name__}: {field.name} is {value!r}; give a whole number")
-
-
-def check(condition: bool, sentence: str) -> None:
-    """Raise ValueError(sentence) unless the condition holds."""
-    if not condition:
-        raise ValueError(sentence)

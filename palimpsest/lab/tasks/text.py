@@ -13,7 +13,8 @@ from functools import cache
 
 import numpy as np
 
-from palimpsest.lab.tasks.task import Batch, Key, batch, check, check_whole
+from palimpsest.checks import check
+from palimpsest.lab.tasks.task import Batch, Key, batch, check_whole
 
 
 @cache

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from palimpsest.files import flush, flush_list
 from palimpsest.layers.precision import Float32Tensors
 from palimpsest.models.kimi_linear.config import KimiLinearConfig
 
@@ -69,7 +70,7 @@ def save(
             shard = {key: tensor.cpu().contiguous() for key, tensor in shard.items()}
             metadata = {"format": "pt", DIGEST: digest(shard), SAVE: number}
             safetensors.torch.save_file(shard, staged[name], metadata=metadata)
-            _flush(staged[name])
+            flush(staged[name])
         if len(shards) > 1:
             weight_map = {key: name for name, shard in zip(names, shards) for key in shard}
             size = sum(tensor.nbytes for tensor in tensors.values())
@@ -77,10 +78,12 @@ def save(
         _stage(folder, CONFIG, number, staged, model.config.to_dict() | {"dtype": dtype})
         for name, path in staged.items():
             os.replace(path, folder / name)
+        flush_list(folder)  # the new names, before the old files go
         # What earlier saves left, the index first: as long as there is one, it says which files count.
         for path in sorted(folder.iterdir(), key=lambda path: path.name != INDEX):
             if path.name not in staged and OURS.fullmatch(path.name):
                 path.unlink()
+        flush_list(folder)
     except (OSError, safetensors.SafetensorError) as error:
         for path in staged.values():
             path.unlink(missing_ok=True)
@@ -288,13 +291,7 @@ def _shards(tensors: Mapping[str, Tensor], max_bytes: int) -> list[dict[str, Ten
 def _stage(folder: Path, name: str, number: str, staged: dict[str, Path], content: Any) -> None:
     staged[name] = folder / f".{name}.{number}"
     staged[name].write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    _flush(staged[name])
-
-
-def _flush(path: Path) -> None:
-    """Onto the disk, before a rename makes it the file that counts."""
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
+    flush(staged[name])
 
 
 def _refuse(folder: Path, what: str, names: Iterable[str]) -> None:

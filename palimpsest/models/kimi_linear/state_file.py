@@ -7,17 +7,15 @@ Digest    SHA-256 of the whole file, its own digits read as zeros: a file cut sh
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from palimpsest.files import replacing
 from palimpsest.layers.layer_state import KDAState, LatentState
 from palimpsest.models.kimi_linear.config import KimiLinearConfig
 from palimpsest.models.kimi_linear.model_state import ModelState
@@ -61,18 +59,12 @@ def save_state(
         "positions": json.dumps(state.position.tolist()),
         "digest": NO_DIGEST,
     }
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
-    os.close(handle)
-    try:
+    with replacing(path) as partial:
         try:
             safetensors.torch.save_file(_unshared(named), partial, metadata)
         except safetensors.SafetensorError as error:
             raise OSError(f"cannot write {str(path)!r}: {error}; nothing was changed there") from error
         _write_digest(partial)
-        os.replace(partial, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(partial)
 
 
 def load_state(path: str | Path, model: KimiLinearForCausalLM) -> ModelState:
@@ -154,15 +146,13 @@ def _unshared(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def _write_digest(file: str) -> None:
+def _write_digest(file: Path) -> None:
     with open(file, "r+b") as f:
         header, _ = _read_header(f)
         offset = 8 + header.index(f'"digest":"{NO_DIGEST}"'.encode()) + len('"digest":"')
         digest = _digest(f, NO_DIGEST)
         f.seek(offset)
         f.write(digest.encode())
-        f.flush()
-        os.fsync(f.fileno())
 
 
 def _checked_metadata(path: Path) -> dict[str, str]:
