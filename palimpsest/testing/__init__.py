@@ -9,21 +9,26 @@
 beta [B, T, H], state [B, H, K, V] fp32, and returns (output, state).
 """
 
-from palimpsest.testing.budget import assert_within_budget, budget, rounded_products
+from palimpsest.testing.budget import FACTOR, assert_within_budget, budget, pooled, rms, rounded_products
 from palimpsest.testing.cases import BETAS, CASES, DECAYS, KEYS, Case
 from palimpsest.testing.judge import Report, judge
-from palimpsest.testing.mutants import MUTANTS
+from palimpsest.testing.mutants import MARGINAL, MUTANTS, marginal
 
 __all__ = [
     "BETAS",
     "CASES",
     "DECAYS",
+    "FACTOR",
     "KEYS",
+    "MARGINAL",
     "MUTANTS",
     "Case",
     "Report",
     "assert_within_budget",
     "budget",
     "judge",
+    "marginal",
+    "pooled",
+    "rms",
     "rounded_products",
 ]

@@ -1,11 +1,19 @@
 """Wrong memories. Each makes one mistake that a real implementation has made or could; a suite must reject them all.
 
-They take and return what reference.delta_memory does.
+Those of MUTANTS take and return what reference.delta_memory does.
 """
 
 import torch
+from torch import Tensor
 
 from palimpsest.ops import reference
+
+MARGINAL = "three_times_the_error"
+
+
+def marginal(truth: Tensor, peer: Tensor) -> Tensor:
+    """The mutant at the budget's edge: right but for three times an honest peer's error, where twice is allowed."""
+    return truth + 3 * (peer.double() - truth)
 
 
 def _one_token_late(q, k, e, w, g, S):

@@ -25,7 +25,7 @@ from palimpsest import (
 from palimpsest.ops import chunked, reference
 from palimpsest.ops.gates import SigmoidDecay, SoftplusDecay, l2norm
 from palimpsest.ops.gpu.triton.step import steps_
-from palimpsest.testing import BETAS, DECAYS, KEYS, MUTANTS, Case, rounded_products
+from palimpsest.testing import BETAS, DECAYS, KEYS, MUTANTS, Case, assert_within_budget, rounded_products
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -59,14 +59,8 @@ def relative(actual, truth):
 
 
 def assert_honest(names, actual, truth, peer, dtype):
-    """Twice the peer's error and half a rounding, as root mean squares: the largest of a few thousand errors wanders.
-
-    In fp32 two units: the hardware's exponential is off by as much.
-    """
-    rounding = torch.finfo(dtype).eps * (2 if dtype == torch.float32 else 0.25)
     for name, a, t, p in zip(names, actual, truth, peer):
-        error, allowed = relative(a, t), 2 * relative(p, t) + rounding
-        assert error <= allowed, f"{name}: {error:.1e} of {allowed:.1e}"
+        assert_within_budget(name, a, t, p, dtype)
 
 
 @pytest.mark.parametrize("keys", KEYS)

@@ -178,7 +178,7 @@ class Kernels:
         return dq, dk, dv, gradients["dg"], gradients["d_erase"], d_first, *parameters
 
 
-SUBSET = [case for x, case in enumerate(CASES) if x % 7 == 0]  # every key, strength and decay
+SUBSET = [case for x, case in enumerate(CASES) if x % 17 == 0]  # every key, strength and decay
 
 
 def test_the_law_in_half_precision(lanes):
