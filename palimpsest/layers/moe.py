@@ -11,8 +11,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from palimpsest.layers.mlp import Expert, GatedMLP
+from palimpsest.layers.mlp import GatedMLP
 from palimpsest.layers.precision import Float32Tensors, float32
+from palimpsest.ops.experts import run_experts
 
 
 class Router(Float32Tensors):
@@ -70,6 +71,37 @@ class Router(Float32Tensors):
         return biased_NGE.masked_fill(outside_NG[..., None], -torch.inf).flatten(1)
 
 
+class Experts(nn.Module):
+    """E gated MLPs without biases, each projection of all of them one tensor: w1 gates, w3 goes up, w2 down.
+
+    Args:
+        num_experts: E.
+        hidden_size, intermediate_size: channels outside, D, and inside, I.
+
+    >>> {name: tuple(w.shape) for name, w in Experts(4, 8, 16).named_parameters()}
+    {'w1': (4, 16, 8), 'w3': (4, 16, 8), 'w2': (4, 8, 16)}
+    """
+
+    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        E, D, I = num_experts, hidden_size, intermediate_size
+        self.w1, self.w3, self.w2 = (nn.Parameter(torch.empty(E, *s)) for s in ((I, D), (I, D), (D, I)))
+        self.reset_parameters()
+
+    def reset_parameters(self, std: float = 0.02) -> None:
+        """Draw the weights anew."""
+        for weight in (self.w1, self.w3, self.w2):
+            nn.init.normal_(weight, std=std)
+
+    def forward(self, x_ND: Tensor, experts_Nk: Tensor, weights_Nk: Tensor) -> tuple[Tensor, Tensor]:
+        """Each token through the experts given for it, times the weights given; and the tokens of each expert, [E]."""
+        return run_experts(x_ND, experts_Nk, weights_Nk, self.w1, self.w3, self.w2)
+
+    def extra_repr(self) -> str:
+        E, I, D = self.w1.shape
+        return f"{E} experts, {D} -> {I} -> {D}"
+
+
 class MoE(nn.Module):
     """A sparse layer: k routed experts a token, weighted, and the shared ones, unweighted.
 
@@ -118,7 +150,7 @@ class MoE(nn.Module):
             scaling=scaling,
             weigh_by=weigh_by,
         )
-        self.experts = nn.ModuleList(Expert(hidden_size, intermediate_size) for _ in range(num_experts))
+        self.experts = Experts(num_experts, hidden_size, intermediate_size)
         if num_shared_experts:
             self.shared_experts = GatedMLP(hidden_size, intermediate_size * num_shared_experts)
         for name in ("last_load", "total_load"):
@@ -134,19 +166,9 @@ class MoE(nn.Module):
 
     def route(self, x_ND: Tensor, experts_Nk: Tensor, weights_Nk: Tensor) -> Tensor:
         """Each token through the experts given for it, times the weights given, summed in float32."""
-        N, k = experts_Nk.shape
-        order = experts_Nk.flatten().argsort(stable=True)  # (token, choice) pairs, those of one expert side by side
-        load_E = torch.bincount(experts_Nk.flatten(), minlength=len(self.experts))
-        self.last_load = load_E.detach()
-
-        shares = x_ND.index_select(0, order // k).split(load_E.tolist())
-        # While training an expert without tokens runs on none of them: its gradient is then zero and not missing, and
-        # processes that share a model agree on which gradients there are.
-        run = [expert(share) for expert, share in zip(self.experts, shares) if len(share) or torch.is_grad_enabled()]
-        outputs = torch.cat(run) if run else x_ND.new_zeros(0, x_ND.shape[1])
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(N * k, device=order.device))
-        chosen_NkD = float32(outputs.index_select(0, back)).unflatten(0, (N, k))
-        return (chosen_NkD * weights_Nk[..., None]).sum(1).to(x_ND.dtype)
+        y_ND, load_E = self.experts(x_ND, experts_Nk, weights_Nk)
+        self.last_load = load_E
+        return y_ND.to(x_ND.dtype)
 
     def record_load(self) -> None:
         """Add the load of the last forward to the total."""

@@ -1,48 +1,122 @@
 """Muon for the hidden matrices, AdamW for the rest, and the learning rate as a function of the share of the run done."""
 
+from __future__ import annotations
+
 import math
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.optim import AdamW, Muon, Optimizer
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import AdamW, Optimizer
 
 from palimpsest.train.recipe import Optim, Schedule
 
 NOT_HIDDEN = ("embed_tokens.weight", "lm_head.weight", "gate.weight")  # tables of vectors, and the routers
 
 
-class CPUMuon(Muon):
-    """torch's Muon in float32, matrices of one shape together.
+class StackedMuon(Optimizer):
+    """Muon (Keller Jordan, 2024) over matrices and stacks of matrices [..., R, C], those of one shape together.
 
-    torch rounds to bfloat16 on the way. A CPU without instructions for that takes 40 times as long for it as for float32
-    (a product of 128 x 128 with AVX2: 5.4 ms against 0.12 ms), and small matrices one by one leave any CPU idle.
+    The rule is torch's own: momentum with a look ahead, Newton and Schulz's iteration, a rate times sqrt(max(1, R / C)),
+    decay apart from the gradient. One batched iteration serves all matrices of a shape, where torch takes them one by one:
+    thousands of small products leave a GPU idle. On a GPU it runs in bfloat16 as torch's does; on a CPU in float32, since
+    one without instructions for bfloat16 takes 40 times as long for it.
+
+    Args:
+        params: parameters, or groups of them. Sharded ones (DTensor) must be sharded over their first dimension.
+        lr, weight_decay, momentum, ns_coefficients, ns_steps: as torch.optim.Muon's.
+
+    `found_inf`, set on the object before a step: a scalar on the device; where it is not 0 the step changes nothing.
     """
+
+    found_inf: Tensor | None = None
+    MOST = 1 << 26  # numbers orthogonalised at once: bounds the memory of a step
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        ns_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315),
+        ns_steps: int = 5,
+    ):
+        rule = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
+        super().__init__(params, rule | {"ns_coefficients": ns_coefficients, "ns_steps": ns_steps})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # as torch's own
         loss = _evaluated(closure)
         for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            if any(p.is_cuda or isinstance(p, DTensor) for p in parameters):
-                super().step()
-                return loss
-            shapes: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-            for p in parameters:
-                momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-                momentum.lerp_(p.grad, 1 - group["momentum"])
-                shapes[p.shape].append((p, p.grad.lerp(momentum, group["momentum"])))
-            for (rows, columns), pairs in shapes.items():
-                directions = orthogonalize(
-                    torch.stack([g for _, g in pairs]), group["ns_coefficients"], group["ns_steps"]
-                )
-                rate = group["lr"] * math.sqrt(max(1, rows / columns))
-                for (p, _), direction in zip(pairs, directions):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-rate)
+            shapes: dict[tuple, list[_Matrix]] = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                    matrix = _Matrix(*(_local(x) for x in (p, p.grad, momentum)), p)
+                    if matrix.weight.numel() or isinstance(p, DTensor):
+                        shapes[p.shape[-2:], p.dtype, p.device].append(matrix)
+            for matrices in shapes.values():
+                size = max(1, self.MOST // max(1, max(m.whole.numel() for m in matrices)))
+                for i in range(0, len(matrices), size):
+                    self._update(matrices[i : i + size], group)
         return loss
+
+    def _update(self, matrices: list[_Matrix], group: dict[str, Any]) -> None:
+        weights, grads, momenta, wholes = (list(x) for x in zip(*matrices))
+        mu, lr = group["momentum"], group["lr"]
+        rate = lr * math.sqrt(max(1, wholes[0].shape[-2] / wholes[0].shape[-1]))
+        keep: float | Tensor = 1 - lr * group["weight_decay"]
+        if self.found_inf is None:
+            torch._foreach_lerp_(momenta, grads, 1 - mu)
+            looks = torch._foreach_lerp(grads, momenta, mu)
+        else:
+            finite = self.found_inf == 0
+            grads = [torch.where(finite, g, 0) for g in grads]
+            torch._foreach_mul_(momenta, torch.where(finite, mu, 1.0))  # lerp towards 0 would forget
+            torch._foreach_add_(momenta, grads, alpha=1 - mu)
+            looks = torch._foreach_lerp(grads, momenta, mu)
+            keep = torch.where(finite, keep, 1.0)
+        looks = [_gathered(look, whole) for look, whole in zip(looks, wholes)]
+        stacked = torch.cat([look.flatten(0, -3) if look.ndim > 2 else look[None] for look in looks])
+        dtype = torch.bfloat16 if stacked.is_cuda else stacked.dtype
+        directions = orthogonalize(stacked.to(dtype), group["ns_coefficients"], group["ns_steps"]).to(stacked.dtype)
+        if self.found_inf is not None:
+            directions = torch.where(self.found_inf == 0, directions, 0)
+        parts = directions.split([look.shape[:-2].numel() for look in looks])
+        parts = [_share(part.view(look.shape), whole) for part, look, whole in zip(parts, looks, wholes)]
+        torch._foreach_mul_(weights, keep)
+        torch._foreach_add_(weights, parts, alpha=-rate)
+
+
+class _Matrix(NamedTuple):
+    """What this process holds of one parameter, and the parameter itself."""
+
+    weight: Tensor
+    grad: Tensor
+    momentum: Tensor
+    whole: Tensor
+
+
+def _local(x: Tensor) -> Tensor:
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def _gathered(look: Tensor, whole: Tensor) -> Tensor:
+    """Whole matrices: shards of a stack are that already, shards of one matrix are brought together."""
+    if isinstance(whole, DTensor) and whole.ndim == 2:
+        shape, stride = whole.shape, whole.stride()
+        return DTensor.from_local(look, whole.device_mesh, whole.placements, shape=shape, stride=stride).full_tensor()
+    return look
+
+
+def _share(direction: Tensor, whole: Tensor) -> Tensor:
+    """The rows of a whole matrix that this process holds."""
+    if isinstance(whole, DTensor) and whole.ndim == 2:
+        return distribute_tensor(direction, whole.device_mesh, whole.placements, src_data_rank=None).to_local()
+    return direction
 
 
 def orthogonalize(matrices: Tensor, coefficients: tuple[float, float, float], num_steps: int) -> Tensor:
@@ -67,16 +141,22 @@ class MuonAdamW(Optimizer):
 
     One object and not two, because sharded checkpoints hold one optimiser per model. The two rules are torch's own and
     work on this object's groups and state.
+
+    `found_inf`, set before a step on a GPU: a float scalar on the device; where it is not 0 the step changes nothing, and
+    the host need not know.
     """
+
+    found_inf: Tensor | None = None
 
     def __init__(self, groups: list[dict[str, Any]], optim: Optim):
         muon = [g for g in groups if g["rule"] == "muon"]
         adamw = [g for g in groups if g["rule"] == "adamw"]
         self._rules: dict[str, Optimizer] = {}
         if muon:
-            self._rules["muon"] = CPUMuon(muon, momentum=optim.momentum)
+            self._rules["muon"] = StackedMuon(muon, momentum=optim.momentum)
         if adamw:
-            self._rules["adamw"] = AdamW(adamw, betas=optim.betas, eps=1e-10)
+            fused = any(p.is_cuda for g in adamw for p in g["params"])  # one launch, which heeds found_inf
+            self._rules["adamw"] = AdamW(adamw, betas=optim.betas, eps=1e-10, fused=fused or None)
         super().__init__([g for rule in self._rules.values() for g in rule.param_groups], {})
 
     @torch.no_grad()
@@ -85,6 +165,7 @@ class MuonAdamW(Optimizer):
         for name, rule in self._rules.items():
             rule.param_groups = [g for g in self.param_groups if g["rule"] == name]
             rule.state = self.state
+            rule.found_inf = self.found_inf  # type: ignore[attr-defined]  # AdamW's fused form reads it
             rule.step()
         return loss
 
@@ -102,7 +183,7 @@ def build_optimizer(model: nn.Module, optim: Optim) -> MuonAdamW:
     Hidden matrices decay, each on its own learning rate; vectors, gates, convolutions, embeddings and routers do not.
     """
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    hidden = {n for n, p in parameters.items() if p.ndim == 2 and not n.endswith(NOT_HIDDEN)}
+    hidden = {n for n, p in parameters.items() if _is_hidden(n, p)}
     rule, rate = ("muon", optim.matrix_lr) if optim.kind == "muon" else ("adamw", optim.lr)
     groups = [
         {"rule": rule, "params": [parameters[n] for n in parameters if n in hidden], "lr": rate}
@@ -111,6 +192,11 @@ def build_optimizer(model: nn.Module, optim: Optim) -> MuonAdamW:
         | {"base_lr": optim.lr, "weight_decay": 0.0},
     ]
     return MuonAdamW([g for g in groups if g["params"]], optim)
+
+
+def _is_hidden(name: str, parameter: Tensor) -> bool:
+    matrices = parameter.ndim == 2 or name.endswith((".experts.w1", ".experts.w3", ".experts.w2"))
+    return matrices and not name.endswith(NOT_HIDDEN)
 
 
 def rate_factor(schedule: Schedule, done: float) -> float:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from palimpsest.layers.moe import MoE, Router, update_router_bias
+from palimpsest.models.kimi_linear.official_names import official_tensors
 
 D, INNER, E, TOP = 12, 8, 6, 2
 
@@ -35,8 +36,8 @@ def plainly(m, x, alias=False):
         weights = (biased if alias else scores)[best]
         weights = weights / weights.sum() * 2.446
         for weight, e in zip(weights, best):
-            expert = m.experts[e]
-            y[n] += weight * expert.w2.weight @ (silu(expert.w1.weight @ x[n]) * (expert.w3.weight @ x[n]))
+            w1, w3, w2 = m.experts.w1[e], m.experts.w3[e], m.experts.w2[e]
+            y[n] += weight * w2 @ (silu(w1 @ x[n]) * (w3 @ x[n]))
         shared = m.shared_experts
         y[n] += shared.down_proj.weight @ (silu(shared.gate_proj.weight @ x[n]) * (shared.up_proj.weight @ x[n]))
         chosen.append(sorted(best))
@@ -76,17 +77,16 @@ def test_one_token_and_none():
         assert m(draw(1, 0, D)).shape == (1, 0, D)
 
 
-def test_an_expert_without_tokens_is_not_run_and_has_a_zero_gradient():
-    m, ran = moe(), []
+def test_an_expert_without_tokens_has_a_zero_gradient():
+    m = moe()
     m.gate.e_score_correction_bias.copy_(torch.tensor([9.0, 9, 0, 0, 0, 0]))
-    for e, expert in enumerate(m.experts):
-        expert.register_forward_hook(lambda *_, e=e: ran.append(e))
-    with torch.no_grad():
-        m(draw(3, D))
-    assert ran == [0, 1]
     m(draw(3, D)).sum().backward()
-    for e, expert in enumerate(m.experts):
-        assert (expert.w1.weight.grad.abs().max() > 0) == (e in (0, 1))  # never None: see MoE.route
+    for weight in (
+        m.experts.w1,
+        m.experts.w3,
+        m.experts.w2,
+    ):  # zero and not missing: processes agree on which there are
+        assert weight.grad.flatten(1).abs().amax(1).gt(0).tolist() == [True, True, False, False, False, False]
 
 
 def test_only_the_best_groups_are_chosen_from():
@@ -189,4 +189,4 @@ def test_names_and_shapes_are_the_released_ones():
         expected |= {f"experts.{e}.w{i}.weight": (1024, 2304) for i in (1, 3)} | {
             f"experts.{e}.w2.weight": (2304, 1024)
         }
-    assert {name: tuple(tensor.shape) for name, tensor in m.state_dict().items()} == expected
+    assert {name: tuple(tensor.shape) for name, tensor in official_tensors(m.state_dict())} == expected

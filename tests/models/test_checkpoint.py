@@ -13,6 +13,7 @@ import torch
 
 from palimpsest.models.kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
 from palimpsest.models.kimi_linear.checkpoint import INDEX, WHOLE, load, load_into_, save
+from palimpsest.models.kimi_linear.official_names import official_tensors
 from tests.disk import Journal
 
 
@@ -59,7 +60,7 @@ def test_the_files_are_the_official_ones(tmp_path):
         tensors = safetensors.torch.load_file(tmp_path / shard)
         assert all(index["weight_map"][name] == shard for name in tensors)
         stored |= tensors
-    assert {n: t.dtype for n, t in stored.items()} == {n: t.dtype for n, t in model.state_dict().items()}
+    assert {n: t.dtype for n, t in stored.items()} == {n: t.dtype for n, t in official_tensors(model.state_dict())}
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["dtype"] == "bfloat16"
     assert config["linear_attn_config"]["kda_layers"] == [1]
@@ -91,7 +92,7 @@ def test_loading_in_a_dtype_keeps_the_contract(tmp_path, dtype, wide):
 def test_a_checkpoint_stored_in_bfloat16_alone_is_widened(tmp_path):
     model = build()
     model.save_pretrained(tmp_path)
-    narrow = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
+    narrow = {name: tensor.bfloat16() for name, tensor in official_tensors(model.state_dict())}
     safetensors.torch.save_file(narrow, tmp_path / WHOLE)
     assert load(tmp_path).model.layers[0].self_attn.A_log.dtype == torch.float32
 
@@ -283,7 +284,7 @@ def test_safetensors_missing_is_told_with_the_remedy(tmp_path, monkeypatch):
 
 def test_the_48b_model_has_the_released_names_shapes_and_size():
     with torch.device("meta"):
-        tensors = KimiLinearForCausalLM(KimiLinearConfig.official_48b()).state_dict()
+        tensors = dict(official_tensors(KimiLinearForCausalLM(KimiLinearConfig.official_48b()).state_dict()))
     D, H, E = 2304, 4096, 1024
     linear = lambda prefix, **sizes: {f"{prefix}{name}.weight": shape for name, shape in sizes.items()}
     expected = linear("", lm_head=(163840, D)) | linear("model.", embed_tokens=(163840, D), norm=(D,))

@@ -6,7 +6,7 @@ from torch import nn
 
 from palimpsest.models.kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
 from palimpsest.train import Optim, Schedule
-from palimpsest.train.optim import CPUMuon, build_optimizer, orthogonalize, rate_factor
+from palimpsest.train.optim import StackedMuon, build_optimizer, orthogonalize, rate_factor
 
 
 def named_groups(model, optim):
@@ -24,7 +24,7 @@ def test_muon_gets_the_hidden_matrices_and_adamw_everything_else():
     for part in ("embed_tokens", "lm_head", "A_log", "dt_bias", "conv1d", "norm", ".gate.weight"):
         assert any(part in n for n in rest), part
         assert not any(part in n for n in hidden), part
-    for part in ("q_proj", "kv_b_proj", "o_proj", "experts.0.w1", "mlp.gate_proj", "f_a_proj"):
+    for part in ("q_proj", "kv_b_proj", "o_proj", "experts.w1", "mlp.gate_proj", "f_a_proj"):
         assert any(part in n for n in hidden), part
     _, groups = named_groups(model, Optim(kind="adamw"))
     assert [g["rule"] for g, _ in groups] == ["adamw", "adamw"]
@@ -57,7 +57,7 @@ def test_a_step_is_torchs_own_and_survives_saving(kind):
 
     def torchs(model):
         (first, _), (second, _) = named_groups(model, optim)[1]
-        plain = CPUMuon if kind == "muon" else torch.optim.AdamW
+        plain = StackedMuon if kind == "muon" else torch.optim.AdamW
         adamw = {"betas": optim.betas, "eps": 1e-10}
         options = {"momentum": optim.momentum} if kind == "muon" else adamw
         return [
@@ -88,10 +88,51 @@ def test_muon_in_float32_is_torchs_muon_but_for_bfloat16():
             optimizer.step()
         return torch.cat([p.detach().flatten().double() for p in parameters])
 
-    truth, ours, torchs = run(CPUMuon, torch.float64), run(CPUMuon), run(torch.optim.Muon)
+    truth, ours, torchs = run(StackedMuon, torch.float64), run(StackedMuon), run(torch.optim.Muon)
     moved = torch.cat([p.flatten() for p in start]).double() - truth
     assert (ours - truth).norm() < 1e-5 * moved.norm()
     assert (torchs - truth).norm() < 3e-2 * moved.norm(), "bfloat16 rounds to 8 bits"
+
+
+def test_a_stack_of_matrices_is_each_of_them_alone():
+    weights, grads = torch.randn(2, 3, 6, 4), torch.randn(2, 3, 6, 4)
+
+    def stepped(parameters):
+        parameters = [nn.Parameter(p.clone()) for p in parameters]
+        optimizer = StackedMuon(parameters, lr=0.1)
+        for _ in range(2):
+            for p, g in zip(parameters, grads.view(len(parameters), *parameters[0].shape)):
+                p.grad = g.clone()
+            optimizer.step()
+        return torch.stack([p.detach() for p in parameters]).view(weights.shape)
+
+    stacked, alone = stepped(weights), stepped(weights.flatten(0, 1))
+    torch.testing.assert_close(stacked, alone)
+    StackedMuon.MOST, most = 1, StackedMuon.MOST  # one stack at a time is the same
+    try:
+        torch.testing.assert_close(stepped(weights), stacked)
+    finally:
+        StackedMuon.MOST = most
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_whose_gradient_is_not_finite_changes_nothing(fused):
+    """Where `found_inf` says so: weights, momentum and moments keep their bits, and the next step is as if it never was."""
+    torch.manual_seed(0)
+    start, grads = torch.randn(4, 6, 4), torch.randn(3, 4, 6, 4)
+
+    def run(with_bad_step):
+        p = nn.Parameter(start.clone())
+        rule = torch.optim.AdamW([p], lr=0.1, fused=True) if fused else StackedMuon([p], lr=0.1)
+        for i, grad in enumerate(grads):
+            if i == 1 and with_bad_step:
+                p.grad, rule.found_inf = torch.full_like(p, float("nan")), torch.ones(())
+                rule.step()
+            p.grad, rule.found_inf = grad.clone(), torch.zeros(())
+            rule.step()
+        return p.detach()
+
+    assert torch.equal(run(True), run(False))
 
 
 def test_orthogonalize_works_on_each_matrix_alone():

@@ -1,6 +1,6 @@
 """Models on disk, in the official layout: config.json beside safetensors, in one file or in shards with an index.
 
-Names and shapes are the official ones because the modules are named so; there is no table of names.
+Names and shapes are the official ones because the modules are named so, experts aside: see official_names.py.
 What is written here also carries, in each file's metadata, a SHA-256 of its tensors and the number of the save that it
 belongs to, so that a damaged file or a mixture of two saves is found before it is used. Official files have neither.
 """
@@ -23,10 +23,12 @@ from torch import Tensor
 from palimpsest.files import flush, flush_list
 from palimpsest.layers.precision import Float32Tensors
 from palimpsest.models.kimi_linear.config import KimiLinearConfig
+from palimpsest.models.kimi_linear.official_names import PROJECTIONS, official_tensors, place_of
 
 if TYPE_CHECKING:
     from palimpsest.models.kimi_linear.model import KimiLinearForCausalLM
 
+STACKED = tuple(f".experts.{projection}" for projection in PROJECTIONS)
 CONFIG, WHOLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 DIGEST, SAVE = "palimpsest.sha256", "palimpsest.save"
 OURS = re.compile(  # every name that a save gives to a file of weights, or to any file while it is being written
@@ -54,7 +56,7 @@ def save(
     """
     safetensors = _safetensors()
     folder = Path(folder)
-    tensors = {name: tensor.detach() for name, tensor in (state_dict or model.state_dict()).items()}
+    tensors = {name: tensor.detach() for name, tensor in official_tensors(state_dict or model.state_dict())}
     if model.config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
     shards = _shards(tensors, max_shard_bytes)
@@ -133,8 +135,11 @@ def load_into_(model: KimiLinearForCausalLM, folder: str | os.PathLike, *, verif
                 f"{ours.get(name)!r} in this model"
             )
     files = _check_names(model, Path(folder))
-    tensors = {name: tensor for file, keys in files.items() for name, tensor in _read(file, keys, verify).items()}
-    model.load_state_dict(tensors, strict=not model.config.tie_word_embeddings)
+    tensors = [pair for file, keys in files.items() for pair in _read(file, keys, verify).items()]  # all, before any
+    ours = model.state_dict()
+    for official, tensor in tensors:
+        name, expert = place_of(official)
+        (ours[name] if expert is None else ours[name][expert]).copy_(tensor)
 
 
 def read_config(folder: str | os.PathLike) -> KimiLinearConfig:
@@ -176,16 +181,23 @@ def _fill(
         f"{prefix}.{name}" for prefix, module in model.named_modules() if isinstance(module, Float32Tensors)
         for name in module.float32_names
     }  # fmt: skip
+    stacks = {name: len(tensor) for name, tensor in model.state_dict().items() if name.endswith(STACKED)}
+    filled: dict[str, Tensor] = {}
     for file, keys in _check_names(model, folder).items():
-        tensors = {}
-        for name, tensor in _read(file, keys, verify).items():
+        whole = {}
+        for official, tensor in _read(file, keys, verify).items():
             wanted = tensor.dtype if dtype is None else dtype
-            if name in kept and wanted != torch.float64:
+            if official in kept and wanted != torch.float64:
                 wanted = torch.float32
-            tensors[name] = tensor.to(
-                device=device, dtype=wanted, copy=True
-            )  # the file's own pages are not ours to edit
-        model.load_state_dict(tensors, strict=False, assign=True)
+            name, expert = place_of(official)
+            if expert is None:  # a copy: the file's own pages are not ours to edit
+                whole[name] = tensor.to(device=device, dtype=wanted, copy=True)
+                continue
+            if name not in filled:
+                filled[name] = torch.empty(stacks[name], *tensor.shape, device=device, dtype=wanted)
+            filled[name][expert].copy_(tensor)
+        model.load_state_dict(whole, strict=False, assign=True)
+    model.load_state_dict(filled, strict=False, assign=True)
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     for module in model.modules():  # buffers that no checkpoint holds: counts of tokens
@@ -195,7 +207,7 @@ def _fill(
 
 def _check_names(model: KimiLinearForCausalLM, folder: Path) -> dict[Path, dict[str, str]]:
     """File -> {our name: name in the file}, after making sure that together they hold exactly the model's tensors."""
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in official_tensors(model.state_dict())}
     if model.config.tie_word_embeddings:
         expected.pop("lm_head.weight")
     files, found, saves = {}, {}, set()

@@ -19,7 +19,7 @@ from palimpsest.layers.kimi_delta_attention import KimiDeltaAttention
 from palimpsest.layers.latent_attention import MultiHeadLatentAttention
 from palimpsest.layers.layer_state import KDAState, LatentState
 from palimpsest.layers.mlp import GatedMLP
-from palimpsest.layers.moe import MoE
+from palimpsest.layers.moe import Experts, MoE
 from palimpsest.layers.norms import RMSNorm
 from palimpsest.layers.padding import borders, check_rows, pack, unpack
 from palimpsest.layers.precision import float32
@@ -177,8 +177,10 @@ class KimiLinearForCausalLM(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def _initialise(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Embedding) and not module.weight.is_meta:  # thousands of experts: seconds
+        if isinstance(module, nn.Linear | nn.Embedding) and not module.weight.is_meta:
             nn.init.normal_(module.weight, std=self.config.initializer_range)
+        elif isinstance(module, Experts) and not module.w1.is_meta:
+            module.reset_parameters(self.config.initializer_range)
 
     @property
     def device(self) -> torch.device:

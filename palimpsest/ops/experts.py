@@ -1,0 +1,214 @@
+"""Many small MLPs, a few of them for each token: the experts of a mixture, on stacked weights.
+
+    y_n = sum_j weights_nj w2[e] (silu(w1[e] x_n) * (w3[e] x_n)),    e = experts_nj
+
+Letters  N tokens, k experts a token, E experts, D channels outside and I inside an expert, M = N k pairs of a token and
+         one of its experts.
+Forms    `law` says it one expert at a time. `run_experts` sorts the pairs by expert on the device and multiplies each
+         expert's rows by its own matrix, forward and backward; no count of tokens goes to the host of a GPU, and sums have
+         one order, so the same inputs give the same bits.
+Products "loop"      a product an expert, where the host knows the counts: CPUs
+         "grouped"   torch's grouped product: bfloat16 on compute capability 9.0 and later
+         "triton"    the same as one Triton kernel: other GPUs and dtypes
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def law(x: Tensor, experts: Tensor, weights: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
+    """The definition, one expert at a time, in the dtype it is given. Args as `run_experts`."""
+    y = torch.zeros_like(x)
+    for e, (gate, up, down) in enumerate(zip(w1, w3, w2)):
+        weight_N1 = (weights * (experts == e)).sum(1, keepdim=True)
+        y = y + weight_N1.to(x.dtype) * ((F.silu(x @ gate.mT) * (x @ up.mT)) @ down.mT)
+    return y
+
+
+def run_experts(
+    x: Tensor, experts: Tensor, weights: Tensor, w1: Tensor, w3: Tensor, w2: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Each token through its experts.
+
+    Args:
+        x: [N, D]. Under autocast the products run in autocast's dtype.
+        experts: [N, k], whole numbers 0 to E - 1; the experts of a token differ.
+        weights: [N, k], float32 (float64 for float64 x).
+        w1, w3: [E, I, D], gate and up. w2: [E, D, I], down.
+
+    Returns:
+        y [N, D] in the dtype of the products, and the number of tokens of each expert, [E] int64, on the device of x.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit.
+
+    >>> x, experts, weights = torch.ones(1, 2), torch.tensor([[1]]), torch.ones(1, 1)
+    >>> y, load = run_experts(x, experts, weights, torch.ones(2, 3, 2), torch.ones(2, 3, 2), torch.ones(2, 2, 3))
+    >>> y.shape, load
+    (torch.Size([1, 2]), tensor([0, 1]))
+    """
+    _check(x, experts, weights, w1, w3, w2)
+    order_M, back_Nk, ends_E = sort_by_expert(experts, len(w1))
+    y = _Experts.apply(x.to(_product_dtype(x)), weights, w1, w3, w2, order_M, back_Nk, ends_E)
+    return y, torch.diff(ends_E, prepend=ends_E.new_zeros(1)).long()
+
+
+def sort_by_expert(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs of a token and one of its experts, those of one expert side by side, tokens in order.
+
+    Args:
+        experts: [N, k].
+
+    Returns:
+        order [M]: the pair (token k + choice) at each row; back [N, k]: the row of each pair; ends [E] int32: where each
+        expert's rows end.
+
+    >>> sort_by_expert(torch.tensor([[2, 0], [0, 1]]), 3)
+    (tensor([1, 2, 3, 0]), tensor([[3, 0], [1, 2]]), tensor([2, 3, 4], dtype=torch.int32))
+    """
+    small = torch.int16 if num_experts < 2**15 else torch.int32  # fewer digits to sort
+    sorted_M, order_M = experts.flatten().to(small).sort(stable=True)
+    back_M = torch.empty_like(order_M).scatter_(0, order_M, torch.arange(len(order_M), device=order_M.device))
+    every_E = torch.arange(num_experts, dtype=small, device=experts.device)
+    ends_E = torch.searchsorted(sorted_M, every_E, right=True, out_int32=True)
+    return order_M, back_M.view_as(experts), ends_E
+
+
+def form(x: Tensor) -> str:
+    """Which form of products runs for x, "loop", "grouped" or "triton"; see the head of this file.
+
+    >>> form(torch.ones(1, 2))
+    'loop'
+    """
+    if not x.is_cuda:
+        return "loop"
+    whole = x.shape[-1] * x.element_size() % 16 == 0  # rows begin at 16 bytes, as the hardware's copies want
+    if _product_dtype(x) == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (9, 0) and whole:
+        return "grouped"
+    return "triton"
+
+
+class _Experts(torch.autograd.Function):
+    """Keeps x and the two products before the activation; rows of sorted tokens are gathered again for the gradient."""
+
+    @staticmethod
+    def forward(ctx, x_ND, weights_Nk, w1, w3, w2, order_M, back_Nk, ends_E):
+        x_MD = x_ND[order_M // weights_Nk.shape[1]]
+        weight_M1 = weights_Nk.flatten()[order_M, None]
+        w2 = w2.to(x_ND.dtype)
+        if form(x_ND) == "loop":
+            up = w1.to(x_ND.dtype), w3.to(x_ND.dtype)
+            gate_MI, up_MI = (grouped_product(x_MD, w, ends_E) for w in up)
+        else:  # both in one product, which reads x once
+            up = (torch.cat((w1.to(x_ND.dtype), w3.to(x_ND.dtype)), dim=1),)
+            gate_MI, up_MI = grouped_product(x_MD, *up, ends_E).chunk(2, dim=-1)
+        y_MD = grouped_product(_activate(gate_MI, up_MI, weight_M1), w2, ends_E)
+        ctx.save_for_backward(x_ND, weights_Nk, order_M, back_Nk, ends_E, gate_MI, up_MI, w2, *up)
+        ctx.weight_dtype = w1.dtype
+        return _gathered_sum(y_MD, back_Nk)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_ND):
+        x_ND, weights_Nk, order_M, back_Nk, ends_E, gate_MI, up_MI, w2, *up = ctx.saved_tensors
+        token_M = order_M // weights_Nk.shape[1]
+        weight_M1 = weights_Nk.flatten()[order_M, None]
+        dy_MD, x_MD = dy_ND.to(x_ND.dtype)[token_M], x_ND[token_M]
+        d_hidden_MI = grouped_product(dy_MD, w2.mT, ends_E)
+        d_w2 = grouped_outer(dy_MD, _activate(gate_MI, up_MI, weight_M1), ends_E)
+        d_gate_MI, d_up_MI, d_weight_M = _activation_gradients(gate_MI, up_MI, weight_M1, d_hidden_MI)
+        if len(up) == 2:
+            dx_MD = grouped_product(d_gate_MI, up[0].mT, ends_E) + grouped_product(d_up_MI, up[1].mT, ends_E)
+            d_w1, d_w3 = (grouped_outer(d, x_MD, ends_E) for d in (d_gate_MI, d_up_MI))
+        else:
+            d_both_MC = torch.cat((d_gate_MI, d_up_MI), -1)
+            dx_MD = grouped_product(d_both_MC, up[0].mT, ends_E)
+            d_w1, d_w3 = grouped_outer(d_both_MC, x_MD, ends_E).chunk(2, dim=1)
+        d_weights = (d.to(ctx.weight_dtype) for d in (d_w1, d_w3, d_w2))
+        return _gathered_sum(dx_MD, back_Nk), d_weight_M[back_Nk], *d_weights, None, None, None
+
+
+def _activate(gate: Tensor, up: Tensor, weight_M1: Tensor) -> Tensor:
+    """silu(gate) * up * weight: the weight of a token's expert goes in here, where rows are shortest."""
+    return (F.silu(_wide(gate)) * _wide(up) * weight_M1).to(gate.dtype)
+
+
+def _activation_gradients(
+    gate: Tensor, up: Tensor, weight_M1: Tensor, d_hidden: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype, (gate, up, d_hidden) = gate.dtype, (_wide(x) for x in (gate, up, d_hidden))
+    share = gate.sigmoid()
+    silu = gate * share
+    d_weight_M = (d_hidden * silu * up).sum(-1).to(weight_M1.dtype)
+    d_hidden = d_hidden * weight_M1
+    d_gate = d_hidden * up * share * (1 + gate * (1 - share))
+    return d_gate.to(dtype), (d_hidden * silu).to(dtype), d_weight_M
+
+
+def _gathered_sum(rows_MD: Tensor, back_Nk: Tensor) -> Tensor:
+    """What a token's experts gave, in float32, summed in the order of its choices."""
+    return _wide(rows_MD[back_Nk]).sum(1).to(rows_MD.dtype)
+
+
+def grouped_product(rows_MA: Tensor, matrices_EBA: Tensor, ends_E: Tensor) -> Tensor:
+    """[M, B]: rows from ends[e - 1] to ends[e] times the transpose of matrix e."""
+    kind = form(rows_MA)
+    if kind == "grouped":
+        return torch._grouped_mm(rows_MA, matrices_EBA.mT, offs=ends_E)
+    if kind == "triton":
+        from palimpsest.ops.gpu.triton import grouped
+
+        return grouped.product(rows_MA, matrices_EBA, ends_E)
+    parts = [rows @ matrix.mT for rows, matrix in zip(_split(rows_MA, ends_E), matrices_EBA) if len(rows)]
+    return torch.cat(parts) if parts else rows_MA.new_zeros(0, matrices_EBA.shape[1])
+
+
+def grouped_outer(left_MA: Tensor, right_MB: Tensor, ends_E: Tensor) -> Tensor:
+    """[E, A, B]: for each expert the transpose of its rows of `left` times its rows of `right`; 0 without rows."""
+    kind = form(left_MA)
+    if kind == "grouped":
+        return torch._grouped_mm(left_MA.mT, right_MB, offs=ends_E)
+    if kind == "triton":
+        from palimpsest.ops.gpu.triton import grouped
+
+        return grouped.outer(left_MA, right_MB, ends_E)
+    return torch.stack([left.mT @ right for left, right in zip(_split(left_MA, ends_E), _split(right_MB, ends_E))])
+
+
+def _split(rows: Tensor, ends_E: Tensor) -> tuple[Tensor, ...]:
+    ends = ends_E.tolist()
+    if ends[-1] != len(rows):
+        raise ValueError(f"experts names some beyond the {len(ends)} there are; expected 0 to {len(ends) - 1}")
+    return rows.split([b - a for a, b in zip([0, *ends], ends)])
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else x.dtype
+
+
+def _check(x, experts, weights, w1, w3, w2) -> None:
+    if x.ndim != 2 or not x.is_floating_point():
+        raise ValueError(f"x is {x.dtype} of shape {tuple(x.shape)}; expected floating [tokens, channels]")
+    N, D = x.shape
+    if experts.ndim != 2 or experts.shape[0] != N or experts.is_floating_point():
+        raise ValueError(f"experts is {experts.dtype} of shape {tuple(experts.shape)}; expected whole numbers [{N}, k]")
+    if weights.shape != experts.shape or not weights.is_floating_point():
+        raise ValueError(
+            f"weights is {weights.dtype} of shape {tuple(weights.shape)}; expected floating {experts.shape}"
+        )
+    E, I = w1.shape[0], w1.shape[1] if w1.ndim == 3 else 0
+    for name, matrix, shape in (("w1", w1, (E, I, D)), ("w3", w3, (E, I, D)), ("w2", w2, (E, D, I))):
+        if tuple(matrix.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(matrix.shape)}; x and w1 ask for {shape}")
+    for name, tensor in (("experts", experts), ("weights", weights), ("w1", w1), ("w3", w3), ("w2", w2)):
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device} and x on {x.device}; move all of them to one device")
