@@ -2,6 +2,7 @@
 
 from palimpsest.ops import backends, torch_backends
 from palimpsest.ops.cpu import register as cpu
+from palimpsest.ops.gpu import neighbours as _neighbours  # noqa: F401  # registers its ops with torch
 from palimpsest.ops.gpu import register as gpu
 
 for _backend in (gpu.HOPPER, gpu.TRITON, cpu.CPU, torch_backends.CHUNKED, torch_backends.REFERENCE):  # fastest first

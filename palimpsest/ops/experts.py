@@ -84,7 +84,7 @@ def form(x: Tensor) -> str:
     >>> form(torch.ones(1, 2))
     'loop'
     """
-    if not x.is_cuda:
+    if not x.is_cuda or x.dtype == torch.float64:  # float64 waits for the host on a GPU: it is for checks
         return "loop"
     whole = x.shape[-1] * x.element_size() % 16 == 0  # rows begin at 16 bytes, as the hardware's copies want
     if _product_dtype(x) == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (9, 0) and whole:
@@ -160,9 +160,7 @@ def grouped_product(rows_MA: Tensor, matrices_EBA: Tensor, ends_E: Tensor) -> Te
     if kind == "grouped":
         return torch._grouped_mm(rows_MA, matrices_EBA.mT, offs=ends_E)
     if kind == "triton":
-        from palimpsest.ops.gpu.triton import grouped
-
-        return grouped.product(rows_MA, matrices_EBA, ends_E)
+        return torch.ops.palimpsest_gpu.grouped_product(rows_MA, matrices_EBA, ends_E)
     parts = [rows @ matrix.mT for rows, matrix in zip(_split(rows_MA, ends_E), matrices_EBA) if len(rows)]
     return torch.cat(parts) if parts else rows_MA.new_zeros(0, matrices_EBA.shape[1])
 
@@ -173,9 +171,7 @@ def grouped_outer(left_MA: Tensor, right_MB: Tensor, ends_E: Tensor) -> Tensor:
     if kind == "grouped":
         return torch._grouped_mm(left_MA.mT, right_MB, offs=ends_E)
     if kind == "triton":
-        from palimpsest.ops.gpu.triton import grouped
-
-        return grouped.outer(left_MA, right_MB, ends_E)
+        return torch.ops.palimpsest_gpu.grouped_outer(left_MA, right_MB, ends_E)
     return torch.stack([left.mT @ right for left, right in zip(_split(left_MA, ends_E), _split(right_MB, ends_E))])
 
 

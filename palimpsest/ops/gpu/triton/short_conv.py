@@ -1,0 +1,143 @@
+"""Short convolutions and SiLU, up to three of them at once, in the layout that projections give.
+
+    u_t = sum_w weight_w x_{t - W + 1 + w};    y = silu(u)        tokens before a sequence's first come from its state
+
+Grid      (block of channels, block of tokens, stream x batch row).
+Holds     a tile of tokens by channels; neighbouring taps read the same lines again, from L1.
+Bound     by bytes: x in, y out; backward x and dy in, dx out.
+Answers   to short_conv.law. Packed: `ages` [T] is each token's distance from the first of its sequence, `rows` [T] its
+          sequence.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK_T, BLOCK_D = 32, 128
+
+
+@triton.jit
+def _tap(
+    x, state, at_T, age_T, in_T, row_T, back: tl.constexpr, d, in_D, x_stride, D, W: tl.constexpr, STATE: tl.constexpr
+):
+    """x, `back` tokens ago, for a tile of tokens; what the state holds where that is before the sequence."""
+    inside = in_T & (age_T >= back)
+    value = tl.load(x + (at_T - back)[:, None] * x_stride + d[None, :], mask=inside[:, None] & in_D[None, :], other=0.0)
+    value = value.to(tl.float32)
+    if STATE and back > 0:
+        where = (row_T[:, None] * D + d[None, :]) * (W - 1) + (age_T - back + W - 1)[:, None]
+        held = tl.load(state + where, mask=(in_T & (age_T < back))[:, None] & in_D[None, :], other=0.0)
+        value += held.to(tl.float32)
+    return value
+
+
+@triton.jit
+def _convolved(x, state, weight, at_T, age_T, in_T, row_T, d, in_D, x_stride, D, W: tl.constexpr, STATE: tl.constexpr):
+    u_TD = _tap(x, state, at_T, age_T, in_T, row_T, 0, d, in_D, x_stride, D, W, STATE)
+    u_TD = u_TD * tl.load(weight + d * W + W - 1, mask=in_D, other=0.0).to(tl.float32)[None, :]
+    for back in tl.static_range(1, W):
+        w_D = tl.load(weight + d * W + W - 1 - back, mask=in_D, other=0.0).to(tl.float32)
+        u_TD += _tap(x, state, at_T, age_T, in_T, row_T, back, d, in_D, x_stride, D, W, STATE) * w_D[None, :]
+    return u_TD
+
+
+@triton.jit
+def _place(ages, rows, t, batch, at_T, in_T, PACKED: tl.constexpr):
+    """Of each token: its distance from the first of its sequence, and the row of states that is its sequence's."""
+    if PACKED:
+        return tl.load(ages + at_T, mask=in_T, other=0), tl.load(rows + at_T, mask=in_T, other=0).to(tl.int64)
+    return t, tl.zeros_like(t).to(tl.int64) + batch
+
+
+@triton.jit(do_not_specialize=["T", "D0", "D1", "D2"])
+def forward_kernel(
+    x0, x1, x2, weight0, weight1, weight2, state0, state1, state2, y0, y1, y2, ages, rows, T, D0, D1, D2,
+    stride0, stride1, stride2, W: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    stream, batch = tl.program_id(2) % 3, (tl.program_id(2) // 3).to(tl.int64)
+    x, weight, state, y, D, x_stride = x0, weight0, state0, y0, D0, stride0
+    if stream == 1:
+        x, weight, state, y, D, x_stride = x1, weight1, state1, y1, D1, stride1
+    if stream == 2:
+        x, weight, state, y, D, x_stride = x2, weight2, state2, y2, D2, stride2
+    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    in_T, in_D = t < T, d < D
+    at_T = batch * T + t
+    age_T, row_T = _place(ages, rows, t, batch, at_T, in_T, PACKED)
+    u_TD = _convolved(x, state, weight, at_T, age_T, in_T, row_T, d, in_D, x_stride, D, W, STATE)
+    y_TD = u_TD * tl.sigmoid(u_TD)
+    tl.store(y + at_T[:, None] * D + d[None, :], y_TD.to(y.dtype.element_ty), mask=in_T[:, None] & in_D[None, :])
+
+
+@triton.jit(do_not_specialize=["T", "D"])
+def backward_kernel(
+    x, weight, state, dy, dx, d_weight, ages, rows, T, D, x_stride, dy_stride,
+    W: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    batch = tl.program_id(2).to(tl.int64)
+    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    in_D = d < D
+    own_T = batch * T + t
+    part = ((batch * tl.num_programs(1) + tl.program_id(1)) * W).to(tl.int64) * D + d
+    dx_TD = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    for ahead in tl.static_range(0, W):  # du of the tokens that look back on this one
+        in_T = t + ahead < T
+        at_T = own_T + ahead
+        age_T, row_T = _place(ages, rows, t + ahead, batch, at_T, in_T, PACKED)
+        u_TD = _convolved(x, state, weight, at_T, age_T, in_T, row_T, d, in_D, x_stride, D, W, STATE)
+        share = tl.sigmoid(u_TD)
+        dy_TD = tl.load(dy + at_T[:, None] * dy_stride + d[None, :], mask=in_T[:, None] & in_D[None, :], other=0.0)
+        du_TD = dy_TD.to(tl.float32) * share * (1.0 + u_TD * (1.0 - share))
+        w_D = tl.load(weight + d * W + W - 1 - ahead, mask=in_D, other=0.0).to(tl.float32)
+        dx_TD += tl.where((in_T & (age_T >= ahead))[:, None], du_TD * w_D[None, :], 0.0)
+        if ahead == 0:
+            for back in tl.static_range(0, W):
+                tap = _tap(x, state, at_T, age_T, in_T, row_T, back, d, in_D, x_stride, D, W, STATE)
+                tl.store(d_weight + part + (W - 1 - back) * D, tl.sum(du_TD * tap, 0), mask=in_D)
+    in_tile = (t < T)[:, None] & in_D[None, :]
+    tl.store(dx + own_T[:, None] * D + d[None, :], dx_TD.to(dx.dtype.element_ty), mask=in_tile)
+
+
+def forward(
+    xs: list[Tensor], weights: list[Tensor], states: list[Tensor], ages: Tensor | None, rows: Tensor | None
+) -> list[Tensor]:
+    """One to three streams x [B, T, D] with weights [D, W] -> y like x. states: [N, D, W - 1] each, or none of them."""
+    B, T, _ = xs[0].shape
+    W = weights[0].shape[-1]
+    ys = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in xs]
+    pick = lambda tensors: [tensors[min(i, len(tensors) - 1)] for i in range(3)]
+    widths = [x.shape[2] for x in xs] + [0] * (3 - len(xs))  # a stream that is not there has no channels
+    if B * T:
+        forward_kernel[(triton.cdiv(max(widths), BLOCK_D), triton.cdiv(T, BLOCK_T), 3 * B)](
+            *pick(xs), *pick(weights), *pick(states or xs), *pick(ys), ages, rows, T, *widths,
+            *pick([x.stride(1) for x in xs]), W=W, STATE=bool(states), PACKED=ages is not None, BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D, num_warps=4,
+        )  # fmt: skip
+    return ys
+
+
+def backward(
+    xs: list[Tensor],
+    weights: list[Tensor],
+    states: list[Tensor],
+    ages: Tensor | None,
+    rows: Tensor | None,
+    dys: list[Tensor],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The gradients of xs and weights; sums over tokens have one order, so the same inputs give the same bits."""
+    B, T, _ = xs[0].shape
+    dxs, d_weights = [], []
+    for i, (x, weight, dy) in enumerate(zip(xs, weights, dys)):
+        D, W = weight.shape
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+        parts = x.new_empty(B, triton.cdiv(T, BLOCK_T), W, D, dtype=torch.float32)
+        if B * T:
+            backward_kernel[(triton.cdiv(D, BLOCK_D), triton.cdiv(T, BLOCK_T), B)](
+                x, weight, states[i] if states else x, dy, dx, parts, ages, rows, T, D, x.stride(1), dy.stride(1),
+                W=W, STATE=bool(states), PACKED=ages is not None, BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D, num_warps=4,
+            )  # fmt: skip
+        dxs.append(dx)
+        d_weights.append(parts.sum((0, 1)).mT.to(weight.dtype))
+    return dxs, d_weights
