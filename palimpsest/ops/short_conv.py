@@ -5,9 +5,12 @@
 Its state is the last W - 1 inputs. No activation inside. D channels, W taps, B sequences, T tokens, N packed sequences.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from palimpsest.ops.packing import check_cu_seqlens
 
@@ -50,21 +53,111 @@ def short_conv(
 
     # Packed: tap w looks back W-1-w tokens; where that crosses the border it looks into the sequence's own state.
     borders = cu_seqlens.to(x.device).long()
+    age, sequence = _places(borders, T)
     tokens = torch.arange(T, device=x.device)
-    sequence = torch.bucketize(tokens, borders[1:], right=True)
-    age = tokens - borders[sequence]
     y = torch.zeros_like(x)
     for w in range(W):
         back = W - 1 - w
         inside = age >= back
         before = state[sequence, :, (age - back + W - 1).clamp(0, max(W - 2, 0))] if back else x[0]
         y = y + torch.where(inside[:, None], x[0, (tokens - back).clamp(min=0)], before) * weight[:, 0, w]
-    lengths = borders.diff()
-    last = torch.arange(-(W - 1), 0, device=x.device)  # the last W-1 inputs of each sequence
-    index = lengths[:, None] + last
+    return y, _last_inputs(x, state, borders)
+
+
+def short_convs(
+    xs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    *,
+    states: Sequence[Tensor] | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Up to three streams at once, each through its own convolution and SiLU: what stands before q, k and v.
+
+    On a GPU one kernel reads and writes them as projections leave them; elsewhere `short_conv`, stream by stream.
+
+    Args:
+        xs: [B, T, D] each. weights: [D, 1, W] each; they may be wider than xs.
+        states: as `short_conv`'s, one a stream. cu_seqlens: as `short_conv`'s.
+
+    Returns:
+        The streams after SiLU, and their states after the last token, both in the dtype of xs.
+
+    >>> ys, states = short_convs([torch.ones(1, 3, 2)] * 3, [torch.ones(2, 1, 4)] * 3)
+    >>> ys[0].shape, states[2].shape
+    (torch.Size([1, 3, 2]), torch.Size([1, 2, 3]))
+    """
+    if _has_kernel(xs, states):
+        B, T, _ = xs[0].shape
+        borders = None if cu_seqlens is None else cu_seqlens.to(xs[0].device).long()
+        if cu_seqlens is not None:
+            check_cu_seqlens(cu_seqlens, B, T)
+        ages, rows = (None, None) if borders is None else (x.int() for x in _places(borders, T))
+        streams = [x if x.is_contiguous() else x.contiguous() for x in xs]
+        flat = [weight.flatten(1) for weight in weights]
+        held = [] if states is None else [state.to(xs[0].dtype).contiguous() for state in states]
+        ys = _ShortConvs.apply(len(xs), ages, rows, *streams, *flat, *held)
+        before: Sequence[Tensor | None] = [None] * len(xs) if states is None else held
+        W = weights[0].shape[-1]
+        return list(ys), [_windows(x, state, W, borders) for x, state in zip(xs, before)]
+    ys, after = [], []
+    for i, (x, weight) in enumerate(zip(xs, weights)):
+        state = None if states is None else states[i].to(x.dtype)
+        y, state = short_conv(x, weight.to(x.dtype), state=state, cu_seqlens=cu_seqlens)
+        ys.append(F.silu(y))
+        after.append(state.contiguous())  # not a view: a state must not keep the whole sequence alive
+    return ys, after
+
+
+class _ShortConvs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, count, ages, rows, *tensors):
+        xs, weights, states = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
+        ctx.save_for_backward(ages, rows, *tensors)
+        ctx.count = count
+        return tuple(torch.ops.palimpsest_gpu.short_conv(list(xs), list(weights), list(states), ages, rows))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *dys):
+        (ages, rows, *tensors), n = ctx.saved_tensors, ctx.count
+        dxs, d_weights = torch.ops.palimpsest_gpu.short_conv_backward(
+            tensors[:n], tensors[n : 2 * n], tensors[2 * n :], ages, rows, list(dys)
+        )
+        return None, None, None, *dxs, *d_weights, *[None] * (len(tensors) - 2 * n)
+
+
+def _has_kernel(xs: Sequence[Tensor], states: Sequence[Tensor] | None) -> bool:
+    """A GPU's dtypes, one of them for all; a state that wants a gradient goes the plain way."""
+    x = xs[0]
+    if not x.is_cuda or x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not 1 <= len(xs) <= 3:
+        return False
+    trained = torch.is_grad_enabled() and states is not None and any(state.requires_grad for state in states)
+    return not trained and x.shape[1] > 0 and all(other.dtype == x.dtype for other in xs)
+
+
+def _places(borders: Tensor, T: int) -> tuple[Tensor, Tensor]:
+    """Of each of T packed tokens: its distance from the first of its sequence, and which sequence that is."""
+    tokens = torch.arange(T, device=borders.device)
+    sequence = torch.bucketize(tokens, borders[1:], right=True)
+    return tokens - borders[sequence], sequence
+
+
+def _windows(x: Tensor, state: Tensor | None, W: int, borders: Tensor | None) -> Tensor:
+    B, T, D = x.shape
+    if borders is None and T >= W - 1:
+        return x[:, T - W + 1 :].mT.contiguous()  # not a view: a state must not keep the whole sequence alive
+    if state is None:
+        state = x.new_zeros(B if borders is None else len(borders) - 1, D, W - 1)
+    return torch.cat((state, x.mT), -1)[..., T:].contiguous() if borders is None else _last_inputs(x, state, borders)
+
+
+def _last_inputs(x: Tensor, state: Tensor, borders: Tensor) -> Tensor:
+    """The last W - 1 inputs of each packed sequence."""
+    D, T, W = x.shape[2], x.shape[1], state.shape[-1] + 1
+    index = borders.diff()[:, None] + torch.arange(-(W - 1), 0, device=x.device)
     from_x = x[0, (borders[:-1, None] + index).clamp(0, T - 1)].mT
     from_state = state.gather(2, (index + W - 1).clamp(0, max(W - 2, 0))[:, None].expand(-1, D, -1))
-    return y, torch.where((index >= 0)[:, None], from_x, from_state)
+    return torch.where((index >= 0)[:, None], from_x, from_state)
 
 
 def short_conv_step_(x: Tensor, weight: Tensor, state: Tensor) -> Tensor:

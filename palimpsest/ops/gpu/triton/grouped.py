@@ -85,7 +85,7 @@ def product(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
 
 def outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     """left [M, A], right [M, B], ends [E] int32 -> [E, A, B] in the dtype of left."""
-    (M, A), B, E = left.shape, right.shape[1], len(ends)
+    A, B, E = left.shape[1], right.shape[1], len(ends)
     left, right = (x if x.stride(1) == 1 else x.contiguous() for x in (left, right))
     out = left.new_empty(E, A, B)
     wide = left.dtype == torch.float32

@@ -53,7 +53,8 @@ def _place(ages, rows, t, batch, at_T, in_T, PACKED: tl.constexpr):
 @triton.jit(do_not_specialize=["T", "D0", "D1", "D2"])
 def forward_kernel(
     x0, x1, x2, weight0, weight1, weight2, state0, state1, state2, y0, y1, y2, ages, rows, T, D0, D1, D2,
-    stride0, stride1, stride2, W: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    stride0, stride1, stride2,
+    W: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     stream, batch = tl.program_id(2) % 3, (tl.program_id(2) // 3).to(tl.int64)
     x, weight, state, y, D, x_stride = x0, weight0, state0, y0, D0, stride0
@@ -113,7 +114,8 @@ def forward(
     if B * T:
         forward_kernel[(triton.cdiv(max(widths), BLOCK_D), triton.cdiv(T, BLOCK_T), 3 * B)](
             *pick(xs), *pick(weights), *pick(states or xs), *pick(ys), ages, rows, T, *widths,
-            *pick([x.stride(1) for x in xs]), W=W, STATE=bool(states), PACKED=ages is not None, BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D, num_warps=4,
+            *pick([x.stride(1) for x in xs]),
+            W=W, STATE=bool(states), PACKED=ages is not None, BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D, num_warps=4,
         )  # fmt: skip
     return ys
 
