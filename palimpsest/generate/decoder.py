@@ -52,8 +52,9 @@ class Decoder:
         ids_BT, mask_BT = self._as_tensors(tokens)
         pieces = [ids_BT.shape[1]] if self.history is None else self._pieces(ids_BT.shape[1])
         for ids in ids_BT.split(pieces, dim=1):
-            state, logits = self._step(ids) if ids.shape[1] == 1 and mask_BT is None else self._chunk(ids, mask_BT)
-            self._take(state, logits, ids)
+            stepped = ids.shape[1] == 1 and mask_BT is None
+            state, logits = self._step(ids) if stepped else self._chunk(ids, mask_BT)
+            self._take(state, logits, ids, stepped)
         self._note(tokens)
 
     def verify(self, tokens: Sequence[int]) -> Tensor:
@@ -74,7 +75,7 @@ class Decoder:
             state, logits = self._chunk(ids, None)
         else:
             state, logits = output.state, output.logits[:, -1]
-        self._take(state, logits, ids)
+        self._take(state, logits, ids, stepped=False)
         self._note(ids.tolist())
 
     def choose(self, sampling: Sampling, seeds: Sequence[int]) -> list[int]:
@@ -121,10 +122,10 @@ class Decoder:
         self.num_calls += 1
         return output.state, output.logits[:, -1]
 
-    def _take(self, state: ModelState, logits: Tensor, ids: Tensor) -> None:
+    def _take(self, state: ModelState, logits: Tensor, ids: Tensor, stepped: bool) -> None:
         self.current = DecodeState(state, logits, self.current.seen.scatter(1, ids, True))
         if self.history is not None:
-            self.history = self.history.record(state, ids)
+            self.history = self.history.record(state, ids[:, 0] if stepped else ids)
 
     def _note(self, tokens: Sequence[Sequence[int]]) -> None:
         for row, since, new in zip(self.rows, self._since, tokens, strict=True):

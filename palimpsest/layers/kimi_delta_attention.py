@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from palimpsest.layers.layer_state import KDAState
 from palimpsest.layers.norms import RMSNorm
 from palimpsest.layers.options import OFFICIAL, MixerOptions
-from palimpsest.layers.padding import check_rows, pack, unpack
+from palimpsest.layers.padding import check_input, check_rows, check_sizes, dtype_of, pack, unpack
 from palimpsest.layers.precision import Float32Tensors, float32
 from palimpsest.layers.short_conv import ShortConvolution
 from palimpsest.ops.gates import SigmoidDecay, SoftplusDecay, l2norm
@@ -57,13 +57,15 @@ class KimiDeltaAttention(Float32Tensors):
         self,
         hidden_size: int,
         num_heads: int,
-        head_dim: int,
+        head_dim: int = 128,
         *,
         conv_size: int = 4,
         norm_eps: float = 1e-5,
         options: MixerOptions = OFFICIAL,
     ):
         super().__init__()
+        check_sizes(hidden_size=hidden_size, num_heads=num_heads, head_dim=head_dim, conv_size=conv_size)
+        self.hidden_size, self.conv_size = hidden_size, conv_size
         self.num_heads, self.head_dim, self.options = num_heads, head_dim, options
         D, H, K = num_heads * head_dim, num_heads, head_dim
         linear = lambda inputs, outputs: nn.Linear(inputs, outputs, bias=False)
@@ -126,15 +128,13 @@ class KimiDeltaAttention(Float32Tensors):
         Returns:
             y [B, T, hidden_size], zero where mask is False, and the state after the last token.
         """
+        check_input(x, self.hidden_size, dtype=dtype_of(self.q_proj))
         check_rows(x[..., 0], mask, cu_seqlens)
+        self._check_state(state, len(x) if cu_seqlens is None else len(cu_seqlens) - 1)
         if mask is not None:
             packed, cu_seqlens = pack(x, mask)
             y, after = self.forward(packed, state, cu_seqlens=cu_seqlens)
             return unpack(y, mask), after
-        if x.shape[1] == 1 and state is not None and cu_seqlens is None and not torch.is_grad_enabled():
-            state = KDAState(state.memory.clone(), tuple(window.clone() for window in state.conv))
-            y, state = self.step_(x[:, 0], state)
-            return y[:, None], state
 
         (q_BTHK, k_BTHK, v_BTHK), windows = self._streams(x, state, cu_seqlens)
         memory = None if state is None else state.memory
@@ -151,8 +151,17 @@ class KimiDeltaAttention(Float32Tensors):
 
         Returns:
             y [B, hidden_size], and the same state.
+
+        Raises:
+            RuntimeError: a gradient is asked for; nothing was rewritten.
         """
-        check_rows(x[..., 0], mask, None)  # before anything is rewritten
+        check_input(x, self.hidden_size, step=True, dtype=dtype_of(self.q_proj))  # all before anything is rewritten
+        check_rows(x[..., 0], mask, None)
+        self._check_state(state, len(x), step=True)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (x, state.memory, *state.conv, *self.parameters())):
+            raise RuntimeError(
+                "step_ edits the state in place and has no gradient; call forward, or enter torch.no_grad()"
+            )
         H, K = self.num_heads, self.head_dim
         held = None if mask is None else [window.clone() for window in state.conv]
         streams = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
@@ -203,6 +212,23 @@ class KimiDeltaAttention(Float32Tensors):
         if self.options.qk_norm:
             q_BTHK, k_BTHK = l2norm(q_BTHK), l2norm(k_BTHK)
         return RecurrenceInputs(q_BTHK, k_BTHK, v_BTHK, self._log_decay(x).expand_as(k_BTHK), self._beta(x))
+
+    def _check_state(self, state: KDAState | None, rows: int, *, step: bool = False) -> None:
+        if state is None and not step:
+            return
+        if not isinstance(state, KDAState):
+            raise ValueError(f"state is a {type(state).__name__}; a memory layer continues a KDAState")
+        H, K = self.num_heads, self.head_dim
+        if tuple(state.memory.shape) != (rows, H, K, K):
+            raise ValueError(
+                f"the memory of the state has shape {tuple(state.memory.shape)}; expected {(rows, H, K, K)}"
+            )
+        windows, window = 3 if self.options.conv else 0, (rows, H * K, self.conv_size - 1)
+        if [tuple(x.shape) for x in state.conv] != [window] * windows:
+            raise ValueError(
+                f"the state has convolution windows of shapes {[tuple(x.shape) for x in state.conv]}; "
+                f"expected {windows} of {window}"
+            )
 
     def _streams(self, x: Tensor, state: KDAState | None, cu_seqlens: Tensor | None = None):
         """q, k and v as [B, T, H, K], through their convolutions, and the windows that these leave."""

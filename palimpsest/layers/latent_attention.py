@@ -16,7 +16,7 @@ from torch import Tensor, einsum, nn
 from palimpsest.layers.latent_cache import LatentCache
 from palimpsest.layers.layer_state import LatentState
 from palimpsest.layers.norms import RMSNorm
-from palimpsest.layers.padding import borders, check_rows, pack, unpack
+from palimpsest.layers.padding import borders, check_input, check_rows, check_sizes, dtype_of, pack, unpack
 from palimpsest.layers.precision import float32
 from palimpsest.ops.latent_step import latent_step
 
@@ -52,7 +52,9 @@ class MultiHeadLatentAttention(nn.Module):
         rope: float | None = None,
     ):
         super().__init__()
-        self.num_heads, self.rope = num_heads, rope
+        check_sizes(hidden_size=hidden_size, num_heads=num_heads, kv_lora_rank=kv_lora_rank, v_head_dim=v_head_dim)
+        check_sizes(0, qk_nope_head_dim=qk_nope_head_dim, qk_rope_head_dim=qk_rope_head_dim)
+        self.hidden_size, self.num_heads, self.rope = hidden_size, num_heads, rope
         self.R, self.N, self.P, self.V = kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim
         linear = lambda inputs, outputs: nn.Linear(inputs, outputs, bias=False)
         self.q_proj = linear(hidden_size, num_heads * (self.N + self.P))
@@ -73,7 +75,9 @@ class MultiHeadLatentAttention(nn.Module):
 
         Args and return as KimiDeltaAttention.forward; without a mask every token is one.
         """
+        check_input(x, self.hidden_size, dtype=dtype_of(self.q_proj))
         check_rows(x[..., 0], mask, cu_seqlens)
+        self._check_state(state, len(x) if cu_seqlens is None else None)
         if mask is not None:
             packed, cu_seqlens = pack(x, mask)
             y, after = self.forward(packed, state, cu_seqlens=cu_seqlens)
@@ -95,6 +99,7 @@ class MultiHeadLatentAttention(nn.Module):
 
         A `LatentCache` is rewritten in place, without a wait for the device.
         """
+        check_input(x, self.hidden_size, step=True, dtype=dtype_of(self.q_proj))
         check_rows(x[..., 0], mask, None)
         if isinstance(state, LatentCache):
             q_BTHC, latent_BTC = self._project(x[:, None], state.length[:, None])
@@ -104,6 +109,22 @@ class MultiHeadLatentAttention(nn.Module):
         q_BTHC, latent_BTC = self._project(x[:, None], state.num_tokens()[:, None])
         state = state.append(latent_BTC, None if mask is None else mask[:, None])
         return self.o_proj(self._absorbed(q_BTHC, state.latent, state.valid).flatten(-2))[:, 0], state
+
+    def _check_state(self, state: LatentState | None, rows: int | None) -> None:
+        if state is None:
+            return
+        if not isinstance(state, LatentState):
+            raise ValueError(f"state is a {type(state).__name__}; a latent attention layer continues a LatentState")
+        shape, width = tuple(state.latent.shape), self.R + self.P
+        if len(shape) != 3 or shape[-1] != width or rows not in (None, shape[0]):
+            raise ValueError(
+                f"the latent of the state has shape {shape}; expected [{rows or 'documents'}, tokens, {width}]"
+            )
+        if state.valid is not None and (tuple(state.valid.shape) != shape[:2] or state.valid.dtype != torch.bool):
+            raise ValueError(
+                f"valid of the state is {state.valid.dtype} of shape {tuple(state.valid.shape)}; "
+                f"expected torch.bool of shape {shape[:2]}"
+            )
 
     def _documents(self, x: Tensor, state: LatentState | None, ends: list[int]) -> tuple[Tensor, LatentState]:
         """Packed documents, each attending to itself and to what its own row of the state holds."""

@@ -32,7 +32,21 @@ class CacheBuffer:
     """Rows behind a latent, with space to grow. Nobody rewrites a row that is filled, so older states stay true."""
 
     rows: Tensor  # [B, capacity, C]
-    filled: int
+    end: list[int]  # one number, how many rows are filled; nothing while a thread is claiming more
+
+    def claim(self, start: int, count: int) -> bool:
+        """Whether rows start .. start + count are now the caller's to write.
+
+        Taking the one number out of a list happens whole or not at all, so of two threads that go on from one state one
+        gets the rows; the other finds nothing, or another number, and makes a copy.
+        """
+        try:
+            end = self.end.pop()
+        except IndexError:
+            return False
+        mine = end == start and start + count <= self.rows.shape[1]
+        self.end.append(start + count if mine else end)
+        return mine
 
 
 @dataclass(frozen=True)
@@ -73,7 +87,8 @@ class LatentState:
     def append(self, latent: Tensor, valid: Tensor | None = None) -> LatentState:
         """The state with T more rows, [B, T, C]; valid [B, T] says which of them are tokens, all if None.
 
-        This state keeps its value. Without a graph to record, the rows go into the spare rows that the last append left.
+        This state keeps its value. With gradients off, the rows go into the spare rows that the last append left; with
+        gradients on into a new tensor, since attention may have kept the old one for its backward pass.
         """
         S, T = self.latent.shape[1], latent.shape[1]
         if self.valid is not None or valid is not None:
@@ -82,28 +97,26 @@ class LatentState:
                 for x, v in ((self.latent, self.valid), (latent, valid))
             )
             valid = torch.cat([old, new], dim=1)
-        if torch.is_grad_enabled() and (self.latent.requires_grad or latent.requires_grad):
+        if torch.is_grad_enabled():
             return LatentState(torch.cat([self.latent, latent], dim=1), valid)
 
         buffer = self._buffer_for(latent)
         buffer.rows[:, S : S + T] = latent
-        buffer.filled = S + T
         return LatentState(buffer.rows[:, : S + T], valid, buffer)
 
     def _buffer_for(self, latent: Tensor) -> CacheBuffer:
-        """A buffer that begins with this state's rows: its own if nobody has written behind them, otherwise a copy."""
+        """A buffer that begins with this state's rows, with the next ones claimed: its own if they are free, or a copy."""
         buffer, S, count = self.buffer, self.latent.shape[1], latent.shape[1]
         if (
             buffer is not None
-            and buffer.filled == S
             and buffer.rows.data_ptr() == self.latent.data_ptr()
             and buffer.rows.shape[0] == len(latent)
-            and buffer.rows.shape[1] >= S + count
             and buffer.rows.dtype == latent.dtype
             and (torch.is_inference_mode_enabled() or not buffer.rows.is_inference())  # torch forbids such writes
+            and buffer.claim(S, count)
         ):
             return buffer
         capacity = S + count + max(64, S // 8)  # an eighth more: few copies, little waste
         rows = latent.new_empty(len(latent), capacity, latent.shape[2])
         rows[:, :S] = self.latent
-        return CacheBuffer(rows, S)
+        return CacheBuffer(rows, [S + count])

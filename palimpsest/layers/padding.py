@@ -4,6 +4,29 @@ import torch
 from torch import Tensor
 
 
+def check_sizes(least: int = 1, **sizes: int) -> None:
+    """Raise ValueError unless each size is a whole number, `least` or more."""
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool) or size < least:
+            raise ValueError(f"{name} is {size!r}; expected a whole number, {least} or more")
+
+
+def dtype_of(projection: torch.nn.Module) -> torch.dtype | None:
+    """The dtype of its weight; None if that is not one of floats, or if the module is no plain projection."""
+    weight = getattr(projection, "weight", None)
+    return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else None
+
+
+def check_input(x: Tensor, hidden_size: int, *, step: bool = False, dtype: torch.dtype | None = None) -> None:
+    """Raise ValueError unless x is [B, T, hidden_size], or [B, hidden_size] for a step, of floats, of `dtype` if given."""
+    shape = f"[B, hidden_size = {hidden_size}]" if step else f"[B, T, hidden_size = {hidden_size}]"
+    if not isinstance(x, Tensor) or x.ndim != (2 if step else 3) or x.shape[-1] != hidden_size:
+        came = f"of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        raise ValueError(f"x is {came}; expected a tensor {shape}")
+    if not x.is_floating_point() or (dtype not in (None, x.dtype) and not torch.is_autocast_enabled(x.device.type)):
+        raise ValueError(f"x is {x.dtype}; expected {dtype or 'floating point'}, the weights' own: use x.to(...)")
+
+
 def check_rows(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
     """Raise if mask or cu_seqlens does not fit the rows x [B, T]; for one token a sequence, x [B] and mask [B]."""
     rows = tuple(x.shape)

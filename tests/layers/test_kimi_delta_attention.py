@@ -173,6 +173,18 @@ def test_segments_steps_packing_and_padding_are_the_whole(parts):
 
 
 @torch.no_grad()
+def test_padding_on_the_right_of_every_row_leaves_no_trace():
+    m, x, lengths = layer(), draw(3, 9, HIDDEN), [4, 9, 1]
+    mask = torch.arange(9) < torch.tensor(lengths)[:, None]
+    y, state = m(x, mask=mask)
+    for i, n in enumerate(lengths):
+        alone, after = m(x[i : i + 1, :n])
+        torch.testing.assert_close(y[i, :n], alone[0])
+        assert not y[i, n:].any()
+        close(KDAState(state.memory[i : i + 1], tuple(w[i : i + 1] for w in state.conv)), after)
+
+
+@torch.no_grad()
 def test_padding_poisoned_with_nan_leaves_no_trace():
     m, x = layer(), draw(1, 9, HIDDEN)
     poisoned = torch.cat([torch.full((1, 3, HIDDEN), torch.nan, dtype=torch.float64), x], 1)
@@ -207,6 +219,51 @@ def test_a_refused_step_rewrites_nothing():
     assert all(a.equal(b) for a, b in zip((state.memory, *state.conv), kept))
 
 
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("trained", ["b_proj", "e_proj", "o_proj", "x", "memory"])
+def test_a_step_under_autograd_is_refused_before_the_windows_move(parts, trained):
+    m, x = layer(parts).requires_grad_(False), draw(2, HIDDEN)
+    _, state = m(draw(2, 8, HIDDEN))
+    kept = [t.clone() for t in (state.memory, *state.conv)]
+    wanted = {"x": x, "memory": state.memory}.get(trained)
+    if wanted is None and not hasattr(m, trained):
+        return
+    (getattr(m, trained).weight if wanted is None else wanted).requires_grad_()
+    with pytest.raises(RuntimeError, match="step_ edits the state in place and has no gradient; call forward"):
+        m.step_(x, state)
+    assert all(a.equal(b) for a, b in zip((state.memory, *state.conv), kept))
+
+
+STATE = lambda m: m(draw(2, 6, HIDDEN))[1]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: m(draw(5, HIDDEN)), r"x is of shape \(5, 24\); expected a tensor \[B, T, hidden_size = 24\]"),
+        (lambda m: m(draw(2, 5, 23)), r"x is of shape \(2, 5, 23\); expected a tensor \[B, T, hidden_size = 24\]"),
+        (lambda m: m(torch.tensor(1.0)), r"x is of shape \(\); expected a tensor"),
+        (lambda m: m([[1.0] * HIDDEN]), "x is a list; expected a tensor"),
+        (lambda m: m(torch.ones(2, 5, HIDDEN, dtype=torch.long)), "x is torch.int64; expected torch.float64, the weights' own"),
+        (lambda m: m(draw(2, 5, HIDDEN).float()), "x is torch.float32; expected torch.float64, the weights' own"),
+        (lambda m: m(draw(2, 5, HIDDEN), mask=torch.ones(2, 4, dtype=torch.bool)), "expected torch.bool of shape"),
+        (lambda m: m(draw(3, 5, HIDDEN), STATE(m)), r"memory of the state has shape \(2, 2, 8, 8\); expected \(3, 2, 8, 8\)"),
+        (lambda m: m(draw(1, 5, HIDDEN), STATE(m), cu_seqlens=torch.tensor([0, 5])), r"expected \(1, 2, 8, 8\)"),
+        (lambda m: m(draw(2, 5, HIDDEN), STATE(m).conv), "state is a tuple; a memory layer continues a KDAState"),
+        (lambda m: m(draw(2, 5, HIDDEN), KDAState(STATE(m).memory, ())), r"windows of shapes \[\]; expected 3 of \(2, 16, 3\)"),
+        (lambda m: m.step_(draw(2, 1, HIDDEN), STATE(m)), r"\(2, 1, 24\); expected a tensor \[B, hidden_size = 24\]"),
+        (lambda m: m.step_(draw(3, HIDDEN), STATE(m)), r"memory of the state has shape \(2, 2, 8, 8\)"),
+        (lambda m: m.step_(draw(2, HIDDEN), None), "state is a NoneType; a memory layer continues a KDAState"),
+        (lambda m: KimiDeltaAttention(64, 2, 0), "head_dim is 0; expected a whole number, 1 or more"),
+        (lambda m: KimiDeltaAttention(64.0, 2), "hidden_size is 64.0; expected a whole number, 1 or more"),
+    ],
+)  # fmt: skip
+@torch.no_grad()
+def test_bad_input_is_refused_in_a_sentence(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(layer())
+
+
 @pytest.mark.parametrize("T", [1, 5])
 @pytest.mark.parametrize("parts", ["released", "gla"])
 @torch.no_grad()
@@ -231,7 +288,6 @@ def test_gradients_reach_every_parameter_and_the_state():
 
 
 def test_gradient_of_one_token_is_that_of_the_whole():
-    """With a gradient wanted, one token does not go through the step in place."""
     m, x = layer(), draw(1, 4, HIDDEN).requires_grad_()
     whole, _ = m(x)
     (truth,) = torch.autograd.grad(whole[:, 3].square().sum(), x)

@@ -1,13 +1,15 @@
 """Latent attention against a plain reading of its definition, both of its ways, and its cache as a value."""
 
 import math
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from palimpsest.layers import latent_attention
 from palimpsest.layers.latent_attention import MultiHeadLatentAttention, rotate
-from palimpsest.layers.layer_state import LatentState
+from palimpsest.layers.layer_state import CacheBuffer, LatentState
 from palimpsest.testing import assert_within_budget
 
 HIDDEN, H, R, N, P, V = 24, 3, 10, 6, 4, 5
@@ -155,6 +157,104 @@ def test_packing_and_padding_are_separate_documents(rope):
     for i, row in enumerate(rested.rows()):
         alone, _ = m(draw(4, 3, HIDDEN)[i : i + 1], LatentState(row[None]))
         torch.testing.assert_close(longer[i], alone[0])
+
+
+@torch.no_grad()
+def test_padding_on_the_right_of_every_row_leaves_no_trace():
+    m, x, lengths = layer(100.0), draw(3, 9, HIDDEN), [4, 9, 1]
+    mask = torch.arange(9) < torch.tensor(lengths)[:, None]
+    y, state = m(x, mask=mask)
+    for i, n in enumerate(lengths):
+        alone, after = m(x[i : i + 1, :n])
+        torch.testing.assert_close(y[i, :n], alone[0])
+        assert not y[i, n:].any()
+        torch.testing.assert_close(state.rows()[i], after.latent[0])
+
+
+STATE = lambda m: m(draw(2, 6, HIDDEN))[1]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: m(draw(5, HIDDEN)), r"x is of shape \(5, \d+\); expected a tensor \[B, T, hidden_size = "),
+        (lambda m: m(draw(2, 5, 3)), r"x is of shape \(2, 5, 3\); expected a tensor \[B, T, hidden_size = "),
+        (lambda m: m(draw(2, 5, HIDDEN).float()), "x is torch.float32; expected torch.float64, the weights' own"),
+        (lambda m: m(draw(3, 5, HIDDEN), STATE(m)), r"latent of the state has shape \(2, 6, \d+\); expected \[3, tokens"),
+        (lambda m: m(draw(2, 5, HIDDEN), LatentState(STATE(m).latent[..., 1:])), "latent of the state has shape"),
+        (lambda m: m(draw(2, 5, HIDDEN), LatentState(STATE(m).latent, torch.ones(2, 6))), "valid of the state is torch.float32"),
+        (lambda m: m(draw(2, 5, HIDDEN), (1, 2)), "state is a tuple; a latent attention layer continues a LatentState"),
+        (lambda m: m.step_(draw(2, 1, HIDDEN), STATE(m)), r"x is of shape \(2, 1, \d+\); expected a tensor \[B, hidden_size"),
+        (lambda m: MultiHeadLatentAttention(64, 0), "num_heads is 0; expected a whole number, 1 or more"),
+        (lambda m: MultiHeadLatentAttention(64, 2, qk_rope_head_dim=-1), "qk_rope_head_dim is -1; expected a whole number"),
+    ],
+)  # fmt: skip
+@torch.no_grad()
+def test_bad_input_is_refused_in_a_sentence(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(layer())
+
+
+@torch.no_grad()
+def test_threads_that_go_on_from_one_state_do_not_meet():
+    """Each claims the spare rows or copies: no thread ever reads another's latents."""
+    m, x = layer(), draw(16, HIDDEN)
+    _, start = m(draw(1, 9, HIDDEN))
+    _, start = m.step_(x[:1], start)  # with spare rows behind it
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            for _ in range(10):
+                futures = list(pool.map(m.step_, x.split(1), [start] * len(x)))
+                for token, (_, future) in zip(x.split(1), futures):
+                    _, alone = m.step_(token, LatentState(start.latent.clone()))
+                    assert future.latent.equal(alone.latent)
+                start = futures[-1][1]
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def test_of_two_claims_of_the_same_rows_one_is_given():
+    """The moment that threads can hardly be made to meet at: another claims when this one has just looked."""
+    buffer, others = CacheBuffer(torch.empty(1, 20, 3), [9]), []
+
+    class Interrupted(list):
+        def meanwhile(self, seen):
+            if not others:
+                others.append(None)
+                others[0] = buffer.claim(9, 1)
+            return seen
+
+        def pop(self):
+            return self.meanwhile(super().pop())
+
+        def __getitem__(self, at):
+            return self.meanwhile(super().__getitem__(at))
+
+    buffer.end = Interrupted(buffer.end)
+    assert [buffer.claim(9, 1), others[0]] in ([True, False], [False, True])
+    assert not buffer.claim(9, 1)
+    assert buffer.claim(10, 10)
+    assert not buffer.claim(20, 1)
+
+
+def test_queries_alone_can_be_trained_over_a_carried_state():
+    """Keys and values frozen, as when an adapter sits on q alone: what the backward pass reads is not written over."""
+    m, x = layer(), draw(1, 12, HIDDEN)
+    m.requires_grad_(False)
+    m.q_proj.requires_grad_()
+    for absorb_first in (4, 1):
+        with torch.no_grad():
+            _, state = m(x[:, :3])
+            _, state = m.step_(x[:, 3], state)
+        outputs = []
+        for t in range(4, 12, absorb_first):
+            y, state = m(x[:, t : t + absorb_first], state)
+            outputs.append(y)
+        (grad,) = torch.autograd.grad(torch.cat(outputs, 1).square().sum(), m.q_proj.weight)
+        (truth,) = torch.autograd.grad(m(x)[0][:, 4:].square().sum(), m.q_proj.weight)
+        torch.testing.assert_close(grad, truth)
 
 
 def test_rows_and_documents_must_agree():

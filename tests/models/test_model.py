@@ -306,7 +306,14 @@ def test_bad_calls_are_refused_in_a_sentence(call, message):
     assert "\n" not in str(raised.value)
 
 
-def test_a_step_under_autograd_is_refused():
-    model = build()
+@pytest.mark.parametrize("trained", ["everything", "the last layer", "the state"])
+def test_a_step_under_autograd_is_refused_before_anything_moves(trained):
+    model = build("KMK").requires_grad_(trained == "everything")
+    model.model.layers[2].requires_grad_(trained != "the state")
+    with torch.no_grad():
+        state = model(tokens(1, 5)).state
+    kept = state.snapshot()
+    state.layers[2].memory.requires_grad_(trained == "the state")
     with pytest.raises(RuntimeError, match="no gradient"):
-        model.step_(tokens(1), ModelState.empty(model.config, dtype=torch.float64))
+        model.step_(tokens(1), state)
+    assert state.same(kept)

@@ -27,7 +27,7 @@ def stepped(model, tokens, every=16, keep=4):
     for t in range(tokens.shape[1]):
         states.append(state.snapshot())
         _, state = model.step_(tokens[:, t], state)
-        history = history.record(state, tokens[:, t : t + 1])
+        history = history.record(state, tokens[:, t])
     return history, [*states, state]
 
 
@@ -45,11 +45,30 @@ def test_going_back_and_on_is_never_having_gone_back(model, tokens):
     state = back.latest
     for t in range(70, 100):
         with torch.no_grad():
-            state = model(tokens[:, t : t + 1], state=state).state
-        back = back.record(state, tokens[:, t : t + 1])
+            _, state = model.step_(tokens[:, t], state.snapshot())
+        back = back.record(state, tokens[:, t])
     assert state.same(states[100])
     assert back.rollback(model, 51)[0].same(states[51])
     assert history.rollback(model, 51)[0].same(states[51])  # the value that was gone back from is as it was
+
+
+@pytest.mark.parametrize("position", [3, 15, 16, 20, 37, 39])
+@torch.no_grad()
+def test_going_back_into_the_middle_of_a_call_is_reading_up_to_there(model, tokens, position):
+    """Calls of many tokens: 0..16, 16..24, 24..32, 32..40; the state inside one is that of its first tokens."""
+    start, cuts = ModelState.empty(model.config, 2), [0, 16, 24, 32, 40]
+    history, states = StateHistory.start(start, every=16), {0: start}
+    for a, b in zip(cuts, cuts[1:]):
+        states[b] = model(tokens[:, a:b], state=history.latest).state
+        history = history.record(states[b], tokens[:, a:b])
+    before = max(cut for cut in cuts if cut <= position)
+    truth = states[before]
+    if before < position:
+        truth = model(tokens[:, before:position], state=truth).state
+    state, back = history.rollback(model, position)
+    assert state.same(truth)
+    assert back.latest.same(truth)
+    assert back.rollback(model, position)[0].same(truth)
 
 
 def test_steps_in_place_after_going_back_do_not_reach_the_checkpoints(model, tokens):
@@ -61,8 +80,8 @@ def test_steps_in_place_after_going_back_do_not_reach_the_checkpoints(model, tok
 
 def test_a_step_back_reads_fewer_tokens_than_lie_between_checkpoints(model, tokens, monkeypatch):
     history, _ = stepped(model, tokens)
-    calls, forward = [], model.forward
-    monkeypatch.setattr(model, "forward", lambda ids, **rest: (calls.append(ids.shape[1]), forward(ids, **rest))[1])
+    calls, step = [], model.step_
+    monkeypatch.setattr(model, "step_", lambda ids, state: (calls.append(1), step(ids, state))[1])
     for position in (48, 49, 63, 64, 65, 100):
         calls.clear()
         history.rollback(model, position)

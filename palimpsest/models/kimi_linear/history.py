@@ -26,7 +26,7 @@ class Checkpoint:
     Attributes:
         layers: a memory as it was, or the length that a latent cache had.
         position: [B], tokens read.
-        segments: what was read after it, up to the next checkpoint, call by call; each [B, n].
+        segments: what was read after it, up to the next checkpoint, call by call; each [B, n], or [B] for one step.
     """
 
     layers: tuple[KDAState | int, ...]
@@ -36,7 +36,7 @@ class Checkpoint:
     @property
     def num_tokens(self) -> int:
         """Tokens read after it."""
-        return sum(segment.shape[1] for segment in self.segments)
+        return sum(map(_count, self.segments))
 
     def state(self, latest: ModelState) -> ModelState:
         """A copy of the state that was kept, its latent caches cut from those of a later state."""
@@ -104,16 +104,16 @@ class StateHistory:
 
         Args:
             state: the state after the call.
-            tokens: [B, n], what the call read, n at most `room`; no padding.
+            tokens: [B, n], what the forward call read, n at most `room`; [B], what `step_` read; no padding.
 
         Raises:
             ValueError: more tokens than room, or state is not n tokens after the latest one.
         """
-        n = tokens.shape[-1]
-        if tokens.ndim != 2 or tokens.shape[0] != self.latest.batch_size or not 1 <= n <= self.room:
+        n, B = _count(tokens), self.latest.batch_size
+        if tokens.ndim not in (1, 2) or len(tokens) != B or not 1 <= n <= self.room:
             raise ValueError(
-                f"tokens has shape {tuple(tokens.shape)}; expected [{self.latest.batch_size}, n] with n from 1 to "
-                f"{self.room}, the room before the next checkpoint"
+                f"tokens has shape {tuple(tokens.shape)}; expected [{B}, n] with n from 1 to {self.room}, the room before "
+                f"the next checkpoint, or [{B}] for a step"
             )
         if state.position.tolist() != [position + n for position in self.latest.position.tolist()]:
             raise ValueError(
@@ -161,10 +161,18 @@ class StateHistory:
         for segment in from_here.segments:
             if not missing:
                 break
-            tokens = segment[:, :missing]
-            missing -= tokens.shape[1]
-            history = history.record(model(tokens, state=history.latest, last_only=True).state, tokens)
+            if segment.ndim == 1:
+                tokens, (_, after) = segment, model.step_(segment, history.latest.snapshot())
+            else:
+                tokens = segment[:, :missing]
+                after = model(tokens, state=history.latest, last_only=True).state
+            missing -= _count(tokens)
+            history = history.record(after, tokens)
         return history.latest, history
+
+
+def _count(segment: Tensor) -> int:
+    return 1 if segment.ndim == 1 else segment.shape[1]
 
 
 def _checkpoint(state: ModelState) -> Checkpoint:

@@ -154,6 +154,11 @@ class KimiLinearModel(nn.Module):
                 f"state is of another model: its layers are {', '.join(type(layer).__name__ for layer in state.layers)} "
                 f"and the model's {', '.join(self.config.layer_types)}"
             )
+        needs_grad = ndim == 1 and torch.is_grad_enabled()
+        if needs_grad and any(x.requires_grad for x in (*self.parameters(), *state.tensors().values())):
+            raise RuntimeError(  # before the first layer rewrites anything
+                "step_ edits the state in place and has no gradient; call the model, or enter torch.no_grad()"
+            )
 
 
 class KimiLinearForCausalLM(nn.Module):
