@@ -10,7 +10,7 @@ after four and a half minutes of training, however fast the machine is, and the 
 import sysconfig
 
 from palimpsest.models.kimi_linear import KimiLinearConfig
-from palimpsest.train import Data, Evaluate, Keep, Optim, Recipe, Schedule, TextFiles
+from palimpsest.train import Data, Evaluate, Optim, Output, Recipe, Schedule, TextFiles
 
 
 def recipe() -> Recipe:
@@ -52,5 +52,5 @@ def recipe() -> Recipe:
         optim=Optim(lr=2e-2, matrix_lr=1.5e-2, momentum=0.9),
         schedule=Schedule(warmup=0.02, decay=0.4),
         evaluate=Evaluate(every=100, max_bytes=32768, final_max_bytes=1 << 18),
-        keep=Keep(checkpoint_every=200, log_every=5),
+        output=Output(checkpoint_every=200, log_every=5),
     )

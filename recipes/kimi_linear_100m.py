@@ -11,7 +11,7 @@ import dataclasses
 import sysconfig
 
 from palimpsest.models.kimi_linear import KimiLinearConfig
-from palimpsest.train import Data, Evaluate, Keep, Optim, Recipe, Schedule, TextFiles
+from palimpsest.train import Data, Evaluate, Optim, Output, Recipe, Schedule, TextFiles
 
 
 def recipe() -> Recipe:
@@ -46,7 +46,7 @@ def recipe() -> Recipe:
         optim=Optim(lr=3e-3, matrix_lr=1e-2),
         schedule=Schedule(warmup=0.02, decay=0.3),
         evaluate=Evaluate(every=250, piece_bytes=4096, max_bytes=1 << 19, final_max_bytes=1 << 22),
-        keep=Keep(checkpoint_every=500, tensorboard=False),
+        output=Output(checkpoint_every=500, tensorboard=False),
         precision="bf16",
     )
 
@@ -62,6 +62,6 @@ def debug() -> Recipe:
         data=dataclasses.replace(large.data, sequence_length=128, batch_size=4),
         steps=20,
         evaluate=Evaluate(every=10, max_bytes=8192, final_max_bytes=16384),
-        keep=Keep(checkpoint_every=10, log_every=1),
+        output=Output(checkpoint_every=10, log_every=1),
         precision="no",
     )

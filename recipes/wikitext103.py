@@ -10,7 +10,7 @@ Rows of the data set are lines; an article begins at a line such as " = Valkyria
 import dataclasses
 
 from palimpsest.models.kimi_linear import KimiLinearConfig
-from palimpsest.train import Data, Evaluate, Keep, NamedDataset, Optim, Recipe, Schedule
+from palimpsest.train import Data, Evaluate, NamedDataset, Optim, Output, Recipe, Schedule
 
 
 def recipe() -> Recipe:
@@ -43,7 +43,7 @@ def recipe() -> Recipe:
         optim=Optim(lr=5e-3, matrix_lr=1e-2),
         schedule=Schedule(warmup=0.02, decay=0.3),
         evaluate=Evaluate(every=500, piece_bytes=4096, max_bytes=1 << 19, final_max_bytes=1 << 22),
-        keep=Keep(checkpoint_every=500),
+        output=Output(checkpoint_every=500),
         precision="bf16",
     )
 

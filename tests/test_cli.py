@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 RECIPE = """
 from palimpsest.models.kimi_linear import KimiLinearConfig
-from palimpsest.train import Data, Evaluate, Keep, Recipe, TextFiles
+from palimpsest.train import Data, Evaluate, Output, Recipe, TextFiles
 
 def recipe():
     return Recipe(
@@ -28,7 +28,7 @@ def recipe():
         data=Data(source=TextFiles(paths=({texts!r},)), sequence_length=32, batch_size=4),
         steps=3,
         evaluate=Evaluate(every=100, piece_bytes=64, max_bytes=256, final_max_bytes=256),
-        keep=Keep(checkpoint_every=1, log_every=1),
+        output=Output(checkpoint_every=1, log_every=1),
     )
 """
 

@@ -135,7 +135,7 @@ def save(
         raise CheckpointError(f"checkpoint {str(final)!r} could not be written by another process") from failure
     if accelerator.is_main_process:
         put(half, final)
-        older = sorted(run.checkpoints.glob("step-*"))[: -run.recipe.keep.checkpoints]
+        older = sorted(run.checkpoints.glob("step-*"))[: -run.recipe.output.checkpoints]
         for path in older:  # renamed first, so that a kill leaves no half checkpoint under a whole one's name
             path.rename(run.checkpoints / f".removing-{path.name}")
         for path in run.checkpoints.glob(".removing-*"):

@@ -19,11 +19,11 @@ from palimpsest.train import checkpoints
 from palimpsest.train.data import Corpus, Heldout
 from palimpsest.train.evaluate import bits_per_byte
 from palimpsest.train.interrupts import interrupts
+from palimpsest.train.logger import Report, RunLogger
 from palimpsest.train.optim import build_optimizer, rate_factor
 from palimpsest.train.parallel import agree, as_float, start_accelerator, total
 from palimpsest.train.progress import Progress, Result
 from palimpsest.train.recipe import Recipe
-from palimpsest.train.telling import Report, Teller
 
 
 class NonFiniteError(ValueError):
@@ -64,19 +64,19 @@ def train(recipe: Recipe, folder: str | Path, *, resume: bool = False, report: R
     checkpoints.keep_weights_apart(accelerator, plain)
     if saved := checkpoints.latest(folder):
         checkpoints.restore(accelerator, saved)
-    tell = Teller(run, report, tokens_per_byte=corpus.tokens_per_byte, silent=not accelerator.is_main_process)
-    tell.start(progress, **_facts(accelerator, plain, corpus), resumed=saved is not None)
+    logger = RunLogger(run, report, tokens_per_byte=corpus.tokens_per_byte, silent=not accelerator.is_main_process)
+    logger.start(progress, **_facts(accelerator, plain, corpus), resumed=saved is not None)
     began = time.monotonic() - progress.seconds
 
     def evaluate(max_bytes: int) -> float:
         text = Heldout(corpus.heldout, corpus.tokenizer, piece_bytes=recipe.evaluate.piece_bytes, max_bytes=max_bytes)
         bits = bits_per_byte(accelerator, model, text, batch_size=recipe.evaluate.batch_size)
-        tell.evaluate(progress, bits, text.content)
+        logger.evaluate(progress, bits, text.content)
         return bits
 
     def save() -> Path:
         path = checkpoints.save(accelerator, plain, corpus.tokenizer, run, progress.step)
-        tell.checkpoint(progress, path)
+        logger.checkpoint(progress, path)
         return path
 
     model.train()
@@ -108,18 +108,18 @@ def train(recipe: Recipe, folder: str | Path, *, resume: bool = False, report: R
             progress.advance(num_tokens, skipped=not finite)
             if progress.skipped_in_a_row > recipe.max_nonfinite:
                 raise NonFiniteError(_not_finite(progress, mean_loss, norm, checkpoints.latest(folder)))
-            tell.step(
+            logger.step(
                 progress, num_tokens, loss=mean_loss, gradient_norm=norm, rate=factor, share=share, expert_load=loads
             )
             if progress.share(recipe) < 1:  # the end evaluates and saves once more
                 if progress.step % recipe.evaluate.every == 0:
                     evaluate(recipe.evaluate.max_bytes)
-                if progress.step % recipe.keep.checkpoint_every == 0:
+                if progress.step % recipe.output.checkpoint_every == 0:
                     save()
         checkpoint = save()
         bits = None if stop else evaluate(recipe.evaluate.final_max_bytes)
-    result = Result(not stop, checkpoint, progress, bits, tell.baselines)
-    tell.end(result)
+    result = Result(not stop, checkpoint, progress, bits, logger.baselines)
+    logger.end(result)
     return result
 
 

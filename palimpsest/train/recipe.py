@@ -109,7 +109,7 @@ class Evaluate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Keep:
+class Output:
     """What is written along the way."""
 
     checkpoint_every: int = 200  # steps; also at the end and when interrupted
@@ -119,7 +119,7 @@ class Keep:
 
     def __post_init__(self):
         for name in ("checkpoint_every", "checkpoints", "log_every"):
-            check(getattr(self, name) >= 1, f"keep.{name} is {getattr(self, name)}; expected at least 1")
+            check(getattr(self, name) >= 1, f"output.{name} is {getattr(self, name)}; expected at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,7 @@ class Recipe:
     optim: Optim = field(default_factory=Optim)
     schedule: Schedule = field(default_factory=Schedule)
     evaluate: Evaluate = field(default_factory=Evaluate)
-    keep: Keep = field(default_factory=Keep)
+    output: Output = field(default_factory=Output)
     router_bias_rate: float = 1e-3  # how fast the experts' loads are evened out
     precision: Literal["no", "bf16", "fp16"] = "no"  # "no" is fp32; the others by autocast
     parallel: Literal["ddp", "fsdp"] = "ddp"  # between processes, when there are several: copies, or FSDP2 shards
@@ -144,7 +144,7 @@ class Recipe:
         check(self.max_nonfinite >= 0, f"max_nonfinite is {self.max_nonfinite}; expected 0 or more")
 
 
-RESUMABLE = ("keep.",)  # fields that may change between the parts of an interrupted run: they decide no number
+RESUMABLE = ("output.",)  # fields that may change between the parts of an interrupted run: they decide no number
 
 
 def override(recipe: Recipe, settings: Mapping[str, str]) -> Recipe:

@@ -1,7 +1,7 @@
 import pytest
 
 from palimpsest.models.kimi_linear import KimiLinearConfig
-from palimpsest.train import Data, Evaluate, Keep, Recipe, TextFiles
+from palimpsest.train import Data, Evaluate, Output, Recipe, TextFiles
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def small_recipe(folder, **changes) -> Recipe:
         "data": Data(source=TextFiles(paths=(str(folder),)), **data),
         "steps": 4,
         "evaluate": Evaluate(every=2, piece_bytes=64, max_bytes=256, final_max_bytes=512),
-        "keep": Keep(checkpoint_every=2, log_every=1),
+        "output": Output(checkpoint_every=2, log_every=1),
     }
     return Recipe(**fields | changes)
 

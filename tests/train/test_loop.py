@@ -81,7 +81,7 @@ def test_a_run_tells_what_it_did(whole):
 
 def test_it_learns(tmp_path, texts):
     recipe = small_recipe(texts, steps=40, data={"batch_size": 8}, optim=Optim(lr=2e-2))
-    result = train(override(recipe, {"evaluate.every": "100", "keep.checkpoint_every": "100"}), tmp_path / "run")
+    result = train(override(recipe, {"evaluate.every": "100", "output.checkpoint_every": "100"}), tmp_path / "run")
     assert result.heldout_bits_per_byte < result.compressors["unigram"] < 5
     assert result.progress.tokens == 40 * 8 * 32
 
@@ -295,7 +295,7 @@ def test_steps_after_the_last_checkpoint_are_done_and_told_again(whole, tmp_path
 
 
 def test_only_the_last_checkpoints_are_kept(tmp_path, texts):
-    recipe = override(small_recipe(texts), {"keep.checkpoint_every": "1", "keep.checkpoints": "3"})
+    recipe = override(small_recipe(texts), {"output.checkpoint_every": "1", "output.checkpoints": "3"})
     train(recipe, tmp_path / "run")
     names = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
     assert names == ["step-00000002", "step-00000003", "step-00000004"]
@@ -303,7 +303,7 @@ def test_only_the_last_checkpoints_are_kept(tmp_path, texts):
 
 def test_tensorboard_on_request(tmp_path, texts):
     pytest.importorskip("tensorboard")
-    recipe = override(small_recipe(texts, steps=2), {"keep.tensorboard": "true"})
+    recipe = override(small_recipe(texts, steps=2), {"output.tensorboard": "true"})
     train(recipe, tmp_path / "run")
     assert list((tmp_path / "run" / "tensorboard").rglob("events.*"))
 

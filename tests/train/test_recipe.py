@@ -15,12 +15,12 @@ def test_dotted_paths_change_what_they_name_and_nothing_else(recipe):
     changed = override(
         recipe,
         {
-            "optim.lr": "3e-4", "steps": "1_000", "minutes": "2.5", "keep.tensorboard": "yes", "optim.betas": "0.8,0.9",
+            "optim.lr": "3e-4", "steps": "1_000", "minutes": "2.5", "output.tensorboard": "yes", "optim.betas": "0.8,0.9",
             "data.source.exclude": "a/*, b.py", "model.hidden_size": "48", "model.layer_types": "KKM",
             "schedule.kind": "cosine",
         },
     )  # fmt: skip
-    assert (changed.optim.lr, changed.steps, changed.minutes, changed.keep.tensorboard) == (3e-4, 1000, 2.5, True)
+    assert (changed.optim.lr, changed.steps, changed.minutes, changed.output.tensorboard) == (3e-4, 1000, 2.5, True)
     assert changed.optim.betas == (0.8, 0.9)
     assert changed.data.source.exclude == ("a/*", "b.py")
     assert changed.model.hidden_size == 48
@@ -43,7 +43,7 @@ def test_dotted_paths_change_what_they_name_and_nothing_else(recipe):
         ("optim", "adamw", "'optim' is a group; set one of optim.kind"),
         ("steps.more", "1", "'steps' is a single value"),
         ("optim.kind", "sgd", "optim.kind is 'sgd'; expected one of muon, adamw"),
-        ("keep.tensorboard", "perhaps", "expected true or false"),
+        ("output.tensorboard", "perhaps", "expected true or false"),
         ("optim.betas", "0.9", "expected 2 values"),
         ("model.layer_types", "KXM", "unknown letters X"),
         ("model.num_experts_per_token", "9", "num_experts_per_token 9 is more than"),
@@ -92,7 +92,7 @@ def test_a_wrong_recipe_file_is_refused_in_one_sentence(tmp_path, text, place, s
 def test_the_first_difference_is_named_and_what_decides_no_number_may_differ(recipe):
     saved = as_dict(recipe)
     assert difference(recipe, saved) is None
-    assert difference(override(recipe, {"keep.checkpoints": "7"}), saved) is None
+    assert difference(override(recipe, {"output.checkpoints": "7"}), saved) is None
     assert difference(override(recipe, {"optim.lr": "0.5"}), saved) == "optim.lr was 0.003 and is now 0.5"
     assert "model.layer_types" in difference(override(recipe, {"model.layer_types": "KKM"}), saved)
 

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard if asked, the loss curve, and events for whoever shows progress."""
+"""What a run logs: metrics.jsonl, TensorBoard if asked, the loss curve, and events for whoever shows progress."""
 
 import math
 import time
@@ -15,21 +15,21 @@ from palimpsest.train.progress import Progress, Result
 Report = Callable[[dict[str, Any]], None]
 
 
-class Teller:
-    """Turns what the loop knows into lines and events.
+class RunLogger:
+    """Turns what the loop knows into lines of metrics.jsonl, TensorBoard and events.
 
     Args:
         run: the folder that metrics go to.
         report: called with each event.
         tokens_per_byte: of the training text.
-        silent: tell nothing: another process does.
+        silent: log nothing: another process does.
     """
 
     def __init__(self, run: RunFolder, report: Report, *, tokens_per_byte: float, silent: bool):
         self.run, self.report, self.silent = run, report, silent
         self.bits_per_nat = tokens_per_byte / math.log(2)
         self.baselines: dict[str, float] = {}
-        self.board = _board(run.path) if run.recipe.keep.tensorboard and not silent else None
+        self.board = _board(run.path) if run.recipe.output.tensorboard and not silent else None
         self._tokens, self._busy, self._since = 0, 0.0, time.monotonic()  # since the last line, without evaluations
 
     def start(self, progress: Progress, **facts: Any) -> None:
@@ -52,7 +52,7 @@ class Teller:
         }
         event |= {"loss": loss, "bits_per_byte": loss * self.bits_per_nat, "skipped": progress.skipped, **facts}
         self.report(event)
-        if progress.step % self.run.recipe.keep.log_every == 0:
+        if progress.step % self.run.recipe.output.log_every == 0:
             self._line(event | {"event": "train", "tokens_per_second": round(self._tokens / max(self._busy, 1e-9), 1)})
             self._tokens, self._busy = 0, 0.0
 
@@ -96,5 +96,5 @@ def _board(folder: Path):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ImportError("keep.tensorboard=true needs tensorboard: pip install tensorboard") from error
+        raise ImportError("output.tensorboard=true needs tensorboard: pip install tensorboard") from error
     return SummaryWriter(str(folder / "tensorboard"))
