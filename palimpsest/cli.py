@@ -4,6 +4,7 @@ Exit codes  0 done, 1 something the user can change (said in one sentence), 2 wr
 Streams     standard output carries what was asked for; progress and remarks go to standard error.
 """
 
+import os
 import sys
 from typing import Annotated
 
@@ -38,8 +39,12 @@ app = typer.Typer(
 
 def run(arguments: list[str] | None = None) -> int:
     """Runs a command line and returns its exit code."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller: what is said goes nowhere, and no file takes its number
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - for as long as the process lives
     try:
         code = app(arguments, standalone_mode=False)
+        sys.stdout.flush()  # while what goes wrong can still be said
         return code if isinstance(code, int) else 0
     except typer.Exit as end:
         return end.exit_code
@@ -47,7 +52,7 @@ def run(arguments: list[str] | None = None) -> int:
         notes.print("interrupted")
         return INTERRUPTED
     except BrokenPipeError:  # the reader, such as head, has enough
-        sys.stderr.close()
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         return 0
     except USER_ERRORS as error:
         notes.print(f"[bold red]error:[/] {escape(str(error) or type(error).__name__)}", soft_wrap=True)

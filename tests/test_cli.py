@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from palimpsest import __version__, cli, display
 from palimpsest.commands import train as train_command
@@ -184,10 +185,14 @@ def test_overwrite_removes_runs_and_nothing_else(capsys, place, tmp_path):
         (["generate", "{run}", "-p", "x", "-t", "-1"], "temperature"),
         (["generate", "{run}", "-p", "x", "--tokenizer", "nope.json"], "does not exist"),
         (["generate", "{run}", "-p", "x", "--device", "tpu9"], "--device 'tpu9' is unknown"),
+        (["generate", "{run}", "-p", "x", "--device", "xpu"], "--device 'xpu' is unknown"),
+        (["generate", "{run}", "-p", "x", "--device", "meta"], "--device 'meta' is unknown"),
+        (["generate", "{run}", "-p", "x", "-p", "y", "--save", "{run}/s"], "2 prompts were given with --save"),
+        (["generate", "{run}", "-p", "x", "--save", "{run}/no/s"], "is in no folder that exists"),
         (["generate", "{run}", "--prompt-file", "/nowhere.txt"], "/nowhere.txt"),
         (["generate", "{run}", "--load", "/nowhere.state"], "/nowhere.state"),
         (["generate", "{texts}", "-p", "x"], "config.json"),
-        (["info", "nothing"], "'nothing' is no model; give one of 48b, tiny"),
+        (["info", "nothing"], "'nothing' is no model; give one of official_48b, tiny, small, medium"),
     ],
 )
 def test_mistakes_get_one_sentence(capsys, place, arguments, sentence):
@@ -257,6 +262,41 @@ def test_info_reads_presets_runs_recipes_and_the_machine(capsys, place):
     assert code == 0
     assert "reference" in out
     assert "ok" in out
+    said = re.sub(r"\W+", " ", out)
+    if not torch.cuda.is_available():
+        assert said.count("device") == 1  # a refusal is said once, not once a call
+
+
+def test_info_takes_the_names_that_the_docs_give(capsys):
+    cards = [json.loads(run(capsys, "info", name, "--json")[1])["model"] for name in ("official_48b", "48b")]
+    assert cards[0] == cards[1]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["--version", "info tiny", "lab list", "generate {run} -p x -n 2", "generate {run} -n 2 --prompt-file -"],
+)
+def test_streams_that_are_closed_are_no_trace(place, tmp_path, arguments):
+    """stdin, stdout and stderr closed by whoever started it; and a full disk behind stdout, which must be said."""
+    words = " ".join([sys.executable, "-m palimpsest", arguments.format(run=place / "run")])
+    closed = subprocess.run(f"{words} <&- >&- 2>{tmp_path}/err", shell=True, cwd=ROOT, timeout=120, check=False)
+    said = (tmp_path / "err").read_text()
+    assert "Traceback" not in said
+    assert closed.returncode == ("prompt-file" in arguments), said
+    if Path("/dev/full").exists() and closed.returncode == 0:
+        full = subprocess.run(f"{words} >/dev/full 2>{tmp_path}/err", shell=True, cwd=ROOT, timeout=120, check=False)
+        said = (tmp_path / "err").read_text()
+        assert "Traceback" not in said
+        assert "No space left" in said
+        assert full.returncode == 1
+
+
+def test_help_shows_flags_without_a_type_and_usage_without_braces(capsys):
+    for command in (["train"], ["generate"], ["info"], ["explain"], ["lab", "run"], ["lab", "compare"], ["lab"]):
+        said = run(capsys, *command, "--help")[1]
+        assert "bool" not in said
+        assert "{" not in said
+    assert "train [OPTIONS] RECIPE" in re.sub(r"\s+", " ", run(capsys, "train", "--help")[1])
 
 
 def test_info_parameters_are_the_models(place, capsys):

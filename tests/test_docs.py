@@ -67,9 +67,8 @@ def test_the_readme_shows_what_it_prints(capsys):
 def test_commands_can_be_run(page):
     """Options, values and names are those of the command line; what reads only is run, what takes long is not."""
     typer = pytest.importorskip("typer", reason="commands need the cli extra")
-    from palimpsest.lab.experiment import NAMES, load_experiment
-
     from palimpsest import cli
+    from palimpsest.lab.framework.experiment import NAMES, load_experiment
 
     whole = typer.main.get_command(cli.app)
     prose = re.sub(r"^```(?:python|pycon|text)\n.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)

@@ -56,6 +56,10 @@ def generate(
     prompts = list(prompt or []) + ([_read_prompt(prompt_file)] if prompt_file else [])
     if load is not None and len(prompts) > 1:
         raise ValueError(f"{len(prompts)} prompts were given with --load, which continues one text; give one or none")
+    if save is not None and len(prompts) > 1:
+        raise ValueError(f"{len(prompts)} prompts were given with --save, which keeps one text's state; give one")
+    if save is not None and not save.absolute().parent.is_dir():
+        raise ValueError(f"--save {str(save)!r} is in no folder that exists; make it first, or give another place")
     if load is None and not prompts:
         raise ValueError("no prompt was given; use --prompt TEXT, --prompt-file FILE or --load FILE")
     network = KimiLinearForCausalLM.from_pretrained(folder, device=_device(device))
@@ -104,6 +108,8 @@ def _continue(network, text: str, start, number: int, seed: int, options: dict[s
 
 
 def _read_prompt(file: Path) -> str:
+    if str(file) == "-" and sys.stdin is None:
+        raise ValueError("--prompt-file - reads standard input, which is closed; give a file, or --prompt TEXT")
     try:
         return sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -130,9 +136,14 @@ def _device(name: str) -> str:
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.partition(":")[0] == "cuda" and not torch.cuda.is_available():
+    kind, _, number = name.partition(":")
+    if name != "cpu" and (kind != "cuda" or not (number.isdecimal() or name == "cuda")):
+        raise ValueError(f"--device {name!r} is unknown; use cpu, cuda, cuda:1 and the like, or auto")
+    count = torch.cuda.device_count()
+    if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {name!r}, but this machine has no CUDA device; use cpu or auto")
-    try:
-        return str(torch.device(name))
-    except RuntimeError as error:
-        raise ValueError(f"--device {name!r} is unknown; use cpu, cuda or auto") from error
+    if kind == "cuda" and int(number or 0) >= count:
+        raise ValueError(
+            f"--device {name!r}, but this machine has {count} CUDA devices, counted from 0; use one of them"
+        )
+    return name

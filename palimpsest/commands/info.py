@@ -17,7 +17,10 @@ from palimpsest.display import size
 
 def info(
     model: Annotated[
-        str | None, typer.Argument(help="`48b`, `tiny`, a run's folder, a checkpoint's folder, or a recipe.")
+        str | None,
+        typer.Argument(
+            help="`official_48b` (or `48b`), `medium`, `small`, `tiny`, a run's folder, a checkpoint's folder, or a recipe."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> int:
@@ -42,9 +45,11 @@ def _config_of(name: str):
     from palimpsest.models.kimi_linear.checkpoint import read_config
     from palimpsest.models.kimi_linear.config import KimiLinearConfig
 
-    presets = {"48b": KimiLinearConfig.official_48b, "tiny": KimiLinearConfig.tiny}
-    if name.lower() in presets:
-        return presets[name.lower()]()
+    presets = {"official_48b": KimiLinearConfig.official_48b, "tiny": KimiLinearConfig.tiny}
+    presets |= {"small": KimiLinearConfig.small, "medium": KimiLinearConfig.medium}
+    preset = {"48b": "official_48b"}.get(name.lower(), name.lower())
+    if preset in presets:
+        return presets[preset]()
     if name.partition(":")[0].endswith(".py"):
         from palimpsest.train import load_recipe
 
@@ -81,10 +86,13 @@ def _print_machine(console: Console, facts: dict[str, Any]) -> None:
     device = facts.get("gpu") or f"CPU, {facts['threads']} threads"
     console.print(f"this machine: {device}; torch {facts['torch']}, Python {facts['python']}")
     calls = facts["backends"]
-    table = Table(title="backends: the first ok runs", title_justify="left")
-    table.add_column("call")
+    table = Table("backend", *calls, title="backends: the first that runs a call is taken", title_justify="left")
+    refusals = {}
     for name in next(iter(calls.values())):
-        table.add_column(name, overflow="fold")
-    for call, answers in calls.items():
-        table.add_row(call, *answers.values())
+        answers = [answers[name] for answers in calls.values()]
+        table.add_row(name, *("ok" if answer == "ok" else "-" for answer in answers))
+        refusals[name] = dict.fromkeys(answer for answer in answers if answer != "ok")
     console.print(table)
+    for name, reasons in refusals.items():
+        if reasons:
+            console.print(f"{name} {'; '.join(reasons)}", soft_wrap=True)

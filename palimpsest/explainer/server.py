@@ -117,9 +117,12 @@ def arguments_of(function: Callable, body: bytes) -> dict[str, Any]:
     """
     from pydantic import ConfigDict, ValidationError, create_model
 
-    types = {name: kind for name, kind in get_type_hints(function).items() if name not in ("model", "return")}
+    types: dict[str, Any] = {
+        name: kind for name, kind in get_type_hints(function).items() if name not in ("model", "return")
+    }
     strict = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-    expected = create_model("arguments", __config__=strict, **{name: (kind, ...) for name, kind in types.items()})
+    fields: dict[str, Any] = {name: (kind, ...) for name, kind in types.items()}
+    expected = create_model("arguments", __config__=strict, **fields)
     try:
         return dict(expected.model_validate_json(body))
     except ValidationError as error:

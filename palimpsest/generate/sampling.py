@@ -99,7 +99,9 @@ def probabilities(logits: Tensor, sampling: Sampling, seen: Tensor | None = None
     if sampling.temperature == 0:
         return torch.nn.functional.one_hot(logits_BN.argmax(-1), logits_BN.shape[-1]).float()
     logits_BN = logits_BN - logits_BN.amax(-1, keepdim=True)  # first, so that a tiny temperature cannot overflow
-    logits_BN = logits_BN / sampling.temperature
+    logits_BN = logits_BN / max(
+        sampling.temperature, torch.finfo(torch.float32).tiny
+    )  # what is less would be 0 in fp32
     if sampling.top_k is not None or sampling.top_p < 1:
         sorted_BN, order_BN = logits_BN.sort(dim=-1, descending=True, stable=True)
         drop_BN = torch.zeros_like(sorted_BN, dtype=torch.bool)

@@ -119,3 +119,12 @@ def test_values_out_of_range_are_refused(setting, value, expected):
 def test_a_penalty_without_seen_tokens_is_refused():
     with pytest.raises(ValueError, match="seen is missing"):
         probabilities(LOGITS, Sampling(1.0, repetition_penalty=1.2))
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-46, 5e-324])
+@pytest.mark.parametrize("rest", [{}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}])
+def test_a_temperature_that_fp32_does_not_know_is_nearly_greedy(temperature, rest):
+    logits = torch.tensor([[0.0, 3.0, 1.0, -4.0], [2.0, -1.0, 1.999, -5.0]])
+    sampling = Sampling(temperature=temperature, **rest)
+    assert probabilities(logits, sampling).tolist() == [[0, 1, 0, 0], [1, 0, 0, 0]]
+    assert choose_tokens(logits, sampling, seeds=[1, 2], positions=[3, 4]).tolist() == [1, 0]
