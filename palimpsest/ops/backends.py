@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch.autograd import forward_ad
 
 Op = Literal["core", "kda", "kda_from_logits", "dplr", "linear", "step", "lookup"]
 _WORDS: dict[Op, str] = {  # of a refusal
@@ -36,6 +37,7 @@ class Problem:
     needs_grad: bool = False
     gate: str = "none"  # kda_from_logits: "softplus" or "sigmoid"
     capability: tuple[int, int] | None = None  # of a CUDA device
+    transformed: bool = False  # by torch.func (grad, jvp, vmap ...), or within a level of forward-mode derivatives
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,15 @@ def linear_by_core(core: Callable) -> Callable:
 
     return linear
 
+
+def within_a_transform() -> bool:
+    """Whether torch.func, or a level of dual numbers, stands around this call: a kernel knows neither tangents nor batches."""
+    if forward_ad._current_level >= 0:
+        return True
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+NO_TRANSFORMS = "has no rule for torch.func (grad, jvp, vmap ...) and forward-mode derivatives"
 
 _BACKENDS: list[Backend] = []  # fastest first
 

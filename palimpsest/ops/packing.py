@@ -7,26 +7,47 @@ length into a batch; a padding token has no decay, erases nothing and writes not
 
 from collections import defaultdict
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, batch: int, tokens: int) -> None:
-    """Raise ValueError unless cu_seqlens is [N + 1] integers that rise from 0 to `tokens`, with a batch of one.
+def check_cu_seqlens(cu_seqlens: Tensor, batch: int, tokens: int, device: torch.device | None = None) -> None:
+    """Raise unless cu_seqlens is [N + 1] integers that rise from 0 to `tokens`, with a batch of one.
 
-    Reads the values only when they are in host memory: on a GPU that would stop the stream.
+    Reads the values only when they are in host memory, and real: on a GPU that would stop the stream.
+
+    Args:
+        device: that of the sequences; cu_seqlens may lie there or on the CPU.
     """
-    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"cu_seqlens is a {type(cu_seqlens).__name__}; it must be a torch.Tensor of int32 or int64")
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"cu_seqlens is {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}; it must be [sequences + 1] int32 or int64"
         )
     if batch != 1:
         raise ValueError(f"cu_seqlens came with a batch of {batch}; packed sequences lie end to end in a batch of 1")
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
-        borders = cu_seqlens.tolist()
-        if borders[0] != 0 or borders[-1] != tokens or any(a > b for a, b in zip(borders, borders[1:])):
-            raise ValueError(f"cu_seqlens is {borders}; it must rise from 0 to the number of tokens, {tokens}")
+    if device is not None and cu_seqlens.device != device and cu_seqlens.device.type != "cpu":
+        raise ValueError(
+            f"cu_seqlens is on {cu_seqlens.device} and the sequences on {device}; move it there or to the CPU"
+        )
+    if type(cu_seqlens) is Tensor and cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        borders(cu_seqlens, tokens)
+
+
+def borders(cu_seqlens: Tensor, tokens: int) -> list[int]:
+    """cu_seqlens as numbers, or a ValueError unless they rise from 0 to `tokens`.
+
+    >>> borders(torch.tensor([0, 2, 2, 5]), tokens=5)
+    [0, 2, 2, 5]
+    """
+    ends = cu_seqlens.tolist()
+    if ends[0] != 0 or ends[-1] != tokens or any(a > b for a, b in pairwise(ends)):
+        few = f"{ends}" if len(ends) <= 8 else f"[{', '.join(map(str, ends[:8]))}, ...]"
+        raise ValueError(f"cu_seqlens is {few}; it must rise from 0 to the number of tokens, {tokens}")
+    return ends
 
 
 def by_sequence(

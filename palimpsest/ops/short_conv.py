@@ -46,7 +46,7 @@ def short_conv(
         raise ValueError(f"state has shape {tuple(state.shape)}; x and weight ask for {(N, D, W - 1)}")
 
     if T == 0:
-        return x, state
+        return x.clone(), state.clone()
     if cu_seqlens is None:
         padded_BDT = torch.cat((state, x.mT), -1)
         return F.conv1d(padded_BDT, weight, groups=D).mT, padded_BDT[..., T:]

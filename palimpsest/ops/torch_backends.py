@@ -40,12 +40,13 @@ def _backend(name: str, law, fold) -> Backend:
         return _run(run, (q, k, v, a, b, log_decay), state, cu_seqlens, v.dtype)
 
     def _run(run, sequences, state, cu_seqlens, dtype):
+        given = state  # without tokens it comes back; the caller gets a memory of their own
         with torch.autocast(state.device.type, enabled=False):
             if cu_seqlens is None:
                 output, state = fold(run, sequences, state)
             else:
                 output, state = by_sequence(lambda *x: fold(run, x[:-1], x[-1]), sequences, state, cu_seqlens)
-        return output.to(dtype), state
+        return output.to(dtype), state.clone() if state is given else state
 
     def lookup(q, k, v, keys, values, scale, cu_seqlens):
         q = q.repeat_interleave(v.shape[2] // q.shape[2], dim=2) * scale

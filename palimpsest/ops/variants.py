@@ -17,15 +17,17 @@ gates may have more heads than q and k, a multiple; value head j then uses key h
 Sequences may be packed: a batch of one with cu_seqlens, the borders, and a state with one memory per sequence.
 """
 
+import math
 from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from palimpsest.ops.backends import Backend, Op, Problem, choose
+from palimpsest.ops import arguments
+from palimpsest.ops.arguments import state_dtype
+from palimpsest.ops.backends import Backend, Op, Problem, choose, within_a_transform
 from palimpsest.ops.gates import SigmoidDecay, SoftplusDecay, l2norm
-from palimpsest.ops.packing import check_cu_seqlens
 
 
 class DeltaOutput(NamedTuple):
@@ -56,6 +58,7 @@ def kda(q, k, v, log_decay, beta, *, state=None, scale=None, cu_seqlens=None, ch
 
     Raises:
         ValueError: a shape, dtype or device disagrees, or the named backend cannot run this call.
+        TypeError: an argument is no tensor, or scale no number.
 
     Source: Kimi Linear, arXiv:2510.26692, equation 1.
 
@@ -67,9 +70,7 @@ def kda(q, k, v, log_decay, beta, *, state=None, scale=None, cu_seqlens=None, ch
     tensor([[10., 10.],
             [ 5.,  5.]])
     """
-    B, T, H, HV, K, V = _sizes(q, k, v)
-    _expect("log_decay", log_decay, (B, T, HV, K))
-    _expect("beta", beta, (B, T, HV))
+    arguments.check("kda", (q, k, v, log_decay, beta, state), cu_seqlens)
     if check:
         _check_decay(log_decay)
     return _run("kda", "kda", (q, k, v, log_decay, beta), v, state, scale, cu_seqlens, backend)
@@ -83,13 +84,10 @@ def gdn2(
     Args as `kda`, but for erase_gate [B, T, HV, K] and write_gate [B, T, HV, V] in place of beta. Source:
     arXiv:2605.22791.
     """
-    B, T, H, HV, K, V = _sizes(q, k, v)
-    _expect("log_decay", log_decay, (B, T, HV, K))
-    _expect("erase_gate", erase_gate, (B, T, HV, K))
-    _expect("write_gate", write_gate, (B, T, HV, V))
+    arguments.check("gdn2", (q, k, v, log_decay, erase_gate, write_gate, state), cu_seqlens)
     if check:
         _check_decay(log_decay)
-    keys = _per_value_head(k, HV)
+    keys = _per_value_head(k, v.shape[2])
     core = (q, k, (erase_gate * keys).to(k.dtype), (write_gate * v).to(v.dtype), log_decay)  # gates may be wider
     return _run("core", "gdn2", core, v, state, scale, cu_seqlens, backend)
 
@@ -101,27 +99,23 @@ def gated_delta(q, k, v, log_decay, beta, *, state=None, scale=None, cu_seqlens=
     >>> gated_delta(q, k, v, torch.zeros(1, 3, 1), torch.ones(1, 3, 1)).output.shape
     torch.Size([1, 3, 1, 4])
     """
-    B, T, H, HV, K, V = _sizes(q, k, v)
-    _expect("log_decay", log_decay, (B, T, HV))
-    _expect("beta", beta, (B, T, HV))
+    arguments.check("gated_delta", (q, k, v, log_decay, beta, state), cu_seqlens)
     if check:
         _check_decay(log_decay)
-    log_decay = log_decay[..., None].expand(B, T, HV, K)
+    log_decay = log_decay[..., None].expand(*log_decay.shape, q.shape[-1])
     return _run("kda", "gated_delta", (q, k, v, log_decay, beta), v, state, scale, cu_seqlens, backend)
 
 
 def delta_rule(q, k, v, beta, *, state=None, scale=None, cu_seqlens=None, backend="auto"):
     """DeltaNet: no decay; each write is one gradient step of size beta on 1/2 |S^T k - v|^2. arXiv:2406.06484."""
-    B, T, H, HV, K, V = _sizes(q, k, v)
-    _expect("beta", beta, (B, T, HV))
-    log_decay = v.new_zeros(1, 1, 1, 1).expand(B, T, HV, K)  # a zero is exact in any dtype
+    arguments.check("delta_rule", (q, k, v, beta, state), cu_seqlens)
+    log_decay = v.new_zeros(1, 1, 1, 1).expand(*beta.shape, q.shape[-1])  # a zero is exact in any dtype
     return _run("kda", "delta_rule", (q, k, v, log_decay, beta), v, state, scale, cu_seqlens, backend)
 
 
 def gated_linear_attention(q, k, v, log_decay, *, state=None, scale=None, cu_seqlens=None, check=False, backend="auto"):
     """Gated linear attention: channel-wise decay and no erasing, log_decay [B, T, HV, K]. arXiv:2312.06635."""
-    B, T, H, HV, K, V = _sizes(q, k, v)
-    _expect("log_decay", log_decay, (B, T, HV, K))
+    arguments.check("gated_linear_attention", (q, k, v, log_decay, state), cu_seqlens)
     if check:
         _check_decay(log_decay)
     core = (q, k, torch.zeros_like(log_decay, dtype=k.dtype), v, log_decay)
@@ -139,8 +133,10 @@ def linear_attention(
     """Linear attention: o_t = phi(q_t)^T sum_s phi(k_s) v_s^T, over phi(q_t)^T sum_s phi(k_s) when normalised.
 
     Args as `kda`, without gates.
-        feature_map: phi, a function of tensors; `lambda x: x` for the plain outer-product memory.
-        normalise: divide by the sum of weights. The state then has a last column that holds it, [B, HV, K, V + 1].
+        feature_map: phi, from [B, T, H, K] to [B, T, H, F] with any number F of features; `lambda x: x` for the plain
+            outer-product memory. Features are taken in v's dtype.
+        state: [B, HV, F, V], or [B, HV, F, V + 1] when normalised.
+        normalise: divide by the sum of weights. The state then has a last column that holds it.
 
     Source: arXiv:2006.16236.
 
@@ -148,13 +144,32 @@ def linear_attention(
     >>> linear_attention(q, k, v).output[0, 2, 0]  # an average of equal values
     tensor([1., 1., 1., 1.])
     """
-    B, T, H, HV, K, V = _sizes(q, k, v)
-    q, k = feature_map(q), feature_map(k)
+    arguments.check("linear_attention", (q, k, v, None), cu_seqlens)
+    q, k = _features(feature_map, "q", q), _features(feature_map, "k", k)
     write = torch.cat((v, torch.ones_like(v[..., :1])), -1) if normalise else v
+    arguments.check("linear_attention", (q, k, write, state), cu_seqlens)
     result = _run("linear", "linear_attention", (q, k, write), write, state, scale, cu_seqlens, backend)
     if not normalise:
         return result
+    V = v.shape[-1]
     return DeltaOutput(result.output[..., :V] / result.output[..., V:], result.state)
+
+
+def _features(feature_map, name: str, x: Tensor) -> Tensor:
+    features = feature_map(x)
+    if not isinstance(features, Tensor):
+        raise TypeError(f"feature_map made a {type(features).__name__} of {name}; it must return a torch.Tensor")
+    if features.ndim != 4 or features.shape[:3] != x.shape[:3] or features.shape[3] == 0:
+        raise ValueError(
+            f"feature_map made {tuple(features.shape)} of {name}, {tuple(x.shape)}; "
+            "it may change the number of channels, the last dimension, and nothing else"
+        )
+    if not features.is_floating_point() or features.device != x.device:
+        raise ValueError(
+            f"feature_map made {features.dtype} on {features.device} of {name}, {x.dtype} on {x.device}; "
+            "features must be real numbers on the same device"
+        )
+    return features.to(x.dtype)
 
 
 def dplr(q, k, v, a, b, log_decay, *, state=None, scale=None, cu_seqlens=None, check=False, backend="auto"):
@@ -163,9 +178,7 @@ def dplr(q, k, v, a, b, log_decay, *, state=None, scale=None, cu_seqlens=None, c
     a reads the memory before the token's decay. KDA is a = exp(log_decay) * k, b = -beta k, v = beta v.
     Source: Kimi Linear, arXiv:2510.26692, section 3.2, which measures KDA against it.
     """
-    B, T, H, HV, K, V = _sizes(q, k, v)
-    for name, tensor in (("a", a), ("b", b), ("log_decay", log_decay)):
-        _expect(name, tensor, (B, T, HV, K))
+    arguments.check("dplr", (q, k, v, a, b, log_decay, state), cu_seqlens)
     if check:
         _check_decay(log_decay)
     return _run("dplr", "dplr", (q, k, v, a, b, log_decay), v, state, scale, cu_seqlens, backend)
@@ -185,21 +198,30 @@ def softmax_lookup(q, k, v, *, state=None, scale=None, cu_seqlens=None, backend=
     >>> keys.shape
     torch.Size([1, 3, 1, 4])
     """
-    B, T, H, HV, K, V = _sizes(q, k, v)
-    keys, values = (k[:, :0], v[:, :0]) if state is None else state
-    _expect("state keys", keys, (B, keys.shape[1], H, K))
-    _expect("state values", values, (B, keys.shape[1], HV, V))
-    if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, B, T)
-        if state is not None:
-            raise ValueError(
-                "state came with cu_seqlens; a scroll cannot be continued in a packed batch, unpack it first"
-            )
+    arguments.check("softmax_lookup", (q, k, v), cu_seqlens)
+    keys, values = (k[:, :0], v[:, :0]) if state is None else _scroll(state, k, v)
+    if cu_seqlens is not None and state is not None:
+        raise ValueError("state came with cu_seqlens; a scroll cannot be continued in a packed batch, unpack it first")
     problem = _problem("lookup", "softmax_lookup", q, v, cu_seqlens, (q, k, v, keys, values))
     run = choose(problem, backend).lookup
     assert run is not None
-    output = run(q, k, v, keys, values, K**-0.5 if scale is None else scale, cu_seqlens)
+    output = run(q, k, v, keys, values, _scale(scale, q), cu_seqlens)
     return output, (torch.cat((keys, k), 1), torch.cat((values, v), 1))
+
+
+def _scroll(state, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    if not (isinstance(state, (tuple, list)) and len(state) == 2 and all(isinstance(x, Tensor) for x in state)):
+        raise TypeError(f"state is a {type(state).__name__}; it must be a pair of tensors, (keys, values)")
+    S = state[0].shape[1] if state[0].ndim == 4 else -1
+    for name, x, like in (("state keys", state[0], k), ("state values", state[1], v)):
+        shape = (like.shape[0], S, *like.shape[2:])
+        if tuple(x.shape) != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}; q and v ask for [B, S, heads, channels], here {shape}"
+            )
+        if x.dtype != like.dtype or x.device != like.device:
+            raise ValueError(f"{name} is {x.dtype} on {x.device}; q and v are {like.dtype} on {like.device}")
+    return state[0], state[1]
 
 
 def kda_from_logits(
@@ -221,21 +243,26 @@ def kda_from_logits(
     >>> kda_from_logits(x, x, x, x, x[..., 0], gate=gate).state.shape
     torch.Size([1, 2, 8, 8])
     """
-    B, T, H, HV, K, V = _sizes(q, k, v)
-    _expect("decay_logits", decay_logits, (B, T, HV, K))
-    _expect("beta_logits", beta_logits, (B, T, HV))
-    _expect_state(state, v, K, cu_seqlens)
-    if isinstance(gate, (SoftplusDecay, SigmoidDecay)) and beta_max == 1.0:
-        tensors = (q, k, v, decay_logits, beta_logits)
-        problem = _problem(
-            "kda_from_logits", "kda", q, v, cu_seqlens, (*tensors, gate.A_log, gate.dt_bias, state), gate.name
+    if not (isinstance(beta_max, (int, float)) and 0 < beta_max < math.inf):
+        raise ValueError(
+            f"beta_max is {beta_max!r}; it must be a number above 0: 1, or up to 2 for negative eigenvalues"
         )
+    tensors = (q, k, v, decay_logits, beta_logits)
+    if isinstance(gate, (SoftplusDecay, SigmoidDecay)):
+        parameters = (gate.A_log, gate.dt_bias)
+        arguments.check("kda_from_logits, gated", (*tensors, *parameters, state), cu_seqlens)
+    elif callable(gate):
+        arguments.check("kda_from_logits", (*tensors, state), cu_seqlens)
+    else:
+        raise TypeError(f"gate is a {type(gate).__name__}; it must be a SoftplusDecay, a SigmoidDecay or a function")
+    if isinstance(gate, (SoftplusDecay, SigmoidDecay)) and beta_max == 1.0:
+        problem = _problem("kda_from_logits", "kda", q, v, cu_seqlens, (*tensors, *parameters, state), gate.name)
         chosen = choose(Problem(**{**vars(problem), "op": "kda"}), backend)
         if chosen.kda_from_logits and chosen.refusal(problem) is None:  # the backend that runs KDA takes logits whole
-            scale = K**-0.5 if scale is None else scale
-            state = _begin(state, chosen, v, K, cu_seqlens)
+            scale = _scale(scale, q)
+            state = _begin(state, chosen, v, q.shape[-1], cu_seqlens)
             return DeltaOutput(*chosen.kda_from_logits(*tensors, gate, state, scale, cu_seqlens))
-    beta = beta_max * beta_logits.to(_state_dtype(v)).sigmoid()
+    beta = beta_max * beta_logits.to(state_dtype(v.dtype)).sigmoid()
     return kda(
         l2norm(q), l2norm(k), v, gate(decay_logits), beta,
         state=state, scale=scale, cu_seqlens=cu_seqlens, backend=backend,
@@ -263,28 +290,22 @@ def kda_step_(q, k, v, log_decay, beta, state, *, scale=None, backend="auto") ->
     tensor([[0., 0.],
             [5., 5.]])
     """
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, log_decay, beta, state)):
+    tensors = (q, k, v, log_decay, beta, state)
+    arguments.check("kda_step_", tensors)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         raise RuntimeError("kda_step_ edits the state in place and has no gradient; call kda, or enter torch.no_grad()")
-    if q.ndim != 3 or v.ndim != 3:
-        raise ValueError(f"q has shape {tuple(q.shape)} and v {tuple(v.shape)}; a step takes [B, H, K] and [B, HV, V]")
     (B, H, K), (_, HV, V) = q.shape, v.shape
-    _expect("k", k, (B, H, K))
-    _expect("v", v, (B, HV, V))
-    _expect_heads_and_dtype(q, k, v, H, HV)
-    _expect("log_decay", log_decay, (B, HV, K))
-    _expect("beta", beta, (B, HV))
-    _expect("state", state, (B, HV, K, V))
-    _expect_state_dtype(state, v)
-    if not state.is_contiguous():
-        raise ValueError("state is not contiguous; it is edited in place, so pass state.contiguous() and keep that")
-    problem = Problem("step", "kda", q.device.type, v.dtype, K, V, 1, B, H, HV, capability=_capability(q))
+    problem = Problem(
+        "step", "kda", q.device.type, v.dtype, K, V, 1, B, H, HV,
+        capability=_capability(q), transformed=within_a_transform(),
+    )  # fmt: skip
     step = choose(problem, backend).step
     assert step is not None
-    scale = K**-0.5 if scale is None else scale
+    scale = _scale(scale, q)
     if not torch.is_grad_enabled():  # a step takes microseconds, and so does entering no_grad
-        return step(q, k, v, log_decay, beta, state, scale)
+        return step(*tensors, scale)
     with torch.no_grad():
-        return step(q, k, v, log_decay, beta, state, scale)
+        return step(*tensors, scale)
 
 
 VARIANTS = {
@@ -300,17 +321,24 @@ VARIANTS = {
 
 def _run(op: Op, variant, tensors, values, state, scale, cu_seqlens, backend) -> DeltaOutput:
     chosen, state = _start(op, variant, tensors, values, state, cu_seqlens, backend)
-    scale = tensors[0].shape[-1] ** -0.5 if scale is None else scale
-    return DeltaOutput(*getattr(chosen, op)(*tensors, state, scale, cu_seqlens))
+    return DeltaOutput(*getattr(chosen, op)(*tensors, state, _scale(scale, tensors[0]), cu_seqlens))
 
 
 def _start(op: Op, variant, tensors, values, state, cu_seqlens, backend) -> tuple[Backend, Tensor | None]:
     """Who runs a call, once it is checked, and from which state."""
     q = tensors[0]
-    _expect_one_device(q, tensors)
-    _expect_state(state, values, q.shape[-1], cu_seqlens)
     chosen = choose(_problem(op, variant, q, values, cu_seqlens, (*tensors, state)), backend)
     return chosen, _begin(state, chosen, values, q.shape[-1], cu_seqlens)
+
+
+def _scale(scale: float | None, q: Tensor) -> float:
+    if scale is None:
+        return q.shape[-1] ** -0.5
+    if not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"scale is a {type(scale).__name__}; it must be a number: multiply q by a tensor yourself")
+    if isinstance(scale, float) and not math.isfinite(scale):
+        raise ValueError(f"scale is {scale}; it must be a finite number")
+    return scale
 
 
 def _problem(op: Op, variant, q, v, cu_seqlens, tensors, gate="none") -> Problem:
@@ -330,6 +358,7 @@ def _problem(op: Op, variant, q, v, cu_seqlens, tensors, gate="none") -> Problem
         needs_grad=torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors),
         gate=gate,
         capability=_capability(q),
+        transformed=within_a_transform(),
     )
 
 
@@ -342,64 +371,12 @@ def _capability_of(device: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def _sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int, int, int]:
-    if q.ndim != 4 or v.ndim != 4:
-        raise ValueError(f"q has shape {tuple(q.shape)} and v {tuple(v.shape)}; both must be [B, T, heads, channels]")
-    B, T, H, K = q.shape
-    HV, V = v.shape[2:]
-    _expect("k", k, (B, T, H, K))
-    _expect("v", v, (B, T, HV, V))
-    _expect_heads_and_dtype(q, k, v, H, HV)
-    return B, T, H, HV, K, V
-
-
-def _expect_heads_and_dtype(q: Tensor, k: Tensor, v: Tensor, H: int, HV: int) -> None:
-    if H == 0 or HV % H:
-        raise ValueError(f"v has {HV} heads and q has {H}; the heads of v must be a multiple of those of q")
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if not tensor.is_floating_point() or tensor.dtype != q.dtype:
-            raise ValueError(f"{name} is {tensor.dtype} and q is {q.dtype}; q, k and v must share one floating dtype")
-
-
-def _expect_state(state: Tensor | None, v: Tensor, K: int, cu_seqlens: Tensor | None) -> None:
-    B, T, HV, V = v.shape
-    if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, B, T)
-        B = len(cu_seqlens) - 1
-    if state is not None:
-        _expect("state", state, (B, HV, K, V))
-        _expect_state_dtype(state, v)
-
-
 def _begin(state: Tensor | None, chosen: Backend, v: Tensor, K: int, cu_seqlens: Tensor | None) -> Tensor | None:
     """The state; if there is none, zeros for a backend that wants them."""
     if state is not None or chosen.starts_empty:
         return state
     B, _, HV, V = v.shape
-    return v.new_zeros(B if cu_seqlens is None else len(cu_seqlens) - 1, HV, K, V, dtype=_state_dtype(v))
-
-
-def _state_dtype(v: Tensor) -> torch.dtype:
-    return torch.float64 if v.dtype == torch.float64 else torch.float32
-
-
-def _expect_state_dtype(state: Tensor, v: Tensor) -> None:
-    if state.dtype != _state_dtype(v):
-        raise ValueError(f"state is {state.dtype}; with v in {v.dtype} it must be {_state_dtype(v)}: use state.to(...)")
-
-
-def _expect(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; q and v ask for {shape}")
-
-
-def _expect_one_device(q: Tensor, tensors: tuple[Tensor, ...]) -> None:
-    device = q.device
-    for tensor in tensors:
-        if tensor.device != device:
-            raise ValueError(
-                f"q is on {q.device} and another argument on {tensor.device}; move all of them to one device"
-            )
+    return v.new_zeros(B if cu_seqlens is None else len(cu_seqlens) - 1, HV, K, V, dtype=state_dtype(v.dtype))
 
 
 def _check_decay(log_decay: Tensor) -> None:

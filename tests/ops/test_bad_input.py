@@ -21,17 +21,17 @@ CASES = [
     ({"log_decay": torch.zeros(2, 4, 3, 7)}, r"log_decay has shape \(2, 4, 3, 7\); q and v ask for \(2, 4, 3, 8\)"),
     ({"k": torch.zeros(2, 5, 3, 8)}, r"k has shape \(2, 5, 3, 8\); q and v ask for \(2, 4, 3, 8\)"),
     ({"beta": torch.zeros(2, 4, 3, 1)}, r"beta has shape \(2, 4, 3, 1\); q and v ask for \(2, 4, 3\)"),
-    ({"q": torch.zeros(2, 4, 8)}, r"q has shape \(2, 4, 8\).*both must be \[B, T, heads, channels\]"),
+    ({"q": torch.zeros(2, 4, 8)}, r"q has shape \(2, 4, 8\).*must be \[B, T, H, K\] and \[B, T, HV, V\]"),
     ({"v": torch.zeros(2, 4, 4, 5)}, "v has 4 heads and q has 3; the heads of v must be a multiple of those of q"),
     ({"v": torch.zeros(2, 4, 3, 5).double()}, "v is torch.float64 and q is torch.float32; q, k and v must share"),
-    ({"q": torch.zeros(2, 4, 3, 8).long()}, "q is torch.int64"),
+    ({"q": torch.zeros(2, 4, 3, 8).long()}, "q is torch.int64; it must be torch.bfloat16, torch.float16, torch.float32 or"),
     ({"state": torch.zeros(2, 3, 5, 8)}, r"state has shape \(2, 3, 5, 8\); q and v ask for \(2, 3, 8, 5\)"),
     ({"state": torch.zeros(2, 3, 8, 5).bfloat16()}, "state is torch.bfloat16; with v in torch.float32 it must be torch.float32"),
     ({"log_decay": torch.ones(2, 4, 3, 8), "check": True}, "log_decay reaches 1.0; .* must be <= 0"),
     ({"log_decay": torch.full((2, 4, 3, 8), torch.nan), "check": True}, "log_decay reaches nan"),
     ({"cu_seqlens": torch.tensor([0, 4])}, "cu_seqlens came with a batch of 2; packed sequences lie end to end in a batch of 1"),
     ({"backend": "fastest"}, "backend 'fastest' is unknown; this machine has .*chunked, reference"),
-    ({"log_decay": -torch.ones(2, 4, 3, 8, device="meta")}, "q is on cpu and another argument on meta"),
+    ({"log_decay": -torch.ones(2, 4, 3, 8, device="meta")}, "log_decay is on meta and q on cpu; move all of them to one device"),
 ]  # fmt: skip
 
 
@@ -71,7 +71,7 @@ def test_a_step_refuses_gradients_and_states_it_cannot_edit():
         kda_step_(**{**one, "v": one["v"].clone().requires_grad_()}, state=state)
     with pytest.raises(ValueError, match="state is not contiguous; it is edited in place"):
         kda_step_(**one, state=torch.zeros(2, 3, 5, 8).mT)
-    with pytest.raises(ValueError, match=r"a step takes \[B, H, K\] and \[B, HV, V\]"):
+    with pytest.raises(ValueError, match=r"they must be \[B, H, K\] and \[B, HV, V\]"):
         kda_step_(**good(), state=state)
 
 

@@ -13,9 +13,12 @@ from ctypes import c_double, c_int64, c_void_p
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from palimpsest.ops.backends import Backend, Problem, linear_by_core
+from palimpsest.ops import arguments
+from palimpsest.ops.backends import NO_TRANSFORMS, Backend, Problem, linear_by_core
 from palimpsest.ops.cpu import jit
+from palimpsest.ops.packing import borders
 
 SEGMENT = 64  # tokens between checkpoints, as in delta_memory.c
 MAX_K = 256
@@ -53,7 +56,9 @@ def forward(
     scale: float, gate: str, floor: float, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Output, final state, and the states that backward starts from: with keep, one in 64 tokens."""
-    inputs = _contiguous(q, k, value, log_decay, erase, beta, state, A_log, dt_bias)
+    inputs = (q, k, value, log_decay, erase, beta, state, A_log, dt_bias)
+    _check_call("cpu_forward", inputs, cu_seqlens, gate)
+    inputs = _contiguous(*inputs)
     out, end_state, checkpoints = _new_results(value, state, keep)
     call = _call(inputs, cu_seqlens, scale, gate, floor)
     call.out, call.end_state = _array(out), end_state.data_ptr()
@@ -64,6 +69,7 @@ def forward(
 
 @forward.register_fake
 def _(q, k, value, log_decay, erase, beta, state, A_log, dt_bias, cu_seqlens, scale, gate, floor, keep):
+    _check_call("cpu_forward", (q, k, value, log_decay, erase, beta, state, A_log, dt_bias), cu_seqlens, gate)
     return _new_results(value, state, keep)
 
 
@@ -75,7 +81,9 @@ def backward(
     scale: float, gate: str, floor: float,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of q, k, value, log_decay, erase or beta, state and, with a gate, of A_log and dt_bias by sequence."""
-    inputs = _contiguous(q, k, value, log_decay, erase, beta, state, A_log, dt_bias)
+    inputs = (q, k, value, log_decay, erase, beta, state, A_log, dt_bias)
+    _check_call("cpu_backward", inputs, cu_seqlens, gate, (d_out, d_end_state, checkpoints))
+    inputs, checkpoints = _contiguous(*inputs), checkpoints.contiguous()
     gradients = _new_gradients(*inputs)
     d_out, d_end_state = d_out.contiguous(), d_end_state.contiguous()
     call = _call(inputs, cu_seqlens, scale, gate, floor)
@@ -96,7 +104,19 @@ def _(
     d_out, d_end_state, checkpoints, q, k, value, log_decay, erase, beta, state, A_log, dt_bias, cu_seqlens,
     scale, gate, floor,
 ):  # fmt: skip
+    inputs = (q, k, value, log_decay, erase, beta, state, A_log, dt_bias)
+    _check_call("cpu_backward", inputs, cu_seqlens, gate, (d_out, d_end_state, checkpoints))
     return _new_gradients(q, k, value, log_decay, erase, beta, state, A_log, dt_bias)
+
+
+def _refuse_second_derivative(ctx, *gradients):
+    raise NotImplementedError(
+        "the CPU kernel has first derivatives only, and the gradient of its gradient was asked for; call with "
+        "backend='chunked'"
+    )
+
+
+backward.register_autograd(_refuse_second_derivative)
 
 
 def _save(ctx, inputs, output):
@@ -126,10 +146,12 @@ def _step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, stat
 
 @_step.register_fake
 def _(q, k, v, log_decay, beta, state, scale):
+    arguments.check("cpu_step", (q, k, v, log_decay, beta, state))
     return torch.empty_like(_supported(v))
 
 
 def _step_now(q, k, v, log_decay, beta, state, scale):
+    arguments.check("cpu_step", (q, k, v, log_decay, beta, state))
     q, k, v = _supported(q).contiguous(), _supported(k).contiguous(), _supported(v).contiguous()
     log_decay, beta = _supported(log_decay).contiguous(), _supported(beta).contiguous()
     B, HV, K, V = state.shape
@@ -137,10 +159,12 @@ def _step_now(q, k, v, log_decay, beta, state, scale):
     bf16 = 0
     for i, x in enumerate((q, k, v, log_decay, beta)):
         bf16 |= (x.dtype is torch.bfloat16) << i
-    _step_function()(
-        B, q.shape[1], HV, K, V, torch.get_num_threads(), bf16, scale, q.data_ptr(), k.data_ptr(), v.data_ptr(),
-        log_decay.data_ptr(), beta.data_ptr(), state.data_ptr(), out.data_ptr(),
+    addresses = (
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), log_decay.data_ptr(), beta.data_ptr(), state.data_ptr(), out.data_ptr()
     )  # fmt: skip
+    if B and not all(addresses):
+        raise ValueError(GONE)
+    _step_function()(B, q.shape[1], HV, K, V, torch.get_num_threads(), bf16, scale, *addresses)
     return out
 
 
@@ -168,8 +192,12 @@ def kda_from_logits(q, k, v, decay_logits, beta_logits, gate, state, scale, cu_s
 
 
 def step(q, k, v, log_decay, beta, state, scale):
-    run = _step if torch.compiler.is_compiling() else _step_now  # an operator's dispatch costs as much as the step
-    return run(q, k, v, log_decay, beta, state, scale).to(v.dtype)
+    if torch.compiler.is_compiling() or any(x.is_neg() for x in (q, k, v, log_decay, beta, state)):
+        return _step(q, k, v, log_decay, beta, state, scale).to(v.dtype)  # torch negates those views on the way
+    out = _step_now(q, k, v, log_decay, beta, state, scale)  # an operator's dispatch costs as much as the step
+    if not state.is_inference():
+        increment_version(state)  # as the operator does: autograd sees that a tensor which it has kept was edited
+    return out.to(v.dtype)
 
 
 def _run(q, k, value, log_decay, erase, beta, state, scale, cu_seqlens, gate=None):
@@ -180,12 +208,33 @@ def _run(q, k, value, log_decay, erase, beta, state, scale, cu_seqlens, gate=Non
         erase = erase.repeat_interleave(HV // erase.shape[2], dim=2)
     A_log = dt_bias = None
     if gate is not None:
-        A_log, dt_bias = gate.A_log.float().reshape(HV), gate.dt_bias.float().reshape(HV, -1)
+        A_log, dt_bias = gate.A_log.float().reshape(HV), gate.dt_bias.float().reshape(HV, q.shape[3])
     tensors = (q, k, value, log_decay, erase, beta, state, A_log, dt_bias)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     kind, floor = ("none", 0.0) if gate is None else (gate.name, float(getattr(gate, "floor", 0.0)))
     out, state, _ = forward(*tensors, cu_seqlens, float(scale), kind, floor, keep)
     return out.to(dtype), state
+
+
+def _check_call(op: str, inputs, cu_seqlens, gate: str, gradients=()) -> None:
+    """The operators' own door: they can be called by anybody."""
+    q, _, _, _, erase, beta, state, A_log, dt_bias = inputs
+    kept = _kept(q, state) if gradients else 0
+    arguments.check(op, (*inputs, *gradients), cu_seqlens, kept)
+    if (erase is None) == (beta is None):
+        raise ValueError("erase and beta came both, or neither; give one of them")
+    if gate not in GATES:
+        raise ValueError(f"gate is {gate!r}; it must be one of {', '.join(GATES)}")
+    gated = gate != "none"
+    if (A_log is not None) != gated or (dt_bias is not None) != gated or (gated and beta is None):
+        raise ValueError(
+            f"gate is {gate!r}: a gate needs A_log, dt_bias and beta, and without one there is no A_log, dt_bias"
+        )
+
+
+def _kept(q: Tensor, state: Tensor) -> int:
+    """Memories that backward starts from: one in 64 tokens, and every sequence may end in a segment of its own."""
+    return q.shape[0] * q.shape[1] // SEGMENT + state.shape[0]
 
 
 def _supported(x: Tensor) -> Tensor:
@@ -196,23 +245,29 @@ def _call(inputs, cu_seqlens, scale, gate, floor) -> Call:
     q, k, value, log_decay, erase, beta, state, A_log, dt_bias = inputs
     B, T, H, K = q.shape
     HV, V = value.shape[2:]
-    borders = [n * T for n in range(B + 1)] if cu_seqlens is None else cu_seqlens.tolist()
-    if cu_seqlens is not None and (borders[0] != 0 or borders[-1] != T or borders != sorted(borders)):
-        raise ValueError(f"cu_seqlens is {borders}; it must rise from 0 to the number of tokens, {T}")
-    N = len(borders) - 1
+    ends = [n * T for n in range(B + 1)] if cu_seqlens is None else borders(cu_seqlens, T)
+    N = len(ends) - 1
     return Call(
-        N, H, HV, K, V, torch.get_num_threads(), (c_int64 * (N + 1))(*borders), scale,
+        N, H, HV, K, V, torch.get_num_threads(), (c_int64 * (N + 1))(*ends), scale,
         _array(q), _array(k), _array(value), _array(log_decay), _array(erase), _array(beta),
         GATES.index(gate), floor, _pointer(A_log), _pointer(dt_bias), _pointer(state),
     )  # fmt: skip
 
 
 def _array(tensor: Tensor | None) -> Array:
-    return Array(None, 0) if tensor is None else Array(tensor.data_ptr(), tensor.dtype is torch.bfloat16)
+    return Array(None, 0) if tensor is None else Array(_pointer(tensor), tensor.dtype is torch.bfloat16)
+
+
+GONE = "a tensor has no memory behind its shape any more: its storage was freed, or resized to nothing"
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+    if tensor is None:
+        return None
+    address = tensor.data_ptr()
+    if not address and tensor.numel():
+        raise ValueError(GONE)
+    return address
 
 
 def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -220,9 +275,7 @@ def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def _new_results(value, state, keep):
-    B, T = value.shape[:2]
-    slots = B * T // SEGMENT + state.shape[0] if keep else 0  # every sequence may end in a segment of its own
-    checkpoints = state.new_empty(slots, *state.shape[1:])
+    checkpoints = state.new_empty(_kept(value, state) if keep else 0, *state.shape[1:])
     return value.new_empty(value.shape), state.new_empty(state.shape), checkpoints
 
 
@@ -241,6 +294,8 @@ def _check(status: int) -> None:
 def refuses(problem: Problem) -> str | None:
     if problem.device != "cpu":
         return f"needs tensors on the CPU, and these are on {problem.device}"
+    if problem.transformed:
+        return NO_TRANSFORMS
     if problem.dtype == torch.float64:
         return "computes in fp32, and these tensors are fp64"
     if problem.key_dim > MAX_K:

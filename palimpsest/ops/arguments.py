@@ -1,0 +1,282 @@
+"""What every operator takes, in one table, and `check`, which holds a call to it before a kernel sees an address.
+
+A row is an argument: its name, its shape in letters, and the dtypes that it may have. The public functions have rows, and
+so has every door of a kernel (`cpu_forward`, `gpu_step` ...). A kernel's door checks again, since the torch operators
+behind it can be called by anybody.
+
+Letters  B sequences, T tokens, H key heads, HV value heads, K key channels, V value channels; N memories, B of them or one
+         for each packed sequence; P memories that a backward pass starts from.
+Cost     some 2 microseconds for a call that is right. What is wrong with another is looked for afterwards, row by row.
+"""
+
+import math
+from collections.abc import Sequence
+from operator import itemgetter
+from typing import NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from palimpsest.ops.packing import check_cu_seqlens
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+C_READS = (torch.bfloat16, torch.float32)
+GPU_READS = (torch.bfloat16, torch.float16, torch.float32)
+Q = "the dtype of q"
+NUMBERS = "numbers "
+MEMORY = "the dtype of a memory"  # fp64 where q is, otherwise fp32
+
+
+class Row(NamedTuple):
+    """One argument."""
+
+    name: str
+    shape: str  # letters; "numbers HV K" is H V times K numbers in any shape
+    dtypes: tuple[torch.dtype, ...] | str = FLOATS  # or Q, or MEMORY
+    optional: bool = False
+    in_place: bool = False  # it is edited, so it must be in order as it lies: a copy would not do
+
+
+class Table(NamedTuple):
+    """The arguments of one operator, q first and the values third, and what its kernel can hold."""
+
+    rows: tuple[Row, ...]
+    letters: str = (
+        "B T H K HV V N P HV*K"  # the shape of q, the last two sizes of the values, and what follows from them
+    )
+    q_dtypes: tuple[torch.dtype, ...] = FLOATS
+    key_channels: float = math.inf
+    value_channels: float = math.inf
+    on: str = ""  # the kind of device whose addresses the kernel can read
+
+
+def _rows(*more: Row, memory: bool = True) -> tuple[Row, ...]:
+    rows = (Row("q", "B T H K", Q), Row("k", "B T H K", Q), Row("v", "B T HV V", Q), *more)
+    return (*rows, Row("state", "N HV K V", MEMORY, optional=True)) if memory else rows
+
+
+_DECAY, _BETA = Row("log_decay", "B T HV K"), Row("beta", "B T HV")
+_LOGITS = Row("decay_logits", "B T HV K"), Row("beta_logits", "B T HV")
+_PARAMETERS = Row("A_log", "numbers HV"), Row("dt_bias", "numbers HV*K")
+_STEP = (
+    *(Row("q", "B H K", Q), Row("k", "B H K", Q), Row("v", "B HV V", Q), Row("log_decay", "B HV K"), Row("beta", "B HV")),
+    Row("state", "B HV K V", MEMORY, in_place=True),
+)  # fmt: skip
+_ONE_TOKEN = "B H K HV V N P HV*K"
+
+_F32 = (torch.float32,)
+_C = (
+    Row("q", "B T H K", C_READS), Row("k", "B T H K", C_READS), Row("value", "B T HV V", C_READS),
+    Row("log_decay", "B T HV K", C_READS), Row("erase", "B T HV K", C_READS, optional=True),
+    Row("beta", "B T HV", C_READS, optional=True), Row("state", "N HV K V", _F32),
+    Row("A_log", "HV", _F32, optional=True), Row("dt_bias", "HV K", _F32, optional=True),
+)  # fmt: skip
+_C_BACKWARD = (
+    Row("d_out", "B T HV V", C_READS),
+    Row("d_end_state", "N HV K V", _F32),
+    Row("checkpoints", "P HV K V", _F32),
+)
+_C_HOLDS = {"q_dtypes": C_READS, "key_channels": 256, "on": "cpu"}
+
+_GPU_PARAMETERS = Row("A_log", "HV", optional=True), Row("dt_bias", "HV K", optional=True)
+_GPU = _rows(_DECAY, Row("erase", "B T HV")) + _GPU_PARAMETERS
+_GPU_VECTORS = _rows(_DECAY, Row("erase", "B T HV K")) + _GPU_PARAMETERS
+_GPU_BACKWARD = Row("d_out", "B T HV V"), Row("d_state", "N HV K V", MEMORY, optional=True)
+_GPU_HOLDS = {"q_dtypes": GPU_READS, "key_channels": 256, "value_channels": 256}
+
+TABLES: dict[str, Table] = {
+    # the public functions
+    "kda": Table(_rows(_DECAY, _BETA)),
+    "gdn2": Table(_rows(_DECAY, Row("erase_gate", "B T HV K"), Row("write_gate", "B T HV V"))),
+    "gated_delta": Table(_rows(Row("log_decay", "B T HV"), _BETA)),
+    "delta_rule": Table(_rows(_BETA)),
+    "gated_linear_attention": Table(_rows(_DECAY)),
+    "linear_attention": Table(_rows()),
+    "dplr": Table(_rows(Row("a", "B T HV K"), Row("b", "B T HV K"), _DECAY)),
+    "softmax_lookup": Table(_rows(memory=False)),
+    "kda_from_logits": Table(_rows(*_LOGITS)),
+    "kda_from_logits, gated": Table(_rows(*_LOGITS, *_PARAMETERS)),
+    "trace": Table(_rows(_DECAY, _BETA)),
+    "kda_step_": Table(_STEP, _ONE_TOKEN),
+    # the doors of kernels
+    "cpu_forward": Table(_C, **_C_HOLDS),
+    "cpu_backward": Table(_C + _C_BACKWARD, **_C_HOLDS),
+    "cpu_step": Table(_STEP, _ONE_TOKEN, GPU_READS, key_channels=256, on="cpu"),
+    "gpu_delta_memory": Table(_GPU, **_GPU_HOLDS),
+    "gpu_delta_memory, vectors": Table(_GPU_VECTORS, **_GPU_HOLDS),
+    "gpu_delta_memory_backward": Table(_GPU + _GPU_BACKWARD, **_GPU_HOLDS),
+    "gpu_delta_memory_backward, vectors": Table(_GPU_VECTORS + _GPU_BACKWARD, **_GPU_HOLDS),
+    "gpu_linear_memory": Table(_rows(), **_GPU_HOLDS),
+    "gpu_linear_memory_backward": Table(_rows() + _GPU_BACKWARD, **_GPU_HOLDS),
+    "gpu_step": Table(_STEP, _ONE_TOKEN, **_GPU_HOLDS),
+    "gpu_steps": Table(
+        (*_rows(_DECAY, _BETA, memory=False), Row("state", "B HV K V", MEMORY, in_place=True)), **_GPU_HOLDS
+    ),
+}
+
+
+def _rules(table: Table) -> dict[torch.dtype, tuple[tuple, ...]]:
+    """Of every row: its shape out of the sizes of all letters, and what else `check` reads. By the dtype of q."""
+    letters = table.letters.split()
+    found = {}
+    for q_dtype in table.q_dtypes:
+        rules = []
+        for row in table.rows:
+            at = [letters.index(letter) for letter in row.shape.removeprefix(NUMBERS).split()]
+            pick = itemgetter(*at) if len(at) > 1 else itemgetter(slice(at[0], at[0] + 1))  # a tuple, of one letter too
+            numbers = row.shape.startswith(NUMBERS)
+            rules.append((pick, numbers, frozenset(_dtypes(row, q_dtype)), row.optional, row.in_place))
+        found[q_dtype] = tuple(rules)
+    return found
+
+
+def _dtypes(row: Row, q_dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    if row.dtypes == MEMORY:
+        return (state_dtype(q_dtype),)
+    return (q_dtype,) if row.dtypes == Q else row.dtypes
+
+
+def state_dtype(q_dtype: torch.dtype) -> torch.dtype:
+    """Memories live in fp32; for fp64 inputs in fp64."""
+    return torch.float64 if q_dtype == torch.float64 else torch.float32
+
+
+STRIDED = torch.strided
+RULES = {
+    op: (_rules(table), len(table.rows[0].shape.split()), table.key_channels, table.value_channels, table.on)
+    for op, table in TABLES.items()
+}
+
+
+def check(op: str, tensors: Sequence[Tensor | None], cu_seqlens: Tensor | None = None, kept: int = 0) -> None:
+    """Raise unless the tensors, in the order of the table's rows, are what `op` may be given.
+
+    cu_seqlens: the borders of packed sequences. kept: P, the memories that a backward pass starts from.
+
+    Raises:
+        TypeError: an argument is no tensor. ValueError: a shape, dtype, device or layout. Both name the argument.
+
+    >>> q = k = v = torch.zeros(1, 3, 2, 4)
+    >>> check("linear_attention", (q, k, v[:, :2], None))
+    Traceback (most recent call last):
+    ValueError: v has shape (1, 2, 2, 4); q and v ask for (1, 3, 2, 4)
+    """
+    if not _fits(op, tensors, cu_seqlens, kept):
+        _explain(op, tensors, cu_seqlens, kept)
+
+
+def _fits(op: str, tensors: Sequence[Tensor | None], cu_seqlens: Tensor | None, kept: int) -> bool:
+    """The same answer for every call that is right, in as few steps as Python can do it."""
+    (rows, ndim, max_K, max_V, on), q, v = RULES[op], tensors[0], tensors[2]
+    if not (isinstance(q, Tensor) and isinstance(v, Tensor)):
+        return False
+    rules, device, sizes = rows.get(q.dtype), q.device, (*q.shape, *v.shape[-2:])
+    if rules is None or len(sizes) != ndim + 2:
+        return False
+    H, K, HV, V = sizes[-4:]
+    N = sizes[0]
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, N, sizes[1], device)
+        N = cu_seqlens.shape[0] - 1
+    if H < 1 or HV < 1 or HV % H or not 0 < K <= max_K or not 0 < V <= max_V:
+        return False
+    sizes = (*sizes, N, kept, HV * K)
+    on_cpu = q.is_cpu
+    if on and device.type != on:
+        return False
+    try:
+        for (pick, numbers, dtypes, optional, in_place), x in zip(rules, tensors):
+            if x is None:
+                if optional:
+                    continue
+                return False
+            if (
+                ((x.numel(),) if numbers else x.shape) != pick(sizes)
+                or x.dtype not in dtypes
+                or not (x.is_cpu if on_cpu else x.device == device)
+                or x.layout is not STRIDED
+                or (in_place and not x.is_contiguous())
+            ):
+                return False
+    except AttributeError:  # no tensor
+        return False
+    return True
+
+
+def _explain(op: str, tensors: Sequence[Tensor | None], cu_seqlens: Tensor | None, kept: int) -> NoReturn:
+    """Say what is wrong, the most telling fault first."""
+    table = TABLES[op]
+    named = dict(zip((row.name for row in table.rows), tensors, strict=True))
+    for row in table.rows:
+        x = named[row.name]
+        if not isinstance(x, Tensor) and not (x is None and row.optional):
+            raise TypeError(
+                f"{row.name} is {'None' if x is None else f'a {type(x).__name__}'}; it must be a torch.Tensor"
+            )
+        if x is not None and x.layout != torch.strided:
+            raise ValueError(f"{row.name} has the layout {x.layout}; pass a dense tensor: {row.name}.to_dense()")
+    (q_row, _, v_row, *_), (q, _, v, *_) = table.rows, tensors
+    q_letters, v_letters = q_row.shape.split(), v_row.shape.split()
+    if q.ndim != len(q_letters) or v.ndim != len(v_letters):
+        raise ValueError(
+            f"q has shape {_shape(q)} and {v_row.name} {_shape(v)}; "
+            f"they must be [{', '.join(q_letters)}] and [{', '.join(v_letters)}]"
+        )
+    sizes = dict(zip(table.letters.split(), (*q.shape, *v.shape[-2:])))
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, sizes["B"], sizes["T"], q.device)
+    H, K, HV, V = (sizes[letter] for letter in ("H", "K", "HV", "V"))
+    sizes.update({"N": sizes["B"] if cu_seqlens is None else len(cu_seqlens) - 1, "P": kept, "HV*K": HV * K})
+
+    def expect_shape(row):
+        x, shape = named[row.name], tuple(sizes[letter] for letter in row.shape.removeprefix(NUMBERS).split())
+        if row.shape.startswith(NUMBERS) and x.numel() != shape[0]:
+            raise ValueError(
+                f"{row.name} has {x.numel()} numbers, its shape is {_shape(x)}; q and v ask for {shape[0]}"
+            )
+        if not row.shape.startswith(NUMBERS) and tuple(x.shape) != shape:
+            raise ValueError(f"{row.name} has shape {_shape(x)}; q and v ask for {shape}")
+
+    for row in table.rows[1:3]:
+        expect_shape(row)
+    if H < 1 or HV < 1 or HV % H:
+        raise ValueError(f"{v_row.name} has {HV} heads and q has {H}; the heads of v must be a multiple of those of q")
+    if K < 1 or V < 1:
+        raise ValueError(f"q has {K} channels a head and {v_row.name} has {V}; both must have at least one")
+    if table.key_channels < K or table.value_channels < V:
+        most = f"{table.key_channels} and {table.value_channels}"
+        raise ValueError(f"q has {K} channels a head and {v_row.name} has {V}; {op} holds at most {most}")
+    if table.on and q.device.type != table.on:
+        raise ValueError(f"q is on {q.device}; {op} reads tensors on the {table.on}")
+    if q.dtype not in table.q_dtypes:
+        raise ValueError(f"q is {q.dtype}; it must be {_or(table.q_dtypes)}")
+    for row in table.rows:
+        x = named[row.name]
+        if x is None:
+            continue
+        allowed = _dtypes(row, q.dtype)
+        if row.dtypes == Q and x.dtype != q.dtype:
+            raise ValueError(f"{row.name} is {x.dtype} and q is {q.dtype}; q, k and v must share one floating dtype")
+        expect_shape(row)
+        if row.dtypes == MEMORY and x.dtype not in allowed:
+            raise ValueError(
+                f"{row.name} is {x.dtype}; with v in {q.dtype} it must be {_or(allowed)}: use {row.name}.to(...)"
+            )
+        if x.dtype not in allowed:
+            raise ValueError(f"{row.name} is {x.dtype}; it must be {_or(allowed)}")
+        if x.device != q.device:
+            raise ValueError(f"{row.name} is on {x.device} and q on {q.device}; move all of them to one device")
+        if row.in_place and not x.is_contiguous():
+            raise ValueError(
+                f"{row.name} is not contiguous; it is edited in place, so pass {row.name}.contiguous() and keep that"
+            )
+    raise ValueError(f"{op} was refused")  # out of reach: what does not fit is one of the above
+
+
+def _shape(x: Tensor) -> tuple[int, ...]:
+    return tuple(x.shape)
+
+
+def _or(dtypes: tuple[torch.dtype, ...]) -> str:
+    *most, last = map(str, dtypes)
+    return f"{', '.join(most)} or {last}" if most else last
