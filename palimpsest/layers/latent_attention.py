@@ -16,9 +16,10 @@ from torch import Tensor, einsum, nn
 from palimpsest.layers.latent_cache import LatentCache
 from palimpsest.layers.layer_state import LatentState
 from palimpsest.layers.norms import RMSNorm
-from palimpsest.layers.padding import borders, check_input, check_rows, check_sizes, dtype_of, pack, unpack
+from palimpsest.layers.padding import check_input, check_rows, check_sizes, dtype_of, pack, unpack
 from palimpsest.layers.precision import float32
 from palimpsest.ops.latent_step import latent_step
+from palimpsest.ops.packing import borders
 
 ABSORB_UP_TO = (
     128  # tokens: absorbing costs R - N more products a pair and head, expanding N + V times R once a held token

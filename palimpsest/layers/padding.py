@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from palimpsest.ops.packing import check_cu_seqlens
+
 
 def check_sizes(least: int = 1, **sizes: int) -> None:
     """Raise ValueError unless each size is a whole number, `least` or more."""
@@ -34,11 +36,8 @@ def check_rows(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Non
         raise ValueError("mask and cu_seqlens were both given; a packed batch has no padding, so give one of them")
     if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) != rows):
         raise ValueError(f"mask is {mask.dtype} of shape {tuple(mask.shape)}; expected torch.bool of shape {rows}")
-    if cu_seqlens is not None and (rows[0] != 1 or cu_seqlens.ndim != 1 or cu_seqlens.is_floating_point()):
-        raise ValueError(
-            f"cu_seqlens is {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)} with a batch of {rows[0]}; "
-            "expected whole numbers [N + 1] with the documents end to end in a batch of 1"
-        )
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, x.shape[0], x.shape[1], x.device)
 
 
 def pack(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,17 +55,3 @@ def unpack(packed: Tensor, mask: Tensor) -> Tensor:
     shape = (*mask.shape, *packed.shape[2:])
     at = mask.view(*mask.shape, *[1] * (packed.ndim - 2))
     return packed.new_zeros(shape).masked_scatter(at, packed)
-
-
-def borders(cu_seqlens: Tensor, T: int) -> list[int]:
-    """cu_seqlens as numbers, checked: from 0 to T without going back.
-
-    >>> borders(torch.tensor([0, 2, 2, 5]), 5)
-    [0, 2, 2, 5]
-    """
-    ends = cu_seqlens.tolist()
-    if len(ends) < 2 or ends[0] != 0 or ends[-1] != T or any(b < a for a, b in zip(ends, ends[1:])):
-        raise ValueError(
-            f"cu_seqlens is {ends[:8]}{' ...' if len(ends) > 8 else ''}; expected to rise from 0 to {T} tokens"
-        )
-    return ends

@@ -12,7 +12,7 @@ Cost     some 2 microseconds for a call that is right. What is wrong with anothe
 import math
 from collections.abc import Sequence
 from operator import itemgetter
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,13 +76,13 @@ _C_BACKWARD = (
     Row("d_end_state", "N HV K V", _F32),
     Row("checkpoints", "P HV K V", _F32),
 )
-_C_HOLDS = {"q_dtypes": C_READS, "key_channels": 256, "on": "cpu"}
+_C_HOLDS: dict[str, Any] = {"q_dtypes": C_READS, "key_channels": 256, "on": "cpu"}
 
 _GPU_PARAMETERS = Row("A_log", "HV", optional=True), Row("dt_bias", "HV K", optional=True)
 _GPU = _rows(_DECAY, Row("erase", "B T HV")) + _GPU_PARAMETERS
 _GPU_VECTORS = _rows(_DECAY, Row("erase", "B T HV K")) + _GPU_PARAMETERS
 _GPU_BACKWARD = Row("d_out", "B T HV V"), Row("d_state", "N HV K V", MEMORY, optional=True)
-_GPU_HOLDS = {"q_dtypes": GPU_READS, "key_channels": 256, "value_channels": 256}
+_GPU_HOLDS: dict[str, Any] = {"q_dtypes": GPU_READS, "key_channels": 256, "value_channels": 256}
 
 TABLES: dict[str, Table] = {
     # the public functions
@@ -131,9 +131,9 @@ def _rules(table: Table) -> dict[torch.dtype, tuple[tuple, ...]]:
 
 
 def _dtypes(row: Row, q_dtype: torch.dtype) -> tuple[torch.dtype, ...]:
-    if row.dtypes == MEMORY:
-        return (state_dtype(q_dtype),)
-    return (q_dtype,) if row.dtypes == Q else row.dtypes
+    if isinstance(row.dtypes, tuple):
+        return row.dtypes
+    return (q_dtype,) if row.dtypes == Q else (state_dtype(q_dtype),)
 
 
 def state_dtype(q_dtype: torch.dtype) -> torch.dtype:
@@ -161,12 +161,12 @@ def check(op: str, tensors: Sequence[Tensor | None], cu_seqlens: Tensor | None =
     Traceback (most recent call last):
     ValueError: v has shape (1, 2, 2, 4); q and v ask for (1, 3, 2, 4)
     """
-    if not _fits(op, tensors, cu_seqlens, kept):
-        _explain(op, tensors, cu_seqlens, kept)
+    if torch.compiler.is_compiling() or not _fits(op, tensors, cu_seqlens, kept):  # a compiler reads the plain form
+        _walk(op, tensors, cu_seqlens, kept)
 
 
 def _fits(op: str, tensors: Sequence[Tensor | None], cu_seqlens: Tensor | None, kept: int) -> bool:
-    """The same answer for every call that is right, in as few steps as Python can do it."""
+    """Whether the call is right, in as few steps as Python can find it; `_walk` has the last word."""
     (rows, ndim, max_K, max_V, on), q, v = RULES[op], tensors[0], tensors[2]
     if not (isinstance(q, Tensor) and isinstance(v, Tensor)):
         return False
@@ -203,10 +203,10 @@ def _fits(op: str, tensors: Sequence[Tensor | None], cu_seqlens: Tensor | None, 
     return True
 
 
-def _explain(op: str, tensors: Sequence[Tensor | None], cu_seqlens: Tensor | None, kept: int) -> NoReturn:
-    """Say what is wrong, the most telling fault first."""
+def _walk(op: str, tensors: Sequence[Tensor | None], cu_seqlens: Tensor | None, kept: int) -> None:
+    """Row by row: raise what is wrong, the most telling fault first."""
     table = TABLES[op]
-    named = dict(zip((row.name for row in table.rows), tensors, strict=True))
+    named: dict[str, Any] = dict(zip((row.name for row in table.rows), tensors, strict=True))
     for row in table.rows:
         x = named[row.name]
         if not isinstance(x, Tensor) and not (x is None and row.optional):
@@ -215,7 +215,8 @@ def _explain(op: str, tensors: Sequence[Tensor | None], cu_seqlens: Tensor | Non
             )
         if x is not None and x.layout != torch.strided:
             raise ValueError(f"{row.name} has the layout {x.layout}; pass a dense tensor: {row.name}.to_dense()")
-    (q_row, _, v_row, *_), (q, _, v, *_) = table.rows, tensors
+    q_row, _, v_row, *_ = table.rows
+    q, v = named[q_row.name], named[v_row.name]
     q_letters, v_letters = q_row.shape.split(), v_row.shape.split()
     if q.ndim != len(q_letters) or v.ndim != len(v_letters):
         raise ValueError(
@@ -270,7 +271,6 @@ def _explain(op: str, tensors: Sequence[Tensor | None], cu_seqlens: Tensor | Non
             raise ValueError(
                 f"{row.name} is not contiguous; it is edited in place, so pass {row.name}.contiguous() and keep that"
             )
-    raise ValueError(f"{op} was refused")  # out of reach: what does not fit is one of the above
 
 
 def _shape(x: Tensor) -> tuple[int, ...]:

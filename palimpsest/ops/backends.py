@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd import forward_ad
 
 Op = Literal["core", "kda", "kda_from_logits", "dplr", "linear", "step", "lookup"]
@@ -89,7 +90,7 @@ def within_a_transform() -> bool:
     """Whether torch.func, or a level of dual numbers, stands around this call: a kernel knows neither tangents nor batches."""
     if forward_ad._current_level >= 0:
         return True
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+    return not torch.compiler.is_compiling() and _functorch.peek_interpreter_stack() is not None
 
 
 NO_TRANSFORMS = "has no rule for torch.func (grad, jvp, vmap ...) and forward-mode derivatives"

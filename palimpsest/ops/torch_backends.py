@@ -4,6 +4,8 @@ Half-precision inputs are computed in fp32, fp64 in fp64. Autocast is switched o
 very products that the fp32 state is there to protect.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -41,7 +43,7 @@ def _backend(name: str, law, fold) -> Backend:
 
     def _run(run, sequences, state, cu_seqlens, dtype):
         given = state  # without tokens it comes back; the caller gets a memory of their own
-        with torch.autocast(state.device.type, enabled=False):
+        with _full_precision(state.device.type):
             if cu_seqlens is None:
                 output, state = fold(run, sequences, state)
             else:
@@ -61,6 +63,11 @@ def _backend(name: str, law, fold) -> Backend:
     return Backend(name, lambda problem: None, **runs)
 
 
+def _full_precision(device: str):
+    """Without autocast, on devices that have it: meta tensors have shapes alone."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
 def _wide(sequences, state):
     """In the state's dtype, and with the state's heads."""
     heads = state.shape[1]
@@ -70,7 +77,7 @@ def _wide(sequences, state):
 
 def step_(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor, scale: float) -> Tensor:
     """One token of KDA, in place: fade, see what is held, erase and write, read."""
-    with torch.autocast(state.device.type, enabled=False):
+    with _full_precision(state.device.type):
         B, HV, K, V = state.shape
         S = state.view(B * HV, K, V)
         q, k = (x.to(S.dtype).repeat_interleave(HV // x.shape[1], 1).reshape(B * HV, 1, K) for x in (q, k))

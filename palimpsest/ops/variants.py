@@ -248,20 +248,21 @@ def kda_from_logits(
             f"beta_max is {beta_max!r}; it must be a number above 0: 1, or up to 2 for negative eigenvalues"
         )
     tensors = (q, k, v, decay_logits, beta_logits)
-    if isinstance(gate, (SoftplusDecay, SigmoidDecay)):
-        parameters = (gate.A_log, gate.dt_bias)
-        arguments.check("kda_from_logits, gated", (*tensors, *parameters, state), cu_seqlens)
-    elif callable(gate):
+    if not callable(gate):
+        raise TypeError(f"gate is a {type(gate).__name__}; it must be a SoftplusDecay, a SigmoidDecay or a function")
+    if not isinstance(gate, (SoftplusDecay, SigmoidDecay)):
         arguments.check("kda_from_logits", (*tensors, state), cu_seqlens)
     else:
-        raise TypeError(f"gate is a {type(gate).__name__}; it must be a SoftplusDecay, a SigmoidDecay or a function")
-    if isinstance(gate, (SoftplusDecay, SigmoidDecay)) and beta_max == 1.0:
+        parameters = (gate.A_log, gate.dt_bias)
+        arguments.check("kda_from_logits, gated", (*tensors, *parameters, state), cu_seqlens)
         problem = _problem("kda_from_logits", "kda", q, v, cu_seqlens, (*tensors, *parameters, state), gate.name)
         chosen = choose(Problem(**{**vars(problem), "op": "kda"}), backend)
-        if chosen.kda_from_logits and chosen.refusal(problem) is None:  # the backend that runs KDA takes logits whole
+        able = beta_max == 1.0 and chosen.refusal(problem) is None
+        whole = chosen.kda_from_logits if able else None
+        if whole:  # the backend that runs KDA takes the logits, too
             scale = _scale(scale, q)
             state = _begin(state, chosen, v, q.shape[-1], cu_seqlens)
-            return DeltaOutput(*chosen.kda_from_logits(*tensors, gate, state, scale, cu_seqlens))
+            return DeltaOutput(*whole(*tensors, gate, state, scale, cu_seqlens))
     beta = beta_max * beta_logits.to(state_dtype(v.dtype)).sigmoid()
     return kda(
         l2norm(q), l2norm(k), v, gate(decay_logits), beta,

@@ -7,9 +7,10 @@ from torch import nn
 from palimpsest.layers.mlp import GatedMLP
 from palimpsest.layers.norms import RMSNorm
 from palimpsest.layers.options import MixerOptions
-from palimpsest.layers.padding import borders, check_rows, pack, unpack
+from palimpsest.layers.padding import check_rows, pack, unpack
 from palimpsest.layers.precision import Float32Tensors
 from palimpsest.layers.short_conv import ShortConvolution
+from palimpsest.ops.packing import borders
 from palimpsest.testing import assert_within_budget
 
 D, W = 6, 4
@@ -102,7 +103,7 @@ def test_rows_that_do_not_fit_are_refused(mask, cu_seqlens, message):
 
 @pytest.mark.parametrize("ends", [[0], [1, 5], [0, 4], [0, 6], [0, 3, 2, 5]])
 def test_borders_that_do_not_rise_to_the_end_are_refused(ends):
-    with pytest.raises(ValueError, match="expected to rise from 0 to 5 tokens"):
+    with pytest.raises(ValueError, match="it must rise from 0 to the number of tokens, 5"):
         borders(torch.tensor(ends), 5)
 
 

@@ -290,7 +290,7 @@ def bad_state(model):
         (lambda m: m(tokens(1, 3), mask=torch.ones(1, 3)), "mask is torch.float32"),
         (lambda m: m(tokens(1, 3), mask=torch.ones(1, 3, dtype=torch.bool), cu_seqlens=torch.tensor([0, 3])), "both given"),
         (lambda m: m(tokens(2, 3), cu_seqlens=torch.tensor([0, 3])), "with a batch of 2"),
-        (lambda m: m(tokens(1, 3), cu_seqlens=torch.tensor([0, 2, 1, 3])), "expected to rise from 0 to 3"),
+        (lambda m: m(tokens(1, 3), cu_seqlens=torch.tensor([0, 2, 1, 3])), "it must rise from 0 to the number of tokens, 3"),
         (lambda m: m(tokens(1, 3), cu_seqlens=torch.tensor([0.0, 3.0])), "cu_seqlens is torch.float32"),
         (lambda m: m(tokens(2, 3), state=ModelState.empty(m.config, dtype=m.dtype)), "state has 1 sequences and input_ids 2"),
         (lambda m: m(tokens(1, 3), state=bad_state(m)), "state is of another model: its layers are LatentState, KDAState"),

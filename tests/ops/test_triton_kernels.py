@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from palimpsest.ops import gates, reference
 from palimpsest.ops.gpu.register import TRITON
+from palimpsest.ops.gpu.triton.borders import borders_of
 from palimpsest.ops.gpu.triton.step import steps_
 from palimpsest.ops.gpu.warmup import warmup
 from palimpsest.testing import Case, assert_within_budget
@@ -214,8 +215,10 @@ def test_the_operator_keeps_its_promises():
 def test_borders_that_make_no_sense_are_refused(borders):
     q, k, v, g, beta, _ = drawn(20)
     state = torch.zeros(len(borders) - 1, 1, 16, 16)
-    with pytest.raises(RuntimeError, match="cu_seqlens must rise from 0 to the number of tokens, 20"):
+    with pytest.raises(ValueError, match="it must rise from 0 to the number of tokens, 20"):
         ours(q, k, v, g, beta, state, torch.tensor(borders))
+    with pytest.raises(RuntimeError, match="cu_seqlens must rise from 0 to the number of tokens, 20"):  # on the device
+        borders_of(torch.tensor(borders), 20, 32, q.device)
 
 
 def test_gradients_with_and_without_the_dispatcher_are_the_same():

@@ -21,10 +21,11 @@ from palimpsest.layers.layer_state import KDAState, LatentState
 from palimpsest.layers.mlp import GatedMLP
 from palimpsest.layers.moe import Experts, MoE
 from palimpsest.layers.norms import RMSNorm
-from palimpsest.layers.padding import borders, check_rows, pack, unpack
+from palimpsest.layers.padding import check_rows, pack, unpack
 from palimpsest.layers.precision import float32
 from palimpsest.models.kimi_linear.config import LATENT_TYPES, KimiLinearConfig
 from palimpsest.models.kimi_linear.model_state import ModelState
+from palimpsest.ops.packing import borders
 
 
 class CausalOutput(NamedTuple):

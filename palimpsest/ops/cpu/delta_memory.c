@@ -27,6 +27,7 @@
 
    Portable GNU C (gcc, clang): vector extensions, no intrinsics. OpenMP if there is any. */
 
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -89,6 +90,8 @@ INLINE vec splat(float x) { return x - (vec){}; } /* minus: x + 0 may not be fol
 INLINE vec only(ivec mask, vec x) { return (vec)(mask & (ivec)x); }
 INLINE vec pick(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)yes) | (~mask & (ivec)no)); }
 
+INLINE vec minus_abs(vec x) { return (vec)((uvec)x | 0x80000000u); } /* of infinity, too, which x - 2 x is not */
+
 INLINE float sum(vec x) {
     float total = 0;
     for (int i = 0; i < VL; i++) total += x[i];
@@ -113,14 +116,14 @@ INLINE vec exp_vec(vec x) {
 /* log(1 + exp t) and 1 / (1 + exp -t), both to a few ulp of their own size: the exponential is of -|t|, and the
    logarithm is 2 atanh z = 2 (z + z^3 / 3 + ...) with z at most 1 / 3. */
 INLINE vec softplus(vec t) {
-    vec large = only(t > 0, t), y = exp_vec(t - 2 * large), z = y / (y + 2), zz = z * z, p = splat(1.f / 15);
+    vec large = only(t > 0, t), y = exp_vec(minus_abs(t)), z = y / (y + 2), zz = z * z, p = splat(1.f / 15);
     p = p * zz + 1.f / 13, p = p * zz + 1.f / 11, p = p * zz + 1.f / 9, p = p * zz + 1.f / 7;
     p = p * zz + 1.f / 5, p = p * zz + 1.f / 3, p = p * zz + 1;
     return large + 2 * z * p;
 }
 
 INLINE vec sigmoid(vec t) {
-    vec y = exp_vec(t - 2 * only(t > 0, t));
+    vec y = exp_vec(minus_abs(t));
     return pick(t > 0, splat(1), y) / (y + 1);
 }
 
@@ -305,13 +308,14 @@ INLINE void normalise(float *x, int64_t n, float scale) {
 
 /* Log-decay from t = logit + dt_bias, and its slope in t. */
 INLINE vec gated(const Call *c, int64_t head, vec t, vec *slope) {
-    const float rate = expf(c->A_log[head]);
+    float rate = expf(c->A_log[head]);
+    if (rate > FLT_MAX) rate = FLT_MAX; /* infinity times a logit of 0 would be no number */
     if (c->gate == SOFTPLUS) {
         *slope = -rate * sigmoid(t);
         return -rate * softplus(t);
     }
-    vec y = exp_vec(rate * t - 2 * only(t > 0, rate * t)), high = 1 / (y + 1), low = y * high;
-    *slope = (float)c->floor * rate * (high * low);
+    vec y = exp_vec(minus_abs(rate * t)), high = 1 / (y + 1), low = y * high;
+    *slope = (float)c->floor * (rate * (high * low));
     return (float)c->floor * pick(t > 0, high, low);
 }
 

@@ -7,7 +7,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from palimpsest.ops.backends import Backend, Problem
+from palimpsest.ops.arguments import check
+from palimpsest.ops.backends import NO_TRANSFORMS, Backend, Problem
 from palimpsest.ops.gates import SigmoidDecay
 from palimpsest.ops.gpu.workspace import LinearArguments, MemoryArguments, schema
 
@@ -51,22 +52,21 @@ def _delta_memory(hopper: bool):
 @_on_the_device_of_its_tensors
 def _forward(*arguments):
     x = MemoryArguments(*arguments)
-    _expect_one_device(
-        q=x.q, k=x.k, v=x.v, log_decay=x.log_decay, erase=x.erase, state=x.state, A_log=x.A_log, dt_bias=x.dt_bias
-    )
+    _check_memory(x)
     return _delta_memory(x.hopper).forward(x)
 
 
 @_on_the_device_of_its_tensors
 def _backward(d_out, d_state, *arguments):
     x = MemoryArguments(*arguments)
+    _check_memory(x, d_out, d_state)
     return _delta_memory(x.hopper).backward(d_out, d_state, x)
 
 
 @_on_the_device_of_its_tensors
 def _linear_forward(*arguments):
     x = LinearArguments(*arguments)
-    _expect_one_device(q=x.q, k=x.k, v=x.v, state=x.state)
+    _check_linear(x)
     from palimpsest.ops.gpu.triton import linear
 
     return linear.forward(x)
@@ -74,25 +74,62 @@ def _linear_forward(*arguments):
 
 @_on_the_device_of_its_tensors
 def _linear_backward(d_out, d_state, *arguments):
+    x = LinearArguments(*arguments)
+    _check_linear(x, d_out, d_state)
     from palimpsest.ops.gpu.triton import linear
 
-    return linear.backward(d_out, d_state, LinearArguments(*arguments))
+    return linear.backward(d_out, d_state, x)
 
 
 @_on_the_device_of_its_tensors
 def _step_(q, k, v, log_decay, beta, state, scale):
-    _expect_one_device(q=q, k=k, v=v, log_decay=log_decay, beta=beta, state=state)
+    check("gpu_step", (q, k, v, log_decay, beta, state))
     from palimpsest.ops.gpu.triton import step
 
     return step.step_(q, k, v, log_decay, beta, state, scale)
 
 
-def _expect_one_device(q: Tensor, **others: Tensor | None) -> None:
-    """A kernel that is handed an address of another device faults; say it before."""
-    index = q.get_device()
-    for name, x in others.items():
-        if x is not None and x.get_device() != index:
-            raise ValueError(f"{name} is on {x.device} and q on {q.device}; move all of them to one device")
+def _check_memory(x: MemoryArguments, *gradients: Tensor | None) -> None:
+    """The operators' own door: they can be called by anybody."""
+    op = "gpu_delta_memory_backward" if gradients else "gpu_delta_memory"
+    vectors = x.erase.ndim == 4
+    inputs = (x.q, x.k, x.v, x.log_decay, x.erase, x.state, x.A_log, x.dt_bias)
+    check(f"{op}, vectors" if vectors else op, (*inputs, *gradients), x.cu_seqlens)
+    gated = x.gate != 0
+    if x.gate not in (0, 1, 2) or (x.A_log is not None) != gated or (x.dt_bias is not None) != gated:
+        raise ValueError(f"gate is {x.gate}; it must be 0, without A_log and dt_bias, or 1 or 2, with both")
+    if (vectors and gated) or (x.erase_before_decay and not vectors):
+        raise ValueError(
+            "a gate needs a strength, erase [B, T, HV], and erase_before_decay a vector, erase [B, T, HV, K]"
+        )
+    if x.hopper and x.q.device.type == "cpu":
+        raise ValueError("q is on the CPU; the Hopper kernels read tensors on a GPU")
+    if x.hopper and (x.q.dtype not in (torch.bfloat16, torch.float16) or {x.q.shape[3], x.v.shape[3]} - {64, 128}):
+        raise ValueError(
+            f"q is {x.q.dtype} with {x.q.shape[3]} channels a head and v has {x.v.shape[3]}; "
+            "the Hopper kernels take torch.bfloat16 or torch.float16, and 64 or 128"
+        )
+    _check_launch(x.q, x.v, x.cu_seqlens)
+
+
+def _check_linear(x: LinearArguments, *gradients: Tensor | None) -> None:
+    op = "gpu_linear_memory_backward" if gradients else "gpu_linear_memory"
+    check(op, (x.q, x.k, x.v, x.state, *gradients), x.cu_seqlens)
+    _check_launch(x.q, x.v, x.cu_seqlens)
+
+
+LAUNCH = 2**31  # what a launch can count: blocks, tokens, and the numbers of one chunk
+
+
+def _check_launch(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
+    """Addresses are 64 bits wide in every kernel; these are not."""
+    (B, T, _, K), (HV, V) = q.shape, v.shape[2:]
+    chunks = B * T // 32 + (B if cu_seqlens is None else cu_seqlens.shape[0])
+    if T >= LAUNCH // 2 or chunks * HV >= LAUNCH or 256 * HV * max(K, V) >= LAUNCH:
+        raise ValueError(
+            f"q has shape {tuple(q.shape)} and v {tuple(v.shape)}; that is more than one launch can count: "
+            "cut the batch, the heads or the sequence, and carry the state over"
+        )
 
 
 def _like(x: Tensor) -> Tensor:
@@ -101,23 +138,32 @@ def _like(x: Tensor) -> Tensor:
 
 def _fake_forward(*arguments):
     x = MemoryArguments(*arguments)
+    _check_memory(x)
     return _like(x.v), x.new_state()
 
 
 def _fake_backward(d_out, d_state, *arguments):
     x = MemoryArguments(*arguments)
+    _check_memory(x, d_out, d_state)
     of_parameters = (x.q.new_empty(0) if p is None else _like(p) for p in (x.A_log, x.dt_bias))
     return *map(_like, (x.q, x.k, x.v, x.log_decay, x.erase)), x.new_state(), *of_parameters
 
 
 def _fake_linear(*arguments):
     x = LinearArguments(*arguments)
+    _check_linear(x)
     return _like(x.v), x.new_state()
 
 
 def _fake_linear_backward(d_out, d_state, *arguments):
     x = LinearArguments(*arguments)
+    _check_linear(x, d_out, d_state)
     return *map(_like, (x.q, x.k, x.v)), x.new_state()
+
+
+def _fake_step(q, k, v, log_decay, beta, state, scale):
+    check("gpu_step", (q, k, v, log_decay, beta, state))
+    return _like(v)
 
 
 def _save(ctx, kind, inputs):
@@ -140,7 +186,7 @@ def _setup_context(ctx, inputs, output):
 def _gradients(ctx, d_out, d_state):
     x = _saved(ctx)
     d_out = torch.zeros_like(x.v) if d_out is None else d_out
-    found = torch.ops.palimpsest_gpu.delta_memory_backward(d_out, d_state, *x)
+    found = _memory_backward(d_out, d_state, *x)
     d_q, d_k, d_v, d_log_decay, d_erase, d_first, d_A_log, d_dt_bias = found
     gradients = MemoryArguments(*[None] * len(MemoryArguments._fields))._replace(
         q=d_q, k=d_k, v=d_v, log_decay=d_log_decay, erase=d_erase,
@@ -158,7 +204,7 @@ def _setup_linear(ctx, inputs, output):
 def _linear_gradients(ctx, d_out, d_state):
     x = _saved(ctx)
     d_out = torch.zeros_like(x.v) if d_out is None else d_out
-    d_q, d_k, d_v, d_first = torch.ops.palimpsest_gpu.linear_memory_backward(d_out, d_state, *x)
+    d_q, d_k, d_v, d_first = _linear_memory_backward(d_out, d_state, *x)
     d_first = None if x.state is None else d_first
     return tuple(LinearArguments(d_q, d_k, d_v, state=d_first, scale=None, cu_seqlens=None))
 
@@ -174,7 +220,7 @@ _FAKES = {
     "delta_memory_backward": _fake_backward,
     "linear_memory": _fake_linear,
     "linear_memory_backward": _fake_linear_backward,
-    "step_": lambda q, k, v, *rest: _like(v),
+    "step_": _fake_step,
 }
 for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"palimpsest_gpu::{_name}", _fake, lib=_LIB)
@@ -182,6 +228,17 @@ torch.library.register_autograd("palimpsest_gpu::delta_memory", _gradients, setu
 torch.library.register_autograd(
     "palimpsest_gpu::linear_memory", _linear_gradients, setup_context=_setup_linear, lib=_LIB
 )
+
+
+def _refuse_second_derivative(ctx, *gradients):
+    raise NotImplementedError(
+        "the GPU kernels have first derivatives only, and the gradient of their gradient was asked for; call with "
+        "backend='chunked'"
+    )
+
+
+for _name in ("delta_memory_backward", "linear_memory_backward"):
+    torch.library.register_autograd(f"palimpsest_gpu::{_name}", _refuse_second_derivative, lib=_LIB)
 
 
 _PLAIN = {Tensor, torch.nn.Parameter, type(None), int, float, bool}
@@ -196,11 +253,11 @@ def _direct(function, op, setup=None, gradients=None):
         with_gradients = type("Direct", (torch.autograd.Function,), rules).apply
 
     def run(*arguments):
-        for x in arguments:
-            if type(x) not in _PLAIN:
-                return op(*arguments)
         if torch.compiler.is_compiling():
             return op(*arguments)
+        for x in arguments:
+            if type(x) not in _PLAIN or (isinstance(x, Tensor) and x.is_neg()):  # torch negates those views on the way
+                return op(*arguments)
         if not torch.is_grad_enabled():
             return function(*arguments)
         if any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
@@ -209,6 +266,10 @@ def _direct(function, op, setup=None, gradients=None):
             return function(*arguments)
 
     return run
+
+
+_memory_backward = _direct(_backward, torch.ops.palimpsest_gpu.delta_memory_backward)
+_linear_memory_backward = _direct(_linear_backward, torch.ops.palimpsest_gpu.linear_memory_backward)
 
 
 def _family(name: str, refuses, hopper: bool) -> Backend:
@@ -264,6 +325,8 @@ def _has_triton() -> bool:
 def _refuses(problem: Problem) -> str | None:
     if problem.device != "cuda":
         return f"needs a CUDA device; the tensors are on {problem.device}"
+    if problem.transformed:
+        return NO_TRANSFORMS
     if problem.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"has no kernel for {problem.dtype}; use bfloat16, float16 or float32"
     if problem.key_dim > 256 or problem.value_dim > 256:
@@ -278,6 +341,8 @@ def _refuses(problem: Problem) -> str | None:
 def _refuses_hopper(problem: Problem) -> str | None:
     if problem.device != "cuda" or problem.capability != (9, 0):
         return "needs a Hopper GPU (compute capability 9.0)"
+    if problem.transformed:
+        return NO_TRANSFORMS
     if problem.dtype not in (torch.bfloat16, torch.float16):
         return f"multiplies in bfloat16 or float16; the tensors are {problem.dtype}"
     if problem.key_dim not in (64, 128) or problem.value_dim not in (64, 128):

@@ -11,7 +11,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
+from palimpsest.ops.arguments import check
 from palimpsest.ops.gpu.triton.configs import config
 from palimpsest.ops.gpu.triton.tiles import LOG2E
 
@@ -63,7 +65,7 @@ def step_(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, stat
         [B, HV, V] in v's dtype.
     """
     tokens = (x[:, None] for x in (q, k, v, log_decay, beta))
-    return steps_(*tokens, state, scale)[0][:, 0]
+    return _advance_(*tokens, state, scale, each=False)[0][:, 0]
 
 
 def steps_(
@@ -79,6 +81,11 @@ def steps_(
     Returns:
         The outputs [B, T, HV, V] and those memories, or None.
     """
+    check("gpu_steps", (q, k, v, log_decay, beta, state))
+    return _advance_(q, k, v, log_decay, beta, state, scale, each)
+
+
+def _advance_(q, k, v, log_decay, beta, state, scale, each):
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
     q, k, v, g, beta = (x.contiguous() for x in (q, k, v, log_decay, beta))
@@ -91,4 +98,6 @@ def steps_(
             q, k, v, g, beta, state, out, states, T, H, HV, scale,
             K=K, V=V, BLOCK_K=max(16, triton.next_power_of_2(K)), BLOCK_V=block_v, EACH=each, ONE=T == 1, **settings,
         )  # fmt: skip
+    if not state.is_inference():
+        increment_version(state)  # autograd sees that a tensor which it has kept was edited
     return out, states
