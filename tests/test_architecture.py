@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+import palimpsest
+
 ROOT = Path(__file__).parents[1] / "palimpsest"
 MAY_IMPORT = {  # room -> rooms it may import, besides itself
     "ops": set(),  # knows torch and nothing above it
@@ -38,9 +40,42 @@ LIGHT = {
 
 
 def imports(path: Path) -> set[str]:
-    nodes = list(ast.walk(ast.parse(path.read_text())))
-    named = {n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.module}
-    return named | {alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names}
+    """Everything that a file imports by its full name: `from a.b import c` reaches a.b and, if that is a module, a.b.c.
+
+    A public name of the package is looked up where it lives: `from palimpsest import kda` reaches palimpsest.ops.variants.
+    """
+    return imported(path.read_text(), path)
+
+
+def imported(source: str, path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = ["palimpsest", *path.relative_to(ROOT).parts[: -node.level]] if node.level else []
+            module = ".".join([*package, *filter(None, [node.module])])
+            found.add(module)
+            if module == "palimpsest":
+                found |= {f"palimpsest.{palimpsest._HOME.get(alias.name, alias.name)}" for alias in node.names}
+            elif module.startswith("palimpsest."):
+                found |= {f"{module}.{alias.name}" for alias in node.names}
+    return found - {"palimpsest", "palimpsest.__version__"}
+
+
+@pytest.mark.parametrize(
+    ("line", "reached"),
+    [
+        ("from palimpsest import train", "palimpsest.train"),
+        ("from palimpsest import KimiLinearForCausalLM", "palimpsest.models.kimi_linear.model"),
+        ("from palimpsest.ops import gpu", "palimpsest.ops.gpu"),
+        ("from .. import lab", "palimpsest.lab"),
+        ("from ..train.loop import train", "palimpsest.train.loop"),
+        ("def f():\n    import palimpsest.explainer.server", "palimpsest.explainer.server"),
+    ],
+)
+def test_a_door_is_seen_however_it_is_opened(line, reached):
+    assert reached in imported(line, ROOT / "ops" / "variants.py")
 
 
 def room_of(path: Path) -> str:
@@ -57,6 +92,26 @@ def test_a_room_imports_only_through_its_doors(path):
     reached = {name.split(".")[1] for name in imports(path) if name.startswith("palimpsest.")}
     allowed = MAY_IMPORT[room] | {room} | (LEAVES if room not in ("ops", "files", "checks") else set())
     assert reached <= allowed, f"{path}: {reached - allowed}"
+
+
+ONE_NAME = {  # modules that share a name, and the one thing that they all mean by it
+    "delta_memory": "the core of the family on one tier of GPU kernels",
+    "arguments": "what the arguments of an operator may be, and the check that holds a call to it",
+    "register": "a room of kernels as torch operators and backends",
+    "short_conv": "the short causal convolution: its function, its layer, its kernel",
+    "linear": "linear attention: its kernels, its functions under another library's names",
+    "cross_entropy": "the loss of logits: its function, its kernel",
+    "options": "what may be chosen: of a layer, of a command",
+    "plots": "the plots that a room draws of its results",
+    "state_tracking": "composing permutations: the task, the experiment about it",
+    "text": "text as tokens: the pieces, the task over them",
+}
+
+
+def test_two_modules_of_one_name_mean_one_thing():
+    names = [path.stem for path in FILES if path.stem not in ("__init__", "__main__")]
+    shared = {name for name in names if names.count(name) > 1}
+    assert shared == set(ONE_NAME), "rename one of the modules, or say in ONE_NAME what they all mean"
 
 
 def test_the_leaves_know_the_standard_library_alone():
