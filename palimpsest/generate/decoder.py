@@ -17,6 +17,8 @@ from palimpsest.models.kimi_linear.model_state import ModelState, NonFinite
 from palimpsest.models.kimi_linear.nonfinite import Fault, NonFiniteError, read_until_fault
 
 CHECK_EVERY = 64  # steps between two checks of the whole state; the logits are checked at every one
+MOST_TOGETHER = 16384  # tokens read in one call, so that many long prompts need no more memory than a few
+FIRST_ROOM = 4096  # tokens that a session has room for beyond those read; the next has as many as were read, or more
 
 
 class Decoder:
@@ -117,10 +119,18 @@ class Decoder:
         return state, logits
 
     def _chunk(self, ids: Tensor, mask: Tensor | None) -> tuple[ModelState, Tensor]:
-        with _undisturbed(self.model):
-            output = self.model(ids, state=self.current.state, mask=mask, last_only=True)
-        self.num_calls += 1
-        return output.state, output.logits[:, -1]
+        B, T = ids.shape
+        together = max(1, MOST_TOGETHER // T)
+        outputs = []
+        for first in range(0, B, together):
+            rows = range(first, min(first + together, B))
+            state = self.current.state if len(rows) == B else self.current.state.select(rows)
+            its_mask = None if mask is None else mask[first : rows.stop]
+            with _undisturbed(self.model):
+                outputs.append(self.model(ids[first : rows.stop], state=state, mask=its_mask, last_only=True))
+            self.num_calls += 1
+        logits = torch.cat([output.logits[:, -1] for output in outputs])
+        return (outputs[0].state if len(outputs) == 1 else ModelState.join([o.state for o in outputs])), logits
 
     def _take(self, state: ModelState, logits: Tensor, ids: Tensor, stepped: bool) -> None:
         self.current = DecodeState(state, logits, self.current.seen.scatter(1, ids, True))
@@ -236,11 +246,11 @@ class SessionDecoder(Decoder):
             self._check()
 
     def _open(self, sampling: Sampling, seeds: list[int]) -> None:
-        """A session for the sequences in `rows`, with room for some thousand tokens, and twice as many every time."""
+        """A session for the sequences in `rows`, with room for FIRST_ROOM tokens, or as many as there are."""
         if self._session is not None:
             self._fetch()
         longest = max(self.positions[row] for row in self.rows)
-        capacity = longest + min(self._most + 1, max(4096, longest))
+        capacity = longest + min(self._most + 1, max(FIRST_ROOM, longest))
         self._session = DecodeSession(self.model, self.current, sampling, seeds, capacity=capacity, graph=self._graph)
         self._places = list(range(len(self.rows)))
 

@@ -15,11 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from palimpsest.layers.layer_state import KDAState
+from palimpsest.layers.linears import apply_linears
 from palimpsest.layers.norms import RMSNorm
 from palimpsest.layers.options import OFFICIAL, MixerOptions
 from palimpsest.layers.padding import check_input, check_rows, check_sizes, dtype_of, pack, unpack
 from palimpsest.layers.precision import Float32Tensors, float32
 from palimpsest.layers.short_conv import ShortConvolution
+from palimpsest.ops.decode import memory_layer_step_
 from palimpsest.ops.gates import SigmoidDecay, SoftplusDecay, l2norm
 from palimpsest.ops.variants import gated_delta, gated_linear_attention, gdn2, kda, kda_from_logits, kda_step_
 
@@ -162,6 +164,8 @@ class KimiDeltaAttention(Float32Tensors):
             raise RuntimeError(
                 "step_ edits the state in place and has no gradient; call forward, or enter torch.no_grad()"
             )
+        if mask is None and self._steps_whole:
+            return self._step_whole_(x, state), state
         H, K = self.num_heads, self.head_dim
         held = None if mask is None else [window.clone() for window in state.conv]
         streams = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
@@ -190,6 +194,25 @@ class KimiDeltaAttention(Float32Tensors):
             state.memory.copy_(memory if mask is None else torch.where(mask[:, None, None, None], memory, state.memory))
             output_BHK = output_B1HK[:, 0]
         return self._way_out(x, output_BHK), state
+
+    @property
+    def _steps_whole(self) -> bool:
+        """Whether the layer is made of what `memory_layer_step_` does at once: the released one is."""
+        o = self.options
+        return (o.rule, o.decay, o.gate_rank) == ("delta", "channel", "low") and (
+            o.conv and o.qk_norm and o.output_gate != "none" and self.q_conv1d.weight.shape[-1] > 1
+        )
+
+    def _step_whole_(self, x: Tensor, state: KDAState) -> Tensor:
+        inward = (self.q_proj, self.k_proj, self.v_proj, self.f_a_proj, self.g_a_proj, self.b_proj)
+        q, k, v, decay, gate, beta = apply_linears([x] * 6, inward)
+        decay, gate = apply_linears([decay, gate], [self.f_b_proj, self.g_b_proj])
+        y = memory_layer_step_(
+            q, k, v, [conv.weight for conv in (self.q_conv1d, self.k_conv1d, self.v_conv1d)], list(state.conv),
+            decay, self._gate(), beta, gate, self.o_norm.weight, state.memory,
+            eps=self.o_norm.eps, beta_max=self.options.beta_max, silu_gate=self.options.output_gate == "silu",
+        )  # fmt: skip
+        return apply_linears([y], [self.o_proj])[0]
 
     def recurrence_inputs(self, x: Tensor, state: KDAState | None = None) -> RecurrenceInputs:
         """What the layer tells its memory about each token, for those who want to watch: `trace(*layer.recurrence_inputs(x))`.

@@ -15,10 +15,11 @@ from torch import Tensor, einsum, nn
 
 from palimpsest.layers.latent_cache import LatentCache
 from palimpsest.layers.layer_state import LatentState
+from palimpsest.layers.linears import apply_linears
 from palimpsest.layers.norms import RMSNorm
 from palimpsest.layers.padding import check_input, check_rows, check_sizes, dtype_of, pack, unpack
 from palimpsest.layers.precision import float32
-from palimpsest.ops.latent_step import latent_step
+from palimpsest.ops.decode import latent_step
 from palimpsest.ops.packing import borders
 
 ABSORB_UP_TO = (
@@ -103,10 +104,11 @@ class MultiHeadLatentAttention(nn.Module):
         check_input(x, self.hidden_size, step=True, dtype=dtype_of(self.q_proj))
         check_rows(x[..., 0], mask, None)
         if isinstance(state, LatentCache):
-            q_BTHC, latent_BTC = self._project(x[:, None], state.length[:, None])
+            projected = apply_linears([x, x], [self.q_proj, self.kv_a_proj_with_mqa])
+            q_BTHC, latent_BTC = self._positioned(*(y[:, None] for y in projected), state.length[:, None])
             state.append_(latent_BTC[:, 0], mask)
             read_BTHR = latent_step(self._to_latent(q_BTHC), state.rows, state.length, value_dim=self.R)
-            return self.o_proj(self._from_latent(read_BTHR).flatten(-2))[:, 0], state
+            return apply_linears([self._from_latent(read_BTHR).flatten(1)], [self.o_proj])[0], state
         q_BTHC, latent_BTC = self._project(x[:, None], state.num_tokens()[:, None])
         state = state.append(latent_BTC, None if mask is None else mask[:, None])
         return self.o_proj(self._absorbed(q_BTHC, state.latent, state.valid).flatten(-2))[:, 0], state
@@ -147,8 +149,11 @@ class MultiHeadLatentAttention(nn.Module):
 
     def _project(self, x: Tensor, position_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Queries [B, T, H, N + P] and latents [B, T, R + P], rotated if this layer has positions."""
-        q_BTHC = self.q_proj(x).unflatten(-1, (self.num_heads, self.N + self.P))
-        latent_BTR, shared_BTP = self.kv_a_proj_with_mqa(x).split([self.R, self.P], dim=-1)
+        return self._positioned(self.q_proj(x), self.kv_a_proj_with_mqa(x), position_BT)
+
+    def _positioned(self, q_BTX: Tensor, latent_BTC: Tensor, position_BT: Tensor) -> tuple[Tensor, Tensor]:
+        q_BTHC = q_BTX.unflatten(-1, (self.num_heads, self.N + self.P))
+        latent_BTR, shared_BTP = latent_BTC.split([self.R, self.P], dim=-1)
         if self.rope is not None:
             q_BTHN, q_BTHP = q_BTHC.split([self.N, self.P], dim=-1)
             q_BTHC = torch.cat([q_BTHN, rotate(q_BTHP, position_BT[..., None], self.rope)], dim=-1)

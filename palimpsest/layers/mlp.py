@@ -3,6 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from palimpsest.layers.linears import apply_linears
+
 
 class GatedMLP(nn.Module):
     """SwiGLU (arXiv:2002.05202), without biases.
@@ -24,3 +26,8 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+    def step(self, x: Tensor) -> Tensor:
+        """A few tokens x [N, D], as one part to be added to the residual stream, [N, 1, D]."""
+        gate, up = apply_linears([x, x], [self.gate_proj, self.up_proj])
+        return apply_linears([F.silu(gate) * up], [self.down_proj])[0][:, None]

@@ -11,8 +11,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from palimpsest.layers.linears import is_plain
 from palimpsest.layers.mlp import GatedMLP
 from palimpsest.layers.precision import Float32Tensors, float32
+from palimpsest.ops.decode import experts, gathers, project, route
 from palimpsest.ops.experts import run_experts
 
 
@@ -59,6 +61,16 @@ class Router(Float32Tensors):
         if self.renormalize:
             weights_Nk = weights_Nk / (weights_Nk.sum(-1, keepdim=True) + 1e-20)
         return experts_Nk, weights_Nk * self.scaling
+
+    def step(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """As forward, for a few tokens."""
+        if self.num_groups != self.groups_per_token:
+            return self(x_ND)
+        return route(
+            project([x_ND], [self.weight], dtype=float32(x_ND).dtype)[0], self.e_score_correction_bias,
+            self.num_experts_per_token, scaling=self.scaling, renormalize=self.renormalize,
+            biased=self.weigh_by != "unbiased",
+        )  # fmt: skip
 
     def _within_best_groups(self, biased_NE: Tensor) -> Tensor:
         if self.num_groups == self.groups_per_token:
@@ -163,6 +175,18 @@ class MoE(nn.Module):
         if hasattr(self, "shared_experts"):
             y_ND = y_ND + self.shared_experts(x_ND)
         return y_ND.view_as(x)
+
+    def step(self, x_ND: Tensor) -> Tensor:
+        """A few tokens, as parts to be added to the residual stream, [N, J, D]: without a count of the load, and on a GPU
+        reading the chosen experts' weights alone."""
+        shared = getattr(self, "shared_experts", None)
+        three = () if shared is None else (shared.gate_proj, shared.up_proj, shared.down_proj)
+        if not gathers(x_ND, self.gate.num_experts_per_token) or not all(map(is_plain, three)):
+            return self(x_ND)[:, None]
+        chosen, weights = self.gate.step(x_ND)
+        return experts(
+            x_ND, chosen, weights, self.experts.w1, self.experts.w3, self.experts.w2, shared=[m.weight for m in three]
+        )
 
     def route(self, x_ND: Tensor, experts_Nk: Tensor, weights_Nk: Tensor) -> Tensor:
         """Each token through the experts given for it, times the weights given, summed in float32."""

@@ -60,15 +60,20 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, state, cu_seqlens: Tensor | None = None):
         y, state = self.self_attn(self.input_layernorm(x), state, cu_seqlens=cu_seqlens)
-        return self._mix_channels(x + y), state
+        x = x + y
+        return x + self._channel_mixer(self.post_attention_layernorm(x)), state
 
-    def step_(self, x: Tensor, state, mask: Tensor | None = None):
-        y, state = self.self_attn.step_(self.input_layernorm(x), state, mask)
-        return self._mix_channels(x + y), state
+    def step_(self, x: Tensor, parts: Tensor, state, mask: Tensor | None = None):
+        """One token a sequence: the residual stream x [B, D] and what the layer before adds to it, parts [B, J, D], in;
+        the stream, what this layer adds to it, and the state out."""
+        x, y = self.input_layernorm.after(x, parts)
+        y, state = self.self_attn.step_(y, state, mask)
+        x, y = self.post_attention_layernorm.after(x, y[:, None])
+        return x, self._channel_mixer.step(y), state
 
-    def _mix_channels(self, x: Tensor) -> Tensor:
-        mix = self.mlp if hasattr(self, "mlp") else self.block_sparse_moe
-        return x + mix(self.post_attention_layernorm(x))
+    @property
+    def _channel_mixer(self) -> GatedMLP | MoE:
+        return self.mlp if hasattr(self, "mlp") else self.block_sparse_moe
 
 
 class KimiLinearModel(nn.Module):
@@ -128,11 +133,11 @@ class KimiLinearModel(nn.Module):
     def step_layers_(self, input_ids: Tensor, layers: Sequence, mask: Tensor | None = None) -> tuple[Tensor, tuple]:
         """`step_` on the states of the layers alone, unchecked: what a CUDA graph can hold."""
         x = self.embed_tokens(input_ids)
-        after = []
+        parts, after = x.new_zeros(len(x), 0, x.shape[1]), []
         for layer, layer_state in zip(cast("list[DecoderLayer]", self.layers), layers):
-            x, new = layer.step_(x, layer_state, mask)
+            x, parts, new = layer.step_(x, parts, layer_state, mask)
             after.append(new)
-        return self.norm(x), tuple(after)
+        return self.norm.after(x, parts)[1], tuple(after)
 
     def _check_ids(self, ids: Tensor, ndim: int, state: ModelState | None, mask, cu_seqlens) -> None:
         shape = "[B, T]" if ndim == 2 else "[B]"

@@ -765,3 +765,68 @@ EXPORT void delta_memory_step(int64_t B, int64_t H, int64_t HV, int64_t K, int64
         restore_denormals(mode);
     }
 }
+
+/* One token through a KDA layer between its projections; palimpsest/ops/decode.py has the law. Windows and `state` are
+   edited in place. x, window, decay, beta, gate and out share a type, the weights of the convolutions and norm another. */
+typedef struct {
+    int64_t B, H, K, W, threads, kind, silu, bf16, bf16_weights;
+    double eps, floor, beta_max;
+    void *x[3], *weight[3], *window[3]; /* of q, k, v: [B, D], [D, W], [B, D, W - 1] with D = H K */
+    void *decay, *beta, *gate, *norm, *out; /* [B, D], [B, H], [B, D], [K], [B, D] */
+    const float *A_log, *dt_bias;           /* [H], [D] */
+    float *state;                           /* [B, H, K, K] */
+} LayerStep;
+
+/* The last W inputs of one head's channels against their weights, then SiLU; the window moves on. */
+static void convolve(const LayerStep *c, int which, int64_t b, int64_t head, int64_t Kp, float *y) {
+    const Array x = {c->x[which], c->bf16}, weight = {c->weight[which], c->bf16_weights};
+    const Array window = {c->window[which], c->bf16};
+    const int64_t K = c->K, W = c->W, D = c->H * K, first = head * K;
+    float newest[MAX_K], taps[64], weights[64];
+    load(newest, x, b * D + first, K, K, 1);
+    for (int64_t n = 0; n < K; n++) {
+        load(taps, window, (b * D + first + n) * (W - 1), W - 1, W - 1, 1);
+        load(weights, weight, (first + n) * W, W, W, 1);
+        taps[W - 1] = newest[n], y[n] = 0;
+        for (int64_t w = 0; w < W; w++) y[n] += taps[w] * weights[w];
+        store(window, (b * D + first + n) * (W - 1), taps + 1, W - 1, 1);
+    }
+    for (int64_t n = K; n < Kp; n++) y[n] = 0;
+    for (int64_t n = 0; n < Kp; n += VL) AT(y + n) *= sigmoid(AT(y + n));
+}
+
+EXPORT void memory_layer_step(const LayerStep *c) {
+    const int64_t B = c->B, H = c->H, K = c->K, D = H * K, Kp = (K + VL - 1) / VL * VL;
+    const int64_t useful = 1 + B * H * K * K / (1 << 16), threads = c->threads < useful ? c->threads : useful;
+    const Array decay_ = {c->decay, c->bf16}, beta_ = {c->beta, c->bf16}, gate_ = {c->gate, c->bf16};
+    const Array norm_ = {c->norm, c->bf16_weights}, out_ = {c->out, c->bf16};
+    Call gates = {.K = K, .gate = c->kind, .floor = c->floor, .A_log = c->A_log, .dt_bias = c->dt_bias};
+#pragma omp parallel for num_threads((int)threads) if (threads > 1)
+    for (int64_t i = 0; i < B * H; i++) {
+        float q[MAX_K] __attribute__((aligned(64))), k[MAX_K] __attribute__((aligned(64)));
+        float v[MAX_K] __attribute__((aligned(64))), decay[MAX_K] __attribute__((aligned(64)));
+        float o[MAX_K] __attribute__((aligned(64))), gate[MAX_K] __attribute__((aligned(64)));
+        float erase[MAX_K], norm[MAX_K], beta, squares = 0;
+        const int64_t b = i / H, head = i % H;
+        uint64_t mode = flush_denormals();
+        convolve(c, 0, b, head, Kp, q), convolve(c, 1, b, head, Kp, k), convolve(c, 2, b, head, Kp, v);
+        normalise(q, Kp, 1 / sqrtf((float)K)), normalise(k, Kp, 1);
+        load(decay, decay_, b * D + head * K, K, Kp, 1);
+        add_bias(&gates, head, decay);
+        vec slope;
+        for (int64_t n = 0; n < Kp; n += VL) AT(decay + n) = exp_vec(gated(&gates, head, AT(decay + n), &slope));
+        load(&beta, beta_, i, 1, 1, 1);
+        beta = (float)c->beta_max / (1 + expf(-beta));
+        for (int64_t n = 0; n < K; n++) erase[n] = beta * k[n], v[n] *= beta;
+        step_token(K, K, c->state + i * K * K, K, decay, erase, q, k, v, o);
+
+        for (int64_t n = 0; n < K; n++) squares += o[n] * o[n];
+        const float scale = 1 / sqrtf(squares / (float)K + (float)c->eps);
+        load(gate, gate_, b * D + head * K, K, Kp, 1);
+        load(norm, norm_, 0, K, K, scale);
+        for (int64_t n = 0; n < Kp; n += VL) AT(gate + n) = sigmoid(AT(gate + n)) * (c->silu ? AT(gate + n) : splat(1));
+        for (int64_t n = 0; n < K; n++) o[n] *= norm[n] * gate[n];
+        store(out_, b * D + head * K, o, K, 1);
+        restore_denormals(mode);
+    }
+}

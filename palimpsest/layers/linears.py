@@ -1,0 +1,31 @@
+"""Several linear layers at once, for the few rows that decoding has."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from palimpsest.ops.decode import MOST_TOKENS, fused, project
+
+
+def apply_linears(xs: Sequence[Tensor], linears: Sequence[nn.Module]) -> list[Tensor]:
+    """linear_i(x_i), in one launch where a GPU has a kernel for it and every layer is what it seems.
+
+    Args:
+        xs: [N, D] each, the same tensor as often as it is projected.
+        linears: without biases.
+
+    >>> import torch
+    >>> a, b = nn.Linear(4, 2, bias=False), nn.Linear(4, 3, bias=False)
+    >>> [y.shape for y in apply_linears([torch.ones(1, 4)] * 2, [a, b])]
+    [torch.Size([1, 2]), torch.Size([1, 3])]
+    """
+    if fused(xs[0], most=MOST_TOKENS) and all(map(is_plain, linears)):
+        return project(list(xs), [linear.weight for linear in linears])
+    return [linear(x) for x, linear in zip(xs, linears, strict=True)]
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """A linear layer that nobody wrapped, quantised or watches, so that its weight may be used without it."""
+    return (
+        type(linear) is nn.Linear and linear.bias is None and not (linear._forward_hooks or linear._forward_pre_hooks)
+    )
