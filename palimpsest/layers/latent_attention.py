@@ -104,8 +104,8 @@ class MultiHeadLatentAttention(nn.Module):
         check_input(x, self.hidden_size, step=True, dtype=dtype_of(self.q_proj))
         check_rows(x[..., 0], mask, None)
         if isinstance(state, LatentCache):
-            projected = apply_linears([x, x], [self.q_proj, self.kv_a_proj_with_mqa])
-            q_BTHC, latent_BTC = self._positioned(*(y[:, None] for y in projected), state.length[:, None])
+            q_BX, latent_BC = apply_linears([x, x], [self.q_proj, self.kv_a_proj_with_mqa])
+            q_BTHC, latent_BTC = self._positioned(q_BX[:, None], latent_BC[:, None], state.length[:, None])
             state.append_(latent_BTC[:, 0], mask)
             read_BTHR = latent_step(self._to_latent(q_BTHC), state.rows, state.length, value_dim=self.R)
             return apply_linears([self._from_latent(read_BTHR).flatten(1)], [self.o_proj])[0], state

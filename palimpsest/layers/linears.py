@@ -1,6 +1,7 @@
 """Several linear layers at once, for the few rows that decoding has."""
 
 from collections.abc import Sequence
+from typing import TypeGuard
 
 from torch import Tensor, nn
 
@@ -19,12 +20,13 @@ def apply_linears(xs: Sequence[Tensor], linears: Sequence[nn.Module]) -> list[Te
     >>> [y.shape for y in apply_linears([torch.ones(1, 4)] * 2, [a, b])]
     [torch.Size([1, 2]), torch.Size([1, 3])]
     """
-    if fused(xs[0], most=MOST_TOKENS) and all(map(is_plain, linears)):
-        return project(list(xs), [linear.weight for linear in linears])
+    plain = [linear.weight for linear in linears if is_plain(linear)]
+    if len(plain) == len(linears) and fused(xs[0], most=MOST_TOKENS):
+        return project(list(xs), plain)
     return [linear(x) for x, linear in zip(xs, linears, strict=True)]
 
 
-def is_plain(linear: nn.Module) -> bool:
+def is_plain(linear: nn.Module) -> TypeGuard[nn.Linear]:
     """A linear layer that nobody wrapped, quantised or watches, so that its weight may be used without it."""
     return (
         type(linear) is nn.Linear and linear.bias is None and not (linear._forward_hooks or linear._forward_pre_hooks)

@@ -138,4 +138,6 @@ def test_experts_all_tokens_on_one():
 def test_a_named_form_never_falls_back():
     with pytest.raises(ValueError, match="form is 'cuda'; choose"):
         decode.project([torch.ones(1, 2)], [torch.ones(1, 2)], form="cuda")
-    assert "needs a CUDA device" in (decode.refusal(torch.ones(1)) or "")
+    assert decode.refusal(torch.ones(1))
+    with pytest.raises(ValueError, match="form 'cpu' cannot run memory_layer_step_ on torch.float64"):
+        decode.memory_layer_step_(*to(torch.float64, list(memory_inputs())), form="cpu")
