@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+END_OF_DOCUMENT = "<|endoftext|>"  # the text of byte 256, where a file must have one
 REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no character, and for a character still incomplete
 
 
@@ -110,6 +111,75 @@ def load_tokenizer(name: str | Path, *, eos: str | None = None) -> Tokenizer:
     [97, 98]
     """
     return ByteTokenizer() if str(name) == "bytes" else FileTokenizer(name, eos=eos)
+
+
+def tokenizer_of(folder: str | Path, name: str | Path | None = None) -> Tokenizer:
+    """The tokenizer of a checkpoint's folder: what its palimpsest.json names, or its tokenizer.json.
+
+    Args:
+        folder: with the weights.
+        name: "bytes" or a tokenizer.json, to use instead of what the folder says.
+
+    Raises:
+        ValueError: the folder does not say, or the file is not a tokenizer.
+    """
+    folder = Path(folder)
+    if name is not None:
+        return load_tokenizer(name)
+    if (folder / "palimpsest.json").is_file():
+        said = json.loads((folder / "palimpsest.json").read_text(encoding="utf-8")).get("tokenizer", "bytes")
+        return load_tokenizer("bytes" if said == "bytes" else folder / str(said))
+    if (folder / "tokenizer.json").is_file():
+        return load_tokenizer(folder)
+    raise ValueError(f"folder {str(folder)!r} does not say which tokenizer it needs; give --tokenizer bytes or a file")
+
+
+def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """The files that go with a checkpoint so that other tools read its tokenizer, bytes included: name to content.
+
+    >>> sorted(tokenizer_files(ByteTokenizer()))
+    ['palimpsest.json', 'tokenizer.json', 'tokenizer_config.json']
+    """
+    whole = isinstance(tokenizer, ByteTokenizer)
+    files = {"palimpsest.json": json.dumps({"tokenizer": "bytes" if whole else "tokenizer.json"}, indent=2).encode()}
+    if whole:
+        files["tokenizer.json"] = json.dumps(_bytes_for_tokenizers(), indent=1).encode()
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": END_OF_DOCUMENT,
+            "clean_up_tokenization_spaces": False,
+        }
+        files["tokenizer_config.json"] = json.dumps(config, indent=2).encode()
+    elif isinstance(tokenizer, FileTokenizer):
+        source = Path(tokenizer.name)
+        files["tokenizer.json"] = source.read_bytes()
+        for beside in ("tokenizer_config.json", "chat_template.jinja"):
+            if source.with_name(beside).is_file():
+                files[beside] = source.with_name(beside).read_bytes()
+    return files
+
+
+def _bytes_for_tokenizers() -> dict:
+    """The byte tokenizer as a file of the tokenizers library: a byte-level vocabulary without merges.
+
+    That library writes each byte as a printable character: itself where it is one, else the next free one from U+0100.
+    """
+    plain = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = [byte for byte in range(256) if byte not in plain]
+    shown = {byte: chr(byte) if byte in plain else chr(256 + others.index(byte)) for byte in range(256)}
+    end = {"id": 256, "content": END_OF_DOCUMENT, "special": True, "normalized": False}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    return {
+        "version": "1.0",
+        "added_tokens": [end | {"single_word": False, "lstrip": False, "rstrip": False}],
+        "pre_tokenizer": level,
+        "decoder": level,
+        "model": {
+            "type": "BPE",
+            "vocab": {shown[byte]: byte for byte in range(256)} | {END_OF_DOCUMENT: 256},
+            "merges": [],
+        },
+    }
 
 
 class TextPieces:

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -224,6 +225,20 @@ def test_generate_is_the_librarys_own(capsys, place):
     told = json.loads(out)
     assert code == 0
     assert (told["tokens"], told["text"], told["reason"]) == (ours.tokens[0], ours.texts[0], ours.reasons[0])
+
+
+def test_how_to_choose_travels_with_the_checkpoint(capsys, place, tmp_path):
+    """Not greedy by default: the likeliest text of a small model is one blank after another."""
+    tokens = lambda folder, *more: json.loads(
+        run(capsys, "generate", folder, "-p", "def f", "-n", "24", "--json", *more)[1]
+    )["tokens"]
+    checkpoint = latest(place / "run")
+    assert tokens(place / "run") == tokens(checkpoint, "-t", "0.8", "--top-p", "0.95")
+    greedy = tokens(place / "run", "-t", "0")
+    assert tokens(place / "run") != greedy
+    shutil.copytree(checkpoint, tmp_path / "own")
+    (tmp_path / "own" / "generation_config.json").write_text('{"do_sample": false}')
+    assert tokens(tmp_path / "own") == greedy
 
 
 def test_saved_and_loaded_is_one_text(capsys, place, tmp_path):

@@ -84,3 +84,25 @@ def test_bad_tokenizers_are_refused_in_a_sentence(byte_level, tmp_path):
         load_tokenizer(tmp_path / "broken.json")
     with pytest.raises(ValueError, match="'<end>' is not a token of"):
         FileTokenizer(byte_level, eos="<end>")
+
+
+def test_the_files_of_the_byte_tokenizer_are_bytes_to_other_tools(tmp_path):
+    pytest.importorskip("tokenizers")
+    from palimpsest.text import END_OF_DOCUMENT, tokenizer_files, tokenizer_of
+
+    for name, content in tokenizer_files(ByteTokenizer()).items():
+        (tmp_path / name).write_bytes(content)
+    assert isinstance(tokenizer_of(tmp_path), ByteTokenizer)
+    theirs = FileTokenizer(tmp_path)
+    assert (theirs.vocab_size, theirs.eos_id) == (257, 256)
+    text = "def f(x):\n\treturn 'héllo \u4e16 \U0001f600'  # \x00\x7f\xad\xa0"
+    assert theirs.encode(text) == ByteTokenizer().encode(text)
+    assert theirs.decode(ByteTokenizer().encode(text)) == text
+    every = list(range(256))
+    assert FileTokenizer(tmp_path)._tokenizer.decode(every) == bytes(every).decode("utf-8", errors="replace")
+    assert theirs.encode(END_OF_DOCUMENT) == [256]
+    (tmp_path / "palimpsest.json").unlink()
+    assert tokenizer_of(tmp_path).encode("ab") == [97, 98]
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="does not say which tokenizer it needs"):
+        tokenizer_of(tmp_path)

@@ -12,7 +12,17 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from palimpsest.commands.options import Json, Quiet, checkpoint_of
+from palimpsest.commands.options import (
+    Json,
+    MinP,
+    Quiet,
+    RepetitionPenalty,
+    Temperature,
+    TopK,
+    TopP,
+    checkpoint_of,
+    sampling_of,
+)
 from palimpsest.display import notes
 
 
@@ -25,13 +35,11 @@ def generate(
         Path | None, typer.Option(help="Read one prompt from a file; `-` is standard input.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="At most this many tokens each.")] = 200,
-    temperature: Annotated[
-        float, typer.Option("--temperature", "-t", help="0 always takes the likeliest token.")
-    ] = 0.0,
-    top_k: Annotated[int | None, typer.Option(help="Choose among the k likeliest tokens.", show_default=False)] = None,
-    top_p: Annotated[float, typer.Option(help="Choose among the likeliest that reach this probability.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="Leave out tokens less likely than this share of the likeliest.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="More than 1 discourages repetition.")] = 1.0,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; may be given several times.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     tokenizer: Annotated[
@@ -46,13 +54,16 @@ def generate(
 ) -> int:
     """Continue text with a trained model, token by token.
 
+    How tokens are chosen travels with the checkpoint, in its generation_config.json; options here come first.
+
     Example: `palimpsest generate runs/demo --prompt "def read_lines(path):"`
     """
-    from palimpsest.generate import DecodeState, Sampling
+    from palimpsest.generate import DecodeState
     from palimpsest.models.kimi_linear import KimiLinearForCausalLM
+    from palimpsest.text import tokenizer_of
 
     folder = checkpoint_of(model)
-    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    sampling = sampling_of(folder, temperature, top_k, top_p, min_p, repetition_penalty)
     prompts = list(prompt or []) + ([_read_prompt(prompt_file)] if prompt_file else [])
     if load is not None and len(prompts) > 1:
         raise ValueError(f"{len(prompts)} prompts were given with --load, which continues one text; give one or none")
@@ -63,7 +74,7 @@ def generate(
     if load is None and not prompts:
         raise ValueError("no prompt was given; use --prompt TEXT, --prompt-file FILE or --load FILE")
     network = KimiLinearForCausalLM.from_pretrained(folder, device=_device(device))
-    words = _tokenizer_of(folder, tokenizer)
+    words = tokenizer_of(folder, tokenizer)
     start = None if load is None else DecodeState.load(load, network)
     options = {"max_new_tokens": max_new_tokens, "sampling": sampling, "stop": tuple(stop or ()), "tokenizer": words}
     began, count, last = time.monotonic(), 0, None
@@ -116,19 +127,6 @@ def _read_prompt(file: Path) -> str:
         raise ValueError(
             f"prompt file {str(file)!r} is not UTF-8 text: {error.reason} at byte {error.start}"
         ) from error
-
-
-def _tokenizer_of(folder: Path, name: str | None):
-    from palimpsest.text import load_tokenizer
-
-    if name is not None:
-        return load_tokenizer(name)
-    if (folder / "palimpsest.json").is_file():
-        name = json.loads((folder / "palimpsest.json").read_text(encoding="utf-8")).get("tokenizer", "bytes")
-        return load_tokenizer("bytes" if name == "bytes" else folder / str(name))
-    if (folder / "tokenizer.json").is_file():
-        return load_tokenizer(folder)
-    raise ValueError(f"folder {str(folder)!r} does not say which tokenizer it needs; give --tokenizer bytes or a file")
 
 
 def _device(name: str) -> str:

@@ -10,6 +10,19 @@ INTERRUPTED = 130  # exit code
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only results and errors, no progress.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line on standard output, for programs.")]
 
+CHECKPOINTS_OWN = "by default what the checkpoint says"
+
+
+def _choice(*names: str, help: str) -> Any:
+    return typer.Option(*names, help=f"{help} ({CHECKPOINTS_OWN}).", show_default=False)
+
+
+Temperature = Annotated[float | None, _choice("--temperature", "-t", help="0 always takes the likeliest token")]
+TopK = Annotated[int | None, _choice(help="Choose among the k likeliest tokens")]
+TopP = Annotated[float | None, _choice(help="Choose among the likeliest that reach this probability")]
+MinP = Annotated[float | None, _choice(help="Leave out tokens less likely than this share of the likeliest")]
+RepetitionPenalty = Annotated[float | None, _choice(help="More than 1 discourages repetition")]
+
 
 class PlainHelp:
     """Help as it is usual: a flag without a type, an argument in capitals and without braces."""
@@ -46,3 +59,23 @@ def checkpoint_of(folder: str) -> Path:
     if not path.is_dir():
         raise ValueError(f"{folder!r} is no folder; give a run's folder, or one with config.json and safetensors")
     return path
+
+
+def sampling_of(
+    folder: Path,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+) -> Any:
+    """How a checkpoint's generation_config.json says to choose tokens, and what was asked for instead."""
+    from palimpsest.generate import Sampling
+    from palimpsest.models.kimi_linear.generation_config import sampling_defaults
+
+    asked = {
+        "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty,
+    }  # fmt: skip
+    return Sampling(
+        **{**sampling_defaults(folder), **{name: value for name, value in asked.items() if value is not None}}
+    )

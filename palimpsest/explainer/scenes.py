@@ -26,7 +26,7 @@ from palimpsest.models.kimi_linear.model import KimiLinearForCausalLM
 from palimpsest.models.kimi_linear.model_state import ModelState
 from palimpsest.ops import chunked, reference, variants
 from palimpsest.ops.trace import trace_memory
-from palimpsest.text import ByteTokenizer, Tokenizer, load_tokenizer
+from palimpsest.text import ByteTokenizer, Tokenizer, tokenizer_of
 
 SHIPPED = Path(__file__).parent / "model"
 MAX_TOKENS = 256
@@ -359,8 +359,8 @@ class Watched:
         folder = Path(folder)
         self.name = "" if folder == SHIPPED else folder.resolve().name
         self.model = KimiLinearForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        tokenizer_file = folder / "tokenizer.json"
-        self.tokenizer: Tokenizer = load_tokenizer(tokenizer_file) if tokenizer_file.is_file() else ByteTokenizer()
+        said = any((folder / name).is_file() for name in ("palimpsest.json", "tokenizer.json"))
+        self.tokenizer: Tokenizer = tokenizer_of(folder) if said else ByteTokenizer()
         if self.tokenizer.vocab_size > self.model.config.vocab_size:
             raise ValueError(
                 f"The model in {str(folder)!r} knows {self.model.config.vocab_size} tokens and its tokenizer, "

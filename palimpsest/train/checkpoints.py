@@ -21,7 +21,8 @@ from accelerate import Accelerator, DistributedType
 from palimpsest.files import put, write_json, write_text
 from palimpsest.models.kimi_linear import KimiLinearForCausalLM
 from palimpsest.models.kimi_linear.checkpoint import load_into_
-from palimpsest.text import FileTokenizer, Tokenizer
+from palimpsest.models.kimi_linear.generation_config import GENERATION_CONFIG, generation_config
+from palimpsest.text import Tokenizer, tokenizer_files
 from palimpsest.train.parallel import agree
 from palimpsest.train.recipe import Recipe, as_dict, difference
 
@@ -188,14 +189,9 @@ def _write(accelerator: Accelerator, model: KimiLinearForCausalLM, tokenizer: To
             whole.load_state_dict(tensors, assign=True)
     if accelerator.is_main_process:
         whole.save_pretrained(folder)
-        write_json(
-            folder / "palimpsest.json", {"tokenizer": "bytes" if tokenizer.name == "bytes" else "tokenizer.json"}
-        )
-        if isinstance(tokenizer, FileTokenizer):
-            source = Path(tokenizer.name)
-            shutil.copyfile(source, folder / "tokenizer.json")
-            if source.with_name("tokenizer_config.json").is_file():
-                shutil.copyfile(source.with_name("tokenizer_config.json"), folder / "tokenizer_config.json")
+        for name, content in tokenizer_files(tokenizer).items():
+            (folder / name).write_bytes(content)
+        write_json(folder / GENERATION_CONFIG, generation_config(whole.config))
 
 
 def _sentence(failure: BaseException | None, final: Path, before: Path | None, room: int) -> str:
