@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 MODULES = sorted(
     str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__")
     for path in (ROOT / "palimpsest").rglob("*.py")
-    if ">>>" in path.read_text() and not {"gpu", "static"} & set(path.parts)
+    if ">>>" in path.read_text() and not {"triton", "hopper", "static"} & set(path.parts)
 )
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 COMMAND = re.compile(r"(?:^|(?<=`)|(?<=^    )|-m )(palimpsest (?!import)[^`#\n|]+|palimpsest$)", re.MULTILINE)

@@ -89,7 +89,7 @@ class _CrossEntropySum(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_loss):
+    def backward(ctx, d_loss):  # pyright: ignore[reportIncompatibleMethodOverride]
         d_hidden, d_head = ctx.saved_tensors
         d_hidden = None if d_hidden is None else d_hidden * d_loss.to(d_hidden.dtype)
         d_head = None if d_head is None else (d_head * d_loss).to(ctx.head_dtype)

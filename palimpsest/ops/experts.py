@@ -113,7 +113,7 @@ class _Experts(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy_ND):
+    def backward(ctx, dy_ND):  # pyright: ignore[reportIncompatibleMethodOverride]
         x_ND, weights_Nk, order_M, back_Nk, ends_E, gate_MI, up_MI, w2, *up = ctx.saved_tensors
         token_M = order_M // weights_Nk.shape[1]
         weight_M1 = weights_Nk.flatten()[order_M, None]

@@ -64,8 +64,8 @@ def softmax_lookup(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         o_t = sum_s softmax_s(q_t . key_s) value_s        s up to and including token t
 
     Args:
-        q: [B, T, H, K], the last T tokens of the scroll.
-        keys, values: [B, S, H, K] and [B, S, H, V] with S >= T, the whole scroll.
+        q: [B, T, H, K], the last T tokens of the cache.
+        keys, values: [B, S, H, K] and [B, S, H, V] with S >= T, the whole KV cache.
     """
     before, outputs = keys.shape[1] - q.shape[1], [values[:, :0]]
     for t, q_BHK in enumerate(q.unbind(1), start=before + 1):

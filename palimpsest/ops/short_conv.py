@@ -118,7 +118,7 @@ class _ShortConvs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *dys):
+    def backward(ctx, *dys):  # pyright: ignore[reportIncompatibleMethodOverride]
         (ages, rows, *tensors), n = ctx.saved_tensors, ctx.count
         dxs, d_weights = torch.ops.palimpsest_gpu.short_conv_backward(
             tensors[:n], tensors[n : 2 * n], tensors[2 * n :], ages, rows, list(dys)

@@ -59,8 +59,8 @@ def _backend(name: str, law, fold) -> Backend:
         lengths = cu_seqlens.diff().tolist()
         return torch.cat([law.softmax_lookup(*x) for x in zip(*(x.split(lengths, 1) for x in (q, keys, values)))], 1)
 
-    runs = dict(core=core, kda=kda, dplr=dplr, linear=linear_by_core(core), step=step_, lookup=lookup)
-    return Backend(name, lambda problem: None, **runs)
+    linear = linear_by_core(core)
+    return Backend(name, lambda problem: None, core=core, kda=kda, dplr=dplr, linear=linear, step=step_, lookup=lookup)
 
 
 def _full_precision(device: str):

@@ -9,7 +9,7 @@
     gated_linear_attention   erase = 0              write = v              one decay per channel
     linear_attention         erase = 0              write = v              no decay
 
-Beside them stand `dplr`, the general transition that the paper compares with, and `softmax_lookup`, the scroll that
+Beside them stand `dplr`, the general transition that the paper compares with, and `softmax_lookup`, whose state
 keeps everything. To add a variant: write its function here and add it to VARIANTS; tests and docs find it there.
 
 Every function takes tensors in the layout [B, T, H, *] and returns (output, state). Heads may be grouped: v and the
@@ -18,7 +18,7 @@ Sequences may be packed: a batch of one with cu_seqlens, the borders, and a stat
 """
 
 import math
-from functools import cache
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -31,16 +31,37 @@ from palimpsest.ops.gates import SigmoidDecay, SoftplusDecay, l2norm
 
 
 class DeltaOutput(NamedTuple):
-    """What every variant returns."""
+    """What every variant returns.
 
-    output: Tensor  # [B, T, HV, V] in v's dtype
-    state: (
-        Tensor  # [B, HV, K, V] or [sequences, HV, K, V], fp32 (fp64 for fp64 inputs): the memory after the last token
-    )
+    Attributes:
+        output: [B, T, HV, V] in v's dtype, what each token reads.
+        state: the memory after the last token, [B, HV, K, V], or [N, HV, K, V] of N packed sequences; fp32, or fp64 for
+            fp64 inputs.
+    """
+
+    output: Tensor
+    state: Tensor
 
 
-def kda(q, k, v, log_decay, beta, *, state=None, scale=None, cu_seqlens=None, check=False, backend="auto"):
+Gate = SoftplusDecay | SigmoidDecay | Callable[[Tensor], Tensor]
+
+
+def kda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    *,
+    state: Tensor | None = None,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    check: bool = False,
+    backend: str = "auto",
+) -> DeltaOutput:
     """Kimi Delta Attention: channel-wise decay, one strength beta for both erasing and writing.
+
+        S_t = (I - beta_t k_t k_t^T) Diag(exp log_decay_t) S_{t-1} + beta_t k_t v_t^T        o_t = S_t^T (scale q_t)
 
     Args:
         q, k: [B, T, H, K]. Normalise k to unit length (`l2norm`) for a memory that cannot grow.
@@ -65,8 +86,8 @@ def kda(q, k, v, log_decay, beta, *, state=None, scale=None, cu_seqlens=None, ch
     >>> q = k = torch.tensor([0.0, 1.0]).view(1, 1, 1, 2)
     >>> v, beta = torch.full((1, 1, 1, 2), 5.0), torch.ones(1, 1, 1)
     >>> log_decay = torch.tensor([1.0, 0.5]).log().view(1, 1, 1, 2)
-    >>> board = torch.tensor([[10.0, 10.0], [2.0, 2.0]]).view(1, 1, 2, 2)
-    >>> kda(q, k, v, log_decay, beta, state=board).state[0, 0]
+    >>> memory = torch.tensor([[10.0, 10.0], [2.0, 2.0]]).view(1, 1, 2, 2)
+    >>> kda(q, k, v, log_decay, beta, state=memory).state[0, 0]
     tensor([[10., 10.],
             [ 5.,  5.]])
     """
@@ -77,12 +98,40 @@ def kda(q, k, v, log_decay, beta, *, state=None, scale=None, cu_seqlens=None, ch
 
 
 def gdn2(
-    q, k, v, log_decay, erase_gate, write_gate, *, state=None, scale=None, cu_seqlens=None, check=False, backend="auto"
-):
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    erase_gate: Tensor,
+    write_gate: Tensor,
+    *,
+    state: Tensor | None = None,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    check: bool = False,
+    backend: str = "auto",
+) -> DeltaOutput:
     """Gated DeltaNet 2: KDA with erasing gated per key channel and writing gated per value channel.
 
-    Args as `kda`, but for erase_gate [B, T, HV, K] and write_gate [B, T, HV, V] in place of beta. Source:
-    arXiv:2605.22791.
+    Args:
+        q, k, v, log_decay: as of `kda`.
+        erase_gate: [B, T, HV, K], in (0, 1): the token erases along erase_gate * k.
+        write_gate: [B, T, HV, V], in (0, 1): it writes write_gate * v.
+        state, scale, cu_seqlens, check, backend: as of `kda`.
+
+    Returns:
+        DeltaOutput(output [B, T, HV, V], state [B or N, HV, K, V]).
+
+    Raises:
+        ValueError, TypeError: as `kda`.
+
+    Source: arXiv:2605.22791.
+
+    >>> q = k = v = torch.ones(1, 3, 1, 4) / 2
+    >>> gate = torch.full((1, 3, 1, 4), 0.5)  # the same gate for both: KDA with that beta
+    >>> output, _ = gdn2(q, k, v, torch.zeros(1, 3, 1, 4), gate, gate)
+    >>> torch.equal(output, kda(q, k, v, torch.zeros(1, 3, 1, 4), gate[..., 0]).output)
+    True
     """
     arguments.check("gdn2", (q, k, v, log_decay, erase_gate, write_gate, state), cu_seqlens)
     if check:
@@ -92,8 +141,33 @@ def gdn2(
     return _run("core", "gdn2", core, v, state, scale, cu_seqlens, backend)
 
 
-def gated_delta(q, k, v, log_decay, beta, *, state=None, scale=None, cu_seqlens=None, check=False, backend="auto"):
-    """Gated DeltaNet: KDA with one decay per head, log_decay [B, T, HV]. Source: arXiv:2412.06464.
+def gated_delta(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    *,
+    state: Tensor | None = None,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    check: bool = False,
+    backend: str = "auto",
+) -> DeltaOutput:
+    """Gated DeltaNet: KDA with one decay per head.
+
+    Args:
+        q, k, v, beta: as of `kda`.
+        log_decay: [B, T, HV], natural log, <= 0, in fp32 where it can be.
+        state, scale, cu_seqlens, check, backend: as of `kda`.
+
+    Returns:
+        DeltaOutput(output [B, T, HV, V], state [B or N, HV, K, V]).
+
+    Raises:
+        ValueError, TypeError: as `kda`.
+
+    Source: arXiv:2412.06464.
 
     >>> q = k = v = torch.ones(1, 3, 1, 4) / 2
     >>> gated_delta(q, k, v, torch.zeros(1, 3, 1), torch.ones(1, 3, 1)).output.shape
@@ -106,15 +180,75 @@ def gated_delta(q, k, v, log_decay, beta, *, state=None, scale=None, cu_seqlens=
     return _run("kda", "gated_delta", (q, k, v, log_decay, beta), v, state, scale, cu_seqlens, backend)
 
 
-def delta_rule(q, k, v, beta, *, state=None, scale=None, cu_seqlens=None, backend="auto"):
-    """DeltaNet: no decay; each write is one gradient step of size beta on 1/2 |S^T k - v|^2. arXiv:2406.06484."""
+def delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    *,
+    state: Tensor | None = None,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> DeltaOutput:
+    """DeltaNet: no decay; each write is one gradient step of size beta on 1/2 |S^T k - v|^2.
+
+    Args:
+        q, k, v, beta: as of `kda`.
+        state, scale, cu_seqlens, backend: as of `kda`.
+
+    Returns:
+        DeltaOutput(output [B, T, HV, V], state [B or N, HV, K, V]).
+
+    Raises:
+        ValueError, TypeError: as `kda`.
+
+    Source: arXiv:2406.06484.
+
+    >>> k = torch.eye(2).view(1, 2, 1, 2)[:, [0, 0]]  # the same key twice: the second value replaces the first
+    >>> v = torch.tensor([3.0, 7.0]).view(1, 2, 1, 1)
+    >>> delta_rule(k, k, v, torch.ones(1, 2, 1), scale=1.0).output.flatten().tolist()
+    [3.0, 7.0]
+    """
     arguments.check("delta_rule", (q, k, v, beta, state), cu_seqlens)
     log_decay = v.new_zeros(1, 1, 1, 1).expand(*beta.shape, q.shape[-1])  # a zero is exact in any dtype
     return _run("kda", "delta_rule", (q, k, v, log_decay, beta), v, state, scale, cu_seqlens, backend)
 
 
-def gated_linear_attention(q, k, v, log_decay, *, state=None, scale=None, cu_seqlens=None, check=False, backend="auto"):
-    """Gated linear attention: channel-wise decay and no erasing, log_decay [B, T, HV, K]. arXiv:2312.06635."""
+def gated_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    state: Tensor | None = None,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    check: bool = False,
+    backend: str = "auto",
+) -> DeltaOutput:
+    """Gated linear attention: channel-wise decay and no erasing.
+
+        S_t = Diag(exp log_decay_t) S_{t-1} + k_t v_t^T        o_t = S_t^T (scale q_t)
+
+    Args:
+        q, k, v: as of `kda`; k need not be of unit length, for nothing is erased along it.
+        log_decay: [B, T, HV, K], natural log, <= 0, in fp32 where it can be.
+        state, scale, cu_seqlens, check, backend: as of `kda`.
+
+    Returns:
+        DeltaOutput(output [B, T, HV, V], state [B or N, HV, K, V]).
+
+    Raises:
+        ValueError, TypeError: as `kda`.
+
+    Source: arXiv:2312.06635.
+
+    >>> k = torch.ones(1, 2, 1, 1)
+    >>> half = torch.full((1, 2, 1, 1), 0.5).log()
+    >>> gated_linear_attention(k, k, k, half).state.item()  # the first value has faded to a half
+    1.5
+    """
     arguments.check("gated_linear_attention", (q, k, v, log_decay, state), cu_seqlens)
     if check:
         _check_decay(log_decay)
@@ -123,20 +257,51 @@ def gated_linear_attention(q, k, v, log_decay, *, state=None, scale=None, cu_seq
 
 
 def elu_plus_one(x: Tensor) -> Tensor:
-    """The feature map of the first linear transformer: positive everywhere. arXiv:2006.16236."""
+    """The feature map of the first linear transformer: positive everywhere.
+
+    Args:
+        x: any shape.
+
+    Returns:
+        elu(x) + 1, of the same shape.
+
+    Source: arXiv:2006.16236.
+
+    >>> elu_plus_one(torch.tensor([0.0, 2.0]))
+    tensor([1., 3.])
+    """
     return torch.nn.functional.elu(x) + 1
 
 
 def linear_attention(
-    q, k, v, *, feature_map=elu_plus_one, normalise=True, state=None, scale=1.0, cu_seqlens=None, backend="auto"
-):
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    feature_map: Callable[[Tensor], Tensor] = elu_plus_one,
+    normalise: bool = True,
+    state: Tensor | None = None,
+    scale: float | None = 1.0,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> DeltaOutput:
     """Linear attention: o_t = phi(q_t)^T sum_s phi(k_s) v_s^T, over phi(q_t)^T sum_s phi(k_s) when normalised.
 
-    Args as `kda`, without gates.
+    Args:
+        q, k: [B, T, H, K], before the feature map.
+        v: [B, T, HV, V], HV a multiple of H.
         feature_map: phi, from [B, T, H, K] to [B, T, H, F] with any number F of features; `lambda x: x` for the plain
             outer-product memory. Features are taken in v's dtype.
-        state: [B, HV, F, V], or [B, HV, F, V + 1] when normalised.
         normalise: divide by the sum of weights. The state then has a last column that holds it.
+        state: [B, HV, F, V], or [B, HV, F, V + 1] when normalised; [N, ...] for N packed sequences; zeros if None.
+        scale: multiplies phi(q); 1 / sqrt(F) if None. It cancels when normalised.
+        cu_seqlens, backend: as of `kda`.
+
+    Returns:
+        DeltaOutput(output [B, T, HV, V], state like the one that came).
+
+    Raises:
+        ValueError, TypeError: as `kda`; feature_map returns something else than features of each token.
 
     Source: arXiv:2006.16236.
 
@@ -155,7 +320,7 @@ def linear_attention(
     return DeltaOutput(result.output[..., :V] / result.output[..., V:], result.state)
 
 
-def _features(feature_map, name: str, x: Tensor) -> Tensor:
+def _features(feature_map: Callable[[Tensor], Tensor], name: str, x: Tensor) -> Tensor:
     features = feature_map(x)
     if not isinstance(features, Tensor):
         raise TypeError(f"feature_map made a {type(features).__name__} of {name}; it must return a torch.Tensor")
@@ -172,11 +337,41 @@ def _features(feature_map, name: str, x: Tensor) -> Tensor:
     return features.to(x.dtype)
 
 
-def dplr(q, k, v, a, b, log_decay, *, state=None, scale=None, cu_seqlens=None, check=False, backend="auto"):
-    """Diagonal plus low rank: S <- (Diag(exp log_decay) + b a^T) S + k v^T with free vectors a, b: [B, T, HV, K].
+def dplr(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    log_decay: Tensor,
+    *,
+    state: Tensor | None = None,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    check: bool = False,
+    backend: str = "auto",
+) -> DeltaOutput:
+    """Diagonal plus low rank: S <- (Diag(exp log_decay) + b a^T) S + k v^T with free vectors a and b.
 
-    a reads the memory before the token's decay. KDA is a = exp(log_decay) * k, b = -beta k, v = beta v.
+    Args:
+        q, k, v, log_decay: as of `kda`.
+        a: [B, T, HV, K], reads the memory before the token's decay.
+        b: [B, T, HV, K], along which what a has read is added.
+        state, scale, cu_seqlens, check, backend: as of `kda`.
+
+    Returns:
+        DeltaOutput(output [B, T, HV, V], state [B or N, HV, K, V]).
+
+    Raises:
+        ValueError, TypeError: as `kda`.
+
     Source: Kimi Linear, arXiv:2510.26692, section 3.2, which measures KDA against it.
+
+    >>> k = torch.nn.functional.normalize(torch.randn(1, 5, 1, 4), dim=-1)
+    >>> v, g, beta = torch.randn(1, 5, 1, 4), -torch.rand(1, 5, 1, 4), torch.rand(1, 5, 1)
+    >>> output, _ = dplr(k, k, beta[..., None] * v, g.exp() * k, -beta[..., None] * k, g)  # KDA as a member
+    >>> torch.allclose(output, kda(k, k, v, g, beta).output, atol=1e-5)
+    True
     """
     arguments.check("dplr", (q, k, v, a, b, log_decay, state), cu_seqlens)
     if check:
@@ -184,14 +379,28 @@ def dplr(q, k, v, a, b, log_decay, *, state=None, scale=None, cu_seqlens=None, c
     return _run("dplr", "dplr", (q, k, v, a, b, log_decay), v, state, scale, cu_seqlens, backend)
 
 
-def softmax_lookup(q, k, v, *, state=None, scale=None, cu_seqlens=None, backend="auto"):
-    """Causal softmax attention, the scroll: its state is every key and value so far, and grows with each token.
+def softmax_lookup(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    state: tuple[Tensor, Tensor] | None = None,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Causal softmax attention: its state is every key and value so far, the KV cache, and grows with each token.
 
-    Args as `kda`, without gates.
+    Args:
+        q, k: [B, T, H, K]. v: [B, T, HV, V], HV a multiple of H.
         state: (keys [B, S, H, K], values [B, S, HV, V]) before the first token; not with cu_seqlens.
+        scale, cu_seqlens, backend: as of `kda`.
 
     Returns:
         A pair: output [B, T, HV, V], and state (keys, values) with these tokens appended.
+
+    Raises:
+        ValueError, TypeError: as `kda`; state came with cu_seqlens.
 
     >>> q = k = v = torch.ones(1, 3, 1, 4)
     >>> output, (keys, values) = softmax_lookup(q, k, v)
@@ -199,9 +408,11 @@ def softmax_lookup(q, k, v, *, state=None, scale=None, cu_seqlens=None, backend=
     torch.Size([1, 3, 1, 4])
     """
     arguments.check("softmax_lookup", (q, k, v), cu_seqlens)
-    keys, values = (k[:, :0], v[:, :0]) if state is None else _scroll(state, k, v)
+    keys, values = (k[:, :0], v[:, :0]) if state is None else _kv_cache(state, k, v)
     if cu_seqlens is not None and state is not None:
-        raise ValueError("state came with cu_seqlens; a scroll cannot be continued in a packed batch, unpack it first")
+        raise ValueError(
+            "state came with cu_seqlens; a KV cache cannot be continued in a packed batch: call once a sequence"
+        )
     problem = _problem("lookup", "softmax_lookup", q, v, cu_seqlens, (q, k, v, keys, values))
     run = choose(problem, backend).lookup
     assert run is not None
@@ -209,7 +420,7 @@ def softmax_lookup(q, k, v, *, state=None, scale=None, cu_seqlens=None, backend=
     return output, (torch.cat((keys, k), 1), torch.cat((values, v), 1))
 
 
-def _scroll(state, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _kv_cache(state: tuple[Tensor, Tensor], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     if not (isinstance(state, (tuple, list)) and len(state) == 2 and all(isinstance(x, Tensor) for x in state)):
         raise TypeError(f"state is a {type(state).__name__}; it must be a pair of tensors, (keys, values)")
     S = state[0].shape[1] if state[0].ndim == 4 else -1
@@ -225,17 +436,36 @@ def _scroll(state, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def kda_from_logits(
-    q, k, v, decay_logits, beta_logits, *, gate, beta_max=1.0, state=None, scale=None, cu_seqlens=None, backend="auto"
-):
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay_logits: Tensor,
+    beta_logits: Tensor,
+    *,
+    gate: Gate,
+    beta_max: float = 1.0,
+    state: Tensor | None = None,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> DeltaOutput:
     """KDA as a layer calls it: normalise q and k, gate the logits, then `kda`. One kernel where a backend has one.
 
-    Args as `kda`, but for
-        q, k: not normalised; `l2norm` is applied, eps 1e-6 inside the root.
+    Args:
+        q, k: [B, T, H, K], not normalised; `l2norm` is applied, eps 1e-6 inside the root.
+        v: [B, T, HV, V], HV a multiple of H.
         decay_logits: [B, T, HV, K].
         beta_logits: [B, T, HV]; beta = beta_max * sigmoid, in fp32.
         gate: gates.SoftplusDecay(A_log, dt_bias), gates.SigmoidDecay(A_log, dt_bias, floor), or any function from
             decay_logits to log_decay.
         beta_max: 1, or up to 2 for negative eigenvalues.
+        state, scale, cu_seqlens, backend: as of `kda`.
+
+    Returns:
+        DeltaOutput(output [B, T, HV, V], state [B or N, HV, K, V]).
+
+    Raises:
+        ValueError, TypeError: as `kda`; gate is none, or beta_max no number above 0.
 
     >>> from palimpsest.ops import gates
     >>> gate = gates.SoftplusDecay(A_log=torch.zeros(2), dt_bias=torch.zeros(2, 8))
@@ -270,18 +500,30 @@ def kda_from_logits(
     )  # fmt: skip
 
 
-def kda_step_(q, k, v, log_decay, beta, state, *, scale=None, backend="auto") -> Tensor:
+def kda_step_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
     """One token of KDA against a state that is edited in place; returns what the token reads. No gradient.
 
     Args:
         q, k: [B, H, K]. v: [B, HV, V]. log_decay: [B, HV, K]. beta: [B, HV].
-        state: [B, HV, K, V], contiguous, fp32 (fp64 for fp64 inputs).
+        state: [B, HV, K, V], contiguous, fp32 (fp64 for fp64 inputs). It is overwritten.
+        scale, backend: as of `kda`.
 
     Returns:
         [B, HV, V] in v's dtype.
 
     Raises:
-        ValueError: as `kda`; RuntimeError: an argument asks for a gradient, which `kda` gives and this cannot.
+        ValueError, TypeError: as `kda`; the state is not contiguous.
+        RuntimeError: an argument asks for a gradient, which `kda` gives and this cannot.
 
     >>> state = torch.zeros(1, 1, 2, 2)
     >>> q = k = torch.tensor([[[0.0, 1.0]]])
@@ -309,7 +551,7 @@ def kda_step_(q, k, v, log_decay, beta, state, *, scale=None, backend="auto") ->
         return step(*tensors, scale)
 
 
-VARIANTS = {
+VARIANTS: dict[str, Callable[..., DeltaOutput]] = {
     "kda": kda,
     "gdn2": gdn2,
     "gated_delta": gated_delta,
@@ -320,12 +562,29 @@ VARIANTS = {
 }
 
 
-def _run(op: Op, variant, tensors, values, state, scale, cu_seqlens, backend) -> DeltaOutput:
+def _run(
+    op: Op,
+    variant: str,
+    tensors: tuple[Tensor, ...],
+    values: Tensor,
+    state: Tensor | None,
+    scale: float | None,
+    cu_seqlens: Tensor | None,
+    backend: str,
+) -> DeltaOutput:
     chosen, state = _start(op, variant, tensors, values, state, cu_seqlens, backend)
     return DeltaOutput(*getattr(chosen, op)(*tensors, state, _scale(scale, tensors[0]), cu_seqlens))
 
 
-def _start(op: Op, variant, tensors, values, state, cu_seqlens, backend) -> tuple[Backend, Tensor | None]:
+def _start(
+    op: Op,
+    variant: str,
+    tensors: tuple[Tensor, ...],
+    values: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    backend: str,
+) -> tuple[Backend, Tensor | None]:
     """Who runs a call, once it is checked, and from which state."""
     q = tensors[0]
     chosen = choose(_problem(op, variant, q, values, cu_seqlens, (*tensors, state)), backend)
@@ -342,7 +601,15 @@ def _scale(scale: float | None, q: Tensor) -> float:
     return scale
 
 
-def _problem(op: Op, variant, q, v, cu_seqlens, tensors, gate="none") -> Problem:
+def _problem(
+    op: Op,
+    variant: str,
+    q: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    tensors: tuple[Tensor | None, ...],
+    gate: str = "none",
+) -> Problem:
     B, T, H, K = q.shape
     return Problem(
         op=op,
@@ -363,13 +630,16 @@ def _problem(op: Op, variant, q, v, cu_seqlens, tensors, gate="none") -> Problem
     )
 
 
+_CAPABILITIES: dict[int, tuple[int, int]] = {}  # by device; a cached function would make torch.compile warn
+
+
 def _capability(q: Tensor) -> tuple[int, int] | None:
-    return _capability_of(q.get_device()) if q.is_cuda else None
-
-
-@cache
-def _capability_of(device: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+    if not q.is_cuda:
+        return None
+    device = q.get_device()
+    if device not in _CAPABILITIES:
+        _CAPABILITIES[device] = torch.cuda.get_device_capability(device)
+    return _CAPABILITIES[device]
 
 
 def _begin(state: Tensor | None, chosen: Backend, v: Tensor, K: int, cu_seqlens: Tensor | None) -> Tensor | None:

@@ -81,7 +81,7 @@ def test_the_cousins_say_what_is_wrong():
         gated_delta(*x.values())
     with pytest.raises(ValueError, match=r"a has shape \(2, 4, 3\); q and v ask for \(2, 4, 3, 8\)"):
         dplr(x["q"], x["k"], x["v"], x["beta"], x["k"], x["log_decay"])
-    with pytest.raises(ValueError, match="a scroll cannot be continued in a packed batch"):
+    with pytest.raises(ValueError, match="a KV cache cannot be continued in a packed batch"):
         one = [x[name][:1] for name in "qkv"]
         softmax_lookup(*one, state=(one[1], one[2]), cu_seqlens=torch.tensor([0, 4]))
     with pytest.raises(ValueError, match="a trace needs at least one"):

@@ -1,8 +1,9 @@
 """The GPU kernels as torch custom ops, and as backends. Knows torch alone: a tier is imported when a kernel first runs."""
 
 from dataclasses import replace
-from functools import cache, wraps
+from functools import wraps
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -188,13 +189,13 @@ def _gradients(ctx, d_out, d_state):
     d_out = torch.zeros_like(x.v) if d_out is None else d_out
     found = _memory_backward(d_out, d_state, *x)
     d_q, d_k, d_v, d_log_decay, d_erase, d_first, d_A_log, d_dt_bias = found
-    gradients = MemoryArguments(*[None] * len(MemoryArguments._fields))._replace(
+    gradients = dict(
         q=d_q, k=d_k, v=d_v, log_decay=d_log_decay, erase=d_erase,
         state=None if x.state is None else d_first,
         A_log=None if x.A_log is None else d_A_log,
         dt_bias=None if x.dt_bias is None else d_dt_bias,
     )  # fmt: skip
-    return tuple(gradients)
+    return tuple(gradients.get(name) for name in MemoryArguments._fields)
 
 
 def _setup_linear(ctx, inputs, output):
@@ -205,8 +206,8 @@ def _linear_gradients(ctx, d_out, d_state):
     x = _saved(ctx)
     d_out = torch.zeros_like(x.v) if d_out is None else d_out
     d_q, d_k, d_v, d_first = _linear_memory_backward(d_out, d_state, *x)
-    d_first = None if x.state is None else d_first
-    return tuple(LinearArguments(d_q, d_k, d_v, state=d_first, scale=None, cu_seqlens=None))
+    gradients = dict(q=d_q, k=d_k, v=d_v, state=None if x.state is None else d_first)
+    return tuple(gradients.get(name) for name in LinearArguments._fields)
 
 
 for _key in ("CUDA", "CPU"):  # on a CPU the kernels run under Triton's interpreter: for tests
@@ -247,8 +248,8 @@ _PLAIN = {Tensor, torch.nn.Parameter, type(None), int, float, bool}
 def _direct(function, op, setup=None, gradients=None):
     """`op`, without its dispatch where nobody needs it: a third of the host's time of a call, half of it with gradients."""
     with_gradients = op
-    if setup:
-        rules = dict(forward=function, setup_context=setup, backward=gradients)
+    if setup is not None:
+        rules: dict[str, Any] = dict(forward=function, setup_context=setup, backward=gradients)
         rules = {name: staticmethod(rule) for name, rule in rules.items()}
         with_gradients = type("Direct", (torch.autograd.Function,), rules).apply
 
@@ -317,9 +318,7 @@ def _family(name: str, refuses, hopper: bool) -> Backend:
     return Backend(name, refuses, core=core, kda=kda, kda_from_logits=kda_from_logits, dplr=dplr, starts_empty=True)
 
 
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+_HAS_TRITON = find_spec("triton") is not None
 
 
 def _refuses(problem: Problem) -> str | None:
@@ -333,7 +332,7 @@ def _refuses(problem: Problem) -> str | None:
         return f"holds at most 256 channels a head; these have {problem.key_dim} and {problem.value_dim}"
     if problem.capability and problem.capability < (8, 0):
         return f"needs compute capability 8.0 or later; this GPU has {problem.capability[0]}.{problem.capability[1]}"
-    if not _has_triton():
+    if not _HAS_TRITON:
         return "needs Triton: pip install palimpsest-kda[triton]"
     return None
 
@@ -347,7 +346,7 @@ def _refuses_hopper(problem: Problem) -> str | None:
         return f"multiplies in bfloat16 or float16; the tensors are {problem.dtype}"
     if problem.key_dim not in (64, 128) or problem.value_dim not in (64, 128):
         return f"is built for 64 or 128 channels a head; these have {problem.key_dim} and {problem.value_dim}"
-    if problem.packed and not _has_triton():
+    if problem.packed and not _HAS_TRITON:
         return "needs Triton for packed sequences: pip install palimpsest-kda[triton]"
     return None
 
