@@ -7,6 +7,7 @@ with app.setup:
     import marimo as mo
     import matplotlib.pyplot as plt
     import torch
+    from lesson import exercise, solutions, tell, text, verdict, yours
     from style import BLUE, SIGNED
 
     from palimpsest import softmax_lookup
@@ -73,7 +74,7 @@ def _():
     values = torch.tensor([[10.0], [20.0], [30.0]])
     question = torch.tensor([2.0, 2.0])
     weights = (keys @ question).softmax(-1)
-    print("weights", [round(w, 3) for w in weights.tolist()], " answer", round((weights @ values).item(), 2))
+    tell("weights", [round(w, 3) for w in weights.tolist()], " answer", round((weights @ values).item(), 2))
 
     # The same by the library. Tensors are [sequences, tokens, heads, channels]; the state is all keys and values so far.
     scroll = (keys.view(1, 3, 1, 2), values.view(1, 3, 1, 1))
@@ -81,7 +82,7 @@ def _():
         q.view(1, 1, 1, 2), k.view(1, 1, 1, 2), v.view(1, 1, 1, 1), state=scroll, scale=1.0
     )
     output, (all_keys, _) = ask(question, torch.tensor([-50.0, -50.0]), torch.tensor([0.0]))
-    print("answer", round(output.item(), 2), " keys in the scroll now", all_keys.shape[1])
+    tell("answer", round(output.item(), 2), " keys in the scroll now", all_keys.shape[1])
     return
 
 
@@ -95,7 +96,7 @@ def _():
     q, k = 3 * spelled.view(1, T, 1, -1), spelled.view(1, T, 1, -1)
     positions = torch.eye(T).view(1, T, 1, T)  # as values: the answer then shows whom each token heard
     heard = softmax_lookup(q, k, positions, scale=1.0)[0][0, :, 0]
-    print(
+    tell(
         "the last token hears",
         {f"{i} {w}": round(x, 2) for i, (w, x) in enumerate(zip(words, heard[-1].tolist())) if x > 0.1},
     )
@@ -147,6 +148,13 @@ def _():
     return
 
 
+@app.cell(hide_code=True)
+def _(answer_1):
+    here_1 = exercise(1, answer_1)
+    here_1
+    return (here_1,)
+
+
 @app.cell
 def _():
     def answer_1(question, keys, values):
@@ -156,8 +164,8 @@ def _():
     return (answer_1,)
 
 
-@app.cell
-def _(answer_1):
+@app.cell(hide_code=True)
+def _(answer_1, here_1):
     def check_1(function):
         draw = torch.Generator().manual_seed(0)
         q, k, v = (torch.randn(*n, generator=draw) for n in ((4,), (5, 4), (5, 2)))
@@ -170,8 +178,15 @@ def _(answer_1):
             return "Not yet: the resemblances still have to become shares that add up to one."
         return "Not yet: compare the question with every key, take the softmax, mix the values."
 
-    check_1(answer_1)
+    verdict(check_1, yours(here_1, answer_1))
     return (check_1,)
+
+
+@app.cell(hide_code=True)
+def _(answer_2):
+    here_2 = exercise(2, answer_2)
+    here_2
+    return (here_2,)
 
 
 @app.cell
@@ -183,8 +198,8 @@ def _():
     return (answer_2,)
 
 
-@app.cell
-def _(answer_2):
+@app.cell(hide_code=True)
+def _(answer_2, here_2):
     def check_2(function):
         draw = torch.Generator().manual_seed(1)
         Q, K, V = (torch.randn(6, n, generator=draw) for n in (4, 4, 3))
@@ -198,7 +213,7 @@ def _(answer_2):
             return "Not yet: the last token is right, since it may see all. The others see too much, or their shares are off."
         return "Not yet: minus infinity above the diagonal, then softmax over each row."
 
-    check_2(answer_2)
+    verdict(check_2, yours(here_2, answer_2))
     return (check_2,)
 
 
@@ -213,12 +228,13 @@ def _():
 
     wrong_1 = [lambda q, k, v: (k @ q) @ v, lambda q, k, v: v[(k @ q).argmax()]]
     wrong_2 = [lambda Q, K, V: (Q @ K.T).softmax(-1) @ V, lambda Q, K, V: (Q @ K.T).softmax(-1).tril() @ V]
+    solutions(solution_1, solution_2)
     return solution_1, solution_2, wrong_1, wrong_2
 
 
 @app.cell(hide_code=True)
 def _():
-    mo.md(r"""
+    text(r"""
     ## Where to look next
 
     The law of the scroll: `softmax_lookup` in `palimpsest/ops/reference.py`.

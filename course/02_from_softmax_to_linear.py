@@ -4,9 +4,12 @@ __generated_with = "0.25.2"
 app = marimo.App(width="medium")
 
 with app.setup:
+    import time
+
     import marimo as mo
     import matplotlib.pyplot as plt
     import torch
+    from lesson import exercise, solutions, tell, text, verdict, yours
     from style import BLUE, ORANGE
 
     from palimpsest import linear_attention, softmax_lookup
@@ -59,6 +62,10 @@ def _():
 
     $$S_t = S_{t-1} + \phi(k_t) v_t^{\top}, \qquad z_t = z_{t-1} + \phi(k_t).$$
 
+    This is the *kernel trick* of Katharopoulos, Vyas, Pappas and Fleuret (*Transformers are RNNs*, arXiv:2006.16236): any
+    similarity that is an inner product of features, $\kappa(q, k) = \phi(q)^{\top} \phi(k)$, can be summed before the query comes. With $N$
+    tokens and $d$ channels the scroll costs $O(N^2 d)$ and the board $O(N d^2)$.
+
     This is the *recurrent view*: attention that is a recurrent network, with a matrix for its state. Training still uses
     the other view, all tokens at once. Both give the same numbers, and everything in this course lives on having both.
     """)
@@ -80,8 +87,8 @@ def _():
     for t in range(T):
         output, state = linear_attention(q[:, t : t + 1], k[:, t : t + 1], v[:, t : t + 1], state=state)
         outputs.append(output[0, 0, 0])
-    print("largest difference:", (torch.stack(outputs) - at_once).abs().max().item())
-    print("state:", tuple(state.shape), "(its last column is z)")
+    tell("largest difference:", (torch.stack(outputs) - at_once).abs().max().item())
+    tell("state:", tuple(state.shape), "(its last column is z)")
     return k, q, v
 
 
@@ -93,7 +100,36 @@ def _(k, q, v):
         _, (keys, values) = softmax_lookup(q[:, :n], k[:, :n], v[:, :n])
         scroll.append(keys.numel() + values.numel())
         boards.append(linear_attention(q[:, :n], k[:, :n], v[:, :n]).state.numel())
-    print("numbers in the scroll:", scroll, " on the board:", boards)
+    tell("numbers in the scroll:", scroll, " on the board:", boards)
+    return
+
+
+@app.cell
+def _():
+    # And the time of it, forward, in the same library: four heads of 32 channels, the shorter of two tries.
+    def seconds(run, n):
+        x = torch.randn(1, n, 4, 32)
+        tries = []
+        for _ in range(2):
+            began = time.perf_counter()
+            run(x, x, x)
+            tries.append(time.perf_counter() - began)
+        return min(tries)
+
+    lengths = [128, 256, 512, 1024, 2048]
+    times = {name: [seconds(run, n) for n in lengths] for name, run in
+             {"softmax": softmax_lookup, "linear": linear_attention}.items()}  # fmt: skip
+    return lengths, times
+
+
+@app.cell(hide_code=True)
+def _(lengths, times):
+    clock, _ax = plt.subplots(figsize=(7.2, 2.6))
+    for (_name, _seconds), _colour in zip(times.items(), (BLUE, ORANGE)):
+        _ax.plot(lengths, [1000 * x for x in _seconds], "o-", color=_colour, label=_name)
+    _ax.set(xscale="log", yscale="log", xlabel="tokens", ylabel="milliseconds, here and now")
+    _ax.legend()
+    clock
     return
 
 
@@ -137,6 +173,13 @@ def _():
     return
 
 
+@app.cell(hide_code=True)
+def _(answer_1):
+    here_1 = exercise(1, answer_1)
+    here_1
+    return (here_1,)
+
+
 @app.cell
 def _():
     def answer_1(tokens, K, V):
@@ -146,8 +189,8 @@ def _():
     return (answer_1,)
 
 
-@app.cell
-def _(answer_1):
+@app.cell(hide_code=True)
+def _(answer_1, here_1):
     def check_1(function):
         found = function(1000, 64, 32)
         if found is None:
@@ -158,8 +201,15 @@ def _(answer_1):
             return "Not yet: the board also keeps the sum of the features, one more column."
         return "Not yet: the scroll keeps a key and a value a token; the board K rows of V + 1 columns."
 
-    check_1(answer_1)
+    verdict(check_1, yours(here_1, answer_1))
     return (check_1,)
+
+
+@app.cell(hide_code=True)
+def _(answer_2):
+    here_2 = exercise(2, answer_2)
+    here_2
+    return (here_2,)
 
 
 @app.cell
@@ -171,8 +221,8 @@ def _():
     return (answer_2,)
 
 
-@app.cell
-def _(answer_2):
+@app.cell(hide_code=True)
+def _(answer_2, here_2):
     def check_2(function):
         draw = torch.Generator().manual_seed(3)
         S, key, value = (torch.randn(*n, generator=draw) for n in ((4, 3), (4,), (3,)))
@@ -185,7 +235,7 @@ def _(answer_2):
             return "Right: one line, and the whole past is in it."
         return "Not yet: add the outer product of key and value to the state."
 
-    check_2(answer_2)
+    verdict(check_2, yours(here_2, answer_2))
     return (check_2,)
 
 
@@ -202,12 +252,13 @@ def _():
         lambda state, key, value: torch.outer(key, value),
         lambda state, key, value: state * torch.outer(key, value),
     ]
+    solutions(solution_1, solution_2)
     return solution_1, solution_2, wrong_1, wrong_2
 
 
 @app.cell(hide_code=True)
 def _():
-    mo.md(r"""
+    text(r"""
     ## Where to look next
 
     `linear_attention` and `softmax_lookup` in `palimpsest/ops/variants.py`. Paper: linear transformers, arXiv:2006.16236.

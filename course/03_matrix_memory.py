@@ -7,6 +7,7 @@ with app.setup:
     import marimo as mo
     import matplotlib.pyplot as plt
     import torch
+    from lesson import exercise, solutions, tell, text, verdict, yours
     from style import BLUE, GREY, ORANGE, TEAL, board
 
     from palimpsest import delta_rule, gated_linear_attention, linear_attention
@@ -74,13 +75,13 @@ def _():
     k = torch.tensor([0.0, 1.0, 0.0]).view(1, 1, 1, 3)
     v = torch.tensor([5.0, 5.0, 5.0]).view(1, 1, 1, 3)
     one_row = linear_attention(k, k, v, feature_map=lambda x: x, normalise=False).state[0, 0]
-    print(one_row)
+    tell(one_row)
 
     # The key [0.6, 0.8, 0] has two: the value lies in two rows, a share in each, and reads back whole.
     k2 = torch.tensor([0.6, 0.8, 0.0]).view(1, 1, 1, 3)
     result = linear_attention(k2, k2, v, feature_map=lambda x: x, normalise=False)
     two_rows = result.state[0, 0]
-    print(two_rows, "read:", result.output.flatten().tolist())
+    tell(two_rows, "read:", result.output.flatten().tolist())
     return one_row, two_rows
 
 
@@ -148,6 +149,13 @@ def _():
     return
 
 
+@app.cell(hide_code=True)
+def _(answer_1):
+    here_1 = exercise(1, answer_1)
+    here_1
+    return (here_1,)
+
+
 @app.cell
 def _():
     def answer_1(pairs):
@@ -157,8 +165,8 @@ def _():
     return (answer_1,)
 
 
-@app.cell
-def _(answer_1):
+@app.cell(hide_code=True)
+def _(answer_1, here_1):
     def check_1(function):
         draw = torch.Generator().manual_seed(1)
         pairs = [(torch.randn(4, generator=draw), torch.randn(2, generator=draw)) for _ in range(3)]
@@ -173,8 +181,15 @@ def _(answer_1):
             return "Right: a sum of outer products, in any order."
         return "Not yet: add one outer product for each pair."
 
-    check_1(answer_1)
+    verdict(check_1, yours(here_1, answer_1))
     return (check_1,)
+
+
+@app.cell(hide_code=True)
+def _(answer_2):
+    here_2 = exercise(2, answer_2)
+    here_2
+    return (here_2,)
 
 
 @app.cell
@@ -186,8 +201,8 @@ def _():
     return (answer_2,)
 
 
-@app.cell
-def _(answer_2):
+@app.cell(hide_code=True)
+def _(answer_2, here_2):
     def check_2(function):
         found = [function(K) for K in (1, 16, 128)]
         if found[0] is None:
@@ -198,7 +213,7 @@ def _(answer_2):
             )
         return "Not yet: they have to stand at right angles to each other."
 
-    check_2(answer_2)
+    verdict(check_2, yours(here_2, answer_2))
     return (check_2,)
 
 
@@ -212,12 +227,13 @@ def _():
 
     wrong_1 = [lambda pairs: sum(torch.outer(v, k) for k, v in pairs), lambda pairs: torch.outer(*pairs[-1])]
     wrong_2 = [lambda K: K * K, lambda K: 2**K]
+    solutions(solution_1, solution_2)
     return solution_1, solution_2, wrong_1, wrong_2
 
 
 @app.cell(hide_code=True)
 def _():
-    mo.md(r"""
+    text(r"""
     ## Where to look next
 
     `palimpsest/ops/reference.py`: the line with `k`, `w_BHV` and an outer product is the write. `palimpsest explain` shows

@@ -7,6 +7,7 @@ with app.setup:
     import marimo as mo
     import matplotlib.pyplot as plt
     import torch
+    from lesson import exercise, solutions, tell, text, verdict, yours
     from style import BLUE, MUTED
 
     from palimpsest import delta_rule, linear_attention
@@ -41,7 +42,9 @@ def _():
     difference.
 
     Seen from another side, the board is a tiny model that is trained while it is used. Its input is a key, its output
-    what it holds there, its target the value. Each token is one training example and one step of gradient descent.
+    what it holds there, its target the value. Each token is one training example and one step of gradient descent. Such
+    weights, written while a text is read, are *fast weights* (Schmidhuber, 1992); that a delta rule should write them is
+    due to Schlag, Irie and Schmidhuber (*Linear transformers are secretly fast weight programmers*, arXiv:2102.11174).
     """)
     return
 
@@ -62,6 +65,13 @@ def _():
     The first form says *correct the answer*, the second *erase, then write*. They are the same numbers.
 
     With a key of length one, $S_t^{\top} k_t = (1 - \beta_t) S_{t-1}^{\top} k_t + \beta_t v_t$: a mixture of the old answer and the new value.
+    Linear attention is the same walk on another hill. Its update $S + k v^{\top}$ is a gradient step on
+    $L(S) = -\langle S^{\top} k, v \rangle$, which rewards agreement without end: that objective has no lowest point, so nothing ever
+    tells the board to stop, or to take anything back. The square has one.
+
+    $I - \beta k k^{\top}$ is a *Householder* matrix when $\beta = 2$, the reflection in the plane at right angles to the key; for other
+    strengths it is called a generalised one. A product of many of them has a short form, which lesson 9 lives on.
+
     $\beta = 0$ ignores the token, $\beta = 1$ replaces the answer, $\beta = 2$ reflects it: as far beyond the value as it was short of
     it. Beyond 2 every step makes the error larger, and the board explodes.
     """)
@@ -80,7 +90,7 @@ def _():
     erases = delta_rule(k, k, v, beta=torch.ones(1, 16, 1)).state[0, 0]
     last = v[0, -4:, 0]  # what each key should answer now
     for name, S in (("only adds", only_adds), ("erases first", erases)):
-        print(f"{name:13} error of the answers {(keys @ S - last).norm() / last.norm():.2f}")
+        tell(f"{name:13} error of the answers {(keys @ S - last).norm() / last.norm():.2f}")
     return k, keys, last, v
 
 
@@ -94,7 +104,7 @@ def _(k, v):
     ours = delta_rule(k[:, :1], k[:, :1], v[:, :1], torch.full((1, 1, 1), 0.3), state=S0.detach()[None, None]).state[
         0, 0
     ]
-    print("largest difference:", (ours - stepped).abs().max().item())
+    tell("largest difference:", (ours - stepped).abs().max().item())
     return
 
 
@@ -134,6 +144,13 @@ def _():
     return
 
 
+@app.cell(hide_code=True)
+def _(answer_1):
+    here_1 = exercise(1, answer_1)
+    here_1
+    return (here_1,)
+
+
 @app.cell
 def _():
     def answer_1(S, k, v, beta):
@@ -143,8 +160,8 @@ def _():
     return (answer_1,)
 
 
-@app.cell
-def _(answer_1):
+@app.cell(hide_code=True)
+def _(answer_1, here_1):
     def check_1(function):
         draw = torch.Generator().manual_seed(2)
         S, k, v = (torch.randn(*n, generator=draw) for n in ((3, 2), (3,), (2,)))
@@ -158,8 +175,15 @@ def _(answer_1):
             return "Not yet: that only adds. First ask the board what it says under k."
         return "Not yet: the correction is an outer product of k with the error of the answer."
 
-    check_1(answer_1)
+    verdict(check_1, yours(here_1, answer_1))
     return (check_1,)
+
+
+@app.cell(hide_code=True)
+def _(answer_2):
+    here_2 = exercise(2, answer_2)
+    here_2
+    return (here_2,)
 
 
 @app.cell
@@ -171,8 +195,8 @@ def _():
     return (answer_2,)
 
 
-@app.cell
-def _(answer_2):
+@app.cell(hide_code=True)
+def _(answer_2, here_2):
     def check_2(function):
         found = [function(torch.tensor(key)) for key in ([1.0, 0.0], [3.0, 4.0])]
         if found[0] is None:
@@ -183,7 +207,7 @@ def _(answer_2):
             return "Not yet: right for a key of length one; what does the step do along a longer key?"
         return "Not yet: after the step the error along k is (1 - beta k.k) times what it was."
 
-    check_2(answer_2)
+    verdict(check_2, yours(here_2, answer_2))
     return (check_2,)
 
 
@@ -200,16 +224,18 @@ def _():
         lambda S, k, v, beta: S - beta * torch.outer(k, v - S.T @ k),
     ]
     wrong_2 = [lambda k: 2.0, lambda k: 1 / (k @ k)]
+    solutions(solution_1, solution_2)
     return solution_1, solution_2, wrong_1, wrong_2
 
 
 @app.cell(hide_code=True)
 def _():
-    mo.md(r"""
+    text(r"""
     ## Where to look next
 
     `delta_rule` in `palimpsest/ops/variants.py`; the test that its update is one gradient step stands in
-    `tests/ops/test_variants.py`. Paper: parallel delta rule, arXiv:2406.06484.
+    `tests/ops/test_variants.py`. Papers: fast weight programmers, arXiv:2102.11174; the parallel
+    delta rule, arXiv:2406.06484; *Kimi Linear*, section 2.2, and its table 7 for the objectives of the whole family.
 
     Next: [forgetting](05_forgetting.md), for what lies under keys that never come again.
     """)

@@ -7,6 +7,7 @@ with app.setup:
     import marimo as mo
     import matplotlib.pyplot as plt
     import torch
+    from lesson import exercise, solutions, tell, text, verdict, yours
     from style import BLUE, GREY, ORANGE, TEAL
 
     from palimpsest import gated_delta, kda, trace
@@ -57,6 +58,12 @@ def _():
 
     $$S_t = \alpha_t \, S_{t-1} + \dots \qquad\qquad S_t = \mathrm{Diag}(\alpha_t) \, S_{t-1} + \dots$$
 
+    Seen as training (lesson 4), a decay is *weight decay*: before each gradient step the weights shrink towards zero, by an
+    amount that the token chooses. One name of the line is still missing. Mamba-2 has a decay per head and no eraser,
+    $S_t = \alpha_t S_{t-1} + k_t v_t^{\top}$; gated linear attention a decay per channel and no eraser; DeltaNet an eraser and no
+    decay; Gated DeltaNet both, per head; Kimi Delta Attention both, per channel. At the end of the line stands any diagonal
+    plus any matrix of rank one, $D - a b^{\top}$ (DPLR): more general, and about twice the work.
+
     The half life $n$ of a row with a constant decay solves $\alpha^n = \tfrac12$, so
 
     $$n = \frac{\log \tfrac12}{\log \alpha} \approx \frac{0.69}{-\log \alpha}.$$
@@ -85,15 +92,15 @@ def _():
     per_head = per_channel.mean(-1)  # one speed for all
     archive = trace(k, k, v, per_channel, beta, scale=1.0).written[0, :, 0, :, 0]
     average = trace(k, k, v, per_head[..., None].expand_as(k), beta, scale=1.0).written[0, :, 0, :, 0]
-    print("after 40 tokens, per channel:", archive[-1, :2].tolist())
-    print("after 40 tokens, per head:   ", average[-1, :2].tolist())
+    tell("after 40 tokens, per channel:", archive[-1, :2].tolist())
+    tell("after 40 tokens, per head:   ", average[-1, :2].tolist())
     return archive, average, beta, k, per_channel, per_head, v
 
 
 @app.cell
 def _(beta, k, per_channel, per_head, v):
     # What models call: `kda` takes a log-decay per channel, `gated_delta` one per head.
-    print(kda(k, k, v, per_channel, beta).state.shape, gated_delta(k, k, v, per_head, beta).state.shape)
+    tell(kda(k, k, v, per_channel, beta).state.shape, gated_delta(k, k, v, per_head, beta).state.shape)
     return
 
 
@@ -147,6 +154,13 @@ def _():
     return
 
 
+@app.cell(hide_code=True)
+def _(answer_1):
+    here_1 = exercise(1, answer_1)
+    here_1
+    return (here_1,)
+
+
 @app.cell
 def _():
     def answer_1(tokens):
@@ -156,8 +170,8 @@ def _():
     return (answer_1,)
 
 
-@app.cell
-def _(answer_1):
+@app.cell(hide_code=True)
+def _(answer_1, here_1):
     def check_1(function):
         found = [function(n) for n in (1, 7, 1000)]
         if found[0] is None:
@@ -166,8 +180,15 @@ def _(answer_1):
             return "Right: 1000 tokens need a decay of 0.9993, which bfloat16 rounds to 1: that row would never fade."
         return "Not yet: alpha to the power of the tokens must be one half."
 
-    check_1(answer_1)
+    verdict(check_1, yours(here_1, answer_1))
     return (check_1,)
+
+
+@app.cell(hide_code=True)
+def _(answer_2):
+    here_2 = exercise(2, answer_2)
+    here_2
+    return (here_2,)
 
 
 @app.cell
@@ -179,8 +200,8 @@ def _():
     return (answer_2,)
 
 
-@app.cell
-def _(answer_2):
+@app.cell(hide_code=True)
+def _(answer_2, here_2):
     def check_2(function):
         log_decay = -torch.rand(6, 3, generator=torch.Generator().manual_seed(1))
         found = function(log_decay)
@@ -192,7 +213,7 @@ def _(answer_2):
             return "Not yet: token 0 fades the board before it writes, so its own decay does not touch its value."
         return "Not yet: logarithms of shares add up over the tokens after the write."
 
-    check_2(answer_2)
+    verdict(check_2, yours(here_2, answer_2))
     return (check_2,)
 
 
@@ -206,12 +227,13 @@ def _():
 
     wrong_1 = [lambda tokens: 1 - 0.5 / tokens, lambda tokens: 0.5]
     wrong_2 = [lambda log_decay: log_decay.sum(0).exp(), lambda log_decay: log_decay[1:].exp().sum(0)]
+    solutions(solution_1, solution_2)
     return solution_1, solution_2, wrong_1, wrong_2
 
 
 @app.cell(hide_code=True)
 def _():
-    mo.md(r"""
+    text(r"""
     ## Where to look next
 
     `palimpsest/ops/variants.py` lists the family by what each member fades, erases and writes. Papers: gated linear

@@ -7,6 +7,7 @@ with app.setup:
     import marimo as mo
     import matplotlib.pyplot as plt
     import torch
+    from lesson import exercise, solutions, tell, text, verdict, yours
     from style import MUTED, board
 
     from palimpsest import kda, trace
@@ -97,7 +98,7 @@ def _():
 
     beats = trace(k, k, v, log_decay, beta, state=S, scale=1.0)
     faded, erased, written = (beat[0, 0, 0] for beat in (beats.decayed, beats.erased, beats.written))
-    print(faded.tolist(), erased.tolist(), written.tolist(), beats.read.flatten().tolist())
+    tell(faded.tolist(), erased.tolist(), written.tolist(), beats.read.flatten().tolist())
     return S, beta, erased, faded, k, log_decay, v, written
 
 
@@ -132,7 +133,11 @@ def _():
 def _(S, k, log_decay, strength, v):
     # Move beta. 0 leaves the faded board; 1 replaces what the key held; 2 goes as far beyond the value as it was off.
     _beta = torch.full((1, 1, 1), strength.value)
-    print(kda(k, k, v, log_decay, _beta, state=S).state[0, 0].tolist())
+    after, _ax = plt.subplots(figsize=(2.4, 2.4))
+    board(
+        _ax, kda(k, k, v, log_decay, _beta, state=S).state[0, 0], f"after, beta {strength.value:g}", limit=10, digits=1
+    )
+    after
     return
 
 
@@ -153,6 +158,13 @@ def _():
     return
 
 
+@app.cell(hide_code=True)
+def _(answer_1):
+    here_1 = exercise(1, answer_1)
+    here_1
+    return (here_1,)
+
+
 @app.cell
 def _():
     def answer_1(S, k, v, alpha, beta):
@@ -162,8 +174,8 @@ def _():
     return (answer_1,)
 
 
-@app.cell
-def _(answer_1):
+@app.cell(hide_code=True)
+def _(answer_1, here_1):
     def check_1(function):
         draw = torch.Generator().manual_seed(0)
         S, k, v = (torch.randn(*n, generator=draw) for n in ((3, 2), (3,), (2,)))
@@ -181,8 +193,15 @@ def _(answer_1):
             return "Not yet: that is the delta rule. Fade the rows first."
         return "Not yet: fade, then ask the faded board what it holds under k, then correct that answer."
 
-    check_1(answer_1)
+    verdict(check_1, yours(here_1, answer_1))
     return (check_1,)
+
+
+@app.cell(hide_code=True)
+def _(answer_2):
+    here_2 = exercise(2, answer_2)
+    here_2
+    return (here_2,)
 
 
 @app.cell
@@ -195,8 +214,8 @@ def _():
     return (answer_2,)
 
 
-@app.cell
-def _(answer_2):
+@app.cell(hide_code=True)
+def _(answer_2, here_2):
     def check_2(function):
         found = function()
         if found == "v":
@@ -205,7 +224,7 @@ def _(answer_2):
             return "Not yet: return one of the three texts."
         return "Not yet: multiply the equation by k^T from the left, with k^T k = 1 and beta = 1."
 
-    check_2(answer_2)
+    verdict(check_2, yours(here_2, answer_2))
     return (check_2,)
 
 
@@ -224,16 +243,18 @@ def _():
         lambda S, k, v, alpha, beta: alpha[:, None] * S + beta * torch.outer(k, v),  # no eraser
     ]
     wrong_2 = [lambda: "v faded", lambda: "v + what was held"]
+    solutions(solution_1, solution_2)
     return solution_1, solution_2, wrong_1, wrong_2
 
 
 @app.cell(hide_code=True)
 def _():
-    mo.md(r"""
+    text(r"""
     ## Where to look next
 
     The equation as five lines of code: `palimpsest/ops/reference.py`. The paper: *Kimi Linear*, arXiv:2510.26692,
-    equation 1. `palimpsest explain` opens a page where these four beats can be stepped through.
+    equation 1; its section 6.2 multiplies the two factors out, $\mathrm{Diag}(\alpha) - \beta k (k \odot \alpha)^{\top}$, and so finds in it a
+    special case of `dplr`. `palimpsest explain` opens a page where these four beats can be stepped through.
 
     Next: [heads and learned decay](07_heads_and_learned_decay.md), or who decides how fast each row fades.
     """)

@@ -7,6 +7,7 @@ with app.setup:
     import marimo as mo
     import matplotlib.pyplot as plt
     import torch
+    from lesson import exercise, solutions, tell, text, verdict, yours
     from style import BLUE, GREY, ORANGE, TEAL
 
     from palimpsest import KimiDeltaAttention, gates
@@ -80,7 +81,7 @@ def _():
     zero = torch.zeros(1)
     unbounded = gates.softplus_decay(logits, A_log=zero, dt_bias=zero)
     bounded = gates.sigmoid_decay(logits, A_log=zero, dt_bias=zero, floor=-5.0)
-    print(
+    tell(
         "lowest:",
         unbounded.min().item(),
         bounded.min().item(),
@@ -122,8 +123,8 @@ def _():
     with torch.no_grad():
         edits = layer.recurrence_inputs(0.1 * torch.randn(1, 200, 64))
     half_lives = 0.693 / -edits.log_decay.mean(1)[0]  # [heads, channels], in tokens
-    print("half lives from", round(half_lives.min().item(), 1), "to", round(half_lives.max().item(), 1), "tokens")
-    print("parameters of the gate:", layer.A_log.numel(), "rates,", layer.dt_bias.numel(), "biases")
+    tell("half lives from", round(half_lives.min().item(), 1), "to", round(half_lives.max().item(), 1), "tokens")
+    tell("parameters of the gate:", layer.A_log.numel(), "rates,", layer.dt_bias.numel(), "biases")
     return (half_lives,)
 
 
@@ -147,6 +148,13 @@ def _():
     return
 
 
+@app.cell(hide_code=True)
+def _(answer_1):
+    here_1 = exercise(1, answer_1)
+    here_1
+    return (here_1,)
+
+
 @app.cell
 def _():
     def answer_1(logit, A, b):
@@ -156,8 +164,8 @@ def _():
     return (answer_1,)
 
 
-@app.cell
-def _(answer_1):
+@app.cell(hide_code=True)
+def _(answer_1, here_1):
     def check_1(function):
         inputs = [(0.3, 0.0, -1.0), (-2.0, 1.5, 0.5), (4.0, -1.0, 0.0)]
         found = [function(*(torch.tensor(x) for x in case)) for case in inputs]
@@ -171,8 +179,15 @@ def _(answer_1):
             return "Not yet: a log-decay is never positive."
         return "Not yet: the bias belongs inside the softplus, and the rate is e to the power of A."
 
-    check_1(answer_1)
+    verdict(check_1, yours(here_1, answer_1))
     return (check_1,)
+
+
+@app.cell(hide_code=True)
+def _(answer_2):
+    here_2 = exercise(2, answer_2)
+    here_2
+    return (here_2,)
 
 
 @app.cell
@@ -184,8 +199,8 @@ def _():
     return (answer_2,)
 
 
-@app.cell
-def _(answer_2):
+@app.cell(hide_code=True)
+def _(answer_2, here_2):
     def check_2(function):
         found = [function(0.5, -5.0), function(1e-4, -5.0), function(1e-9, -5.0), function(1e-4, -1.0)]
         if found[0] is None:
@@ -194,7 +209,7 @@ def _(answer_2):
             return "Right: every token adds at most the floor to the logarithm."
         return "Not yet: the logarithms add up, and each is at best the floor; round up."
 
-    check_2(answer_2)
+    verdict(check_2, yours(here_2, answer_2))
     return (check_2,)
 
 
@@ -211,12 +226,13 @@ def _():
         lambda logit, A, b: -A * (logit + b).exp(),
     ]
     wrong_2 = [lambda share, floor: 1, lambda share, floor: int(torch.tensor(share).log() / floor)]
+    solutions(solution_1, solution_2)
     return solution_1, solution_2, wrong_1, wrong_2
 
 
 @app.cell(hide_code=True)
 def _():
-    mo.md(r"""
+    text(r"""
     ## Where to look next
 
     `palimpsest/ops/gates.py` for the two gates, and `KimiDeltaAttention` in `palimpsest/layers/kimi_delta_attention.py` for

@@ -7,6 +7,7 @@ with app.setup:
     import marimo as mo
     import matplotlib.pyplot as plt
     import torch
+    from lesson import exercise, solutions, tell, text, verdict, yours
     from style import BLUE, GREY, ORANGE, TEAL
 
     from palimpsest import gated_linear_attention
@@ -90,7 +91,7 @@ def _():
         gated_linear_attention(torch.eye(K)[c].expand(1, T, 1, K), k, k[..., :1], log_decay.expand(1, T, 1, K), scale=1.0)
         .output.flatten() for c in range(K)
     ], -1)  # fmt: skip
-    print("largest difference:", (read - decayed).abs().max().item())
+    tell("largest difference:", (read - decayed).abs().max().item())
     return decayed, distance, rotated
 
 
@@ -138,6 +139,13 @@ def _():
     return
 
 
+@app.cell(hide_code=True)
+def _(answer_1):
+    here_1 = exercise(1, answer_1)
+    here_1
+    return (here_1,)
+
+
 @app.cell
 def _():
     def answer_1(log_decay, i):
@@ -147,8 +155,8 @@ def _():
     return (answer_1,)
 
 
-@app.cell
-def _(answer_1):
+@app.cell(hide_code=True)
+def _(answer_1, here_1):
     def check_1(function):
         draw = torch.Generator().manual_seed(0)
         log_decay = -torch.rand(7, 2, generator=draw)
@@ -162,8 +170,15 @@ def _(answer_1):
             return "Not yet: that counts from the beginning of the text. Count back from token i."
         return "Not yet: token j has met the decays of tokens j + 1 to i."
 
-    check_1(answer_1)
+    verdict(check_1, yours(here_1, answer_1))
     return (check_1,)
+
+
+@app.cell(hide_code=True)
+def _(answer_2):
+    here_2 = exercise(2, answer_2)
+    here_2
+    return (here_2,)
 
 
 @app.cell
@@ -176,8 +191,8 @@ def _():
     return (answer_2,)
 
 
-@app.cell
-def _(answer_2):
+@app.cell(hide_code=True)
+def _(answer_2, here_2):
     def check_2(function):
         found = function()
         if found is None:
@@ -186,7 +201,7 @@ def _(answer_2):
             return "Right: products of numbers up to one can only fall. The eraser, which mixes channels, brings some of it back."
         return "Not yet: look at the two figures. What do the curves on the right do that none on the left does?"
 
-    check_2(answer_2)
+    verdict(check_2, yours(here_2, answer_2))
     return (check_2,)
 
 
@@ -205,12 +220,13 @@ def _():
         lambda log_decay, i: log_decay[: i + 1].flip(0).cumsum(0).flip(0).exp(),
     ]
     wrong_2 = [lambda: "nearer counts more", lambda: "a different speed per channel"]
+    solutions(solution_1, solution_2)
     return solution_1, solution_2, wrong_1, wrong_2
 
 
 @app.cell(hide_code=True)
 def _():
-    mo.md(r"""
+    text(r"""
     ## Where to look next
 
     `MultiHeadLatentAttention` in `palimpsest/layers/latent_attention.py` has `rope=None` as its default; with a base it

@@ -7,6 +7,7 @@ with app.setup:
     import marimo as mo
     import matplotlib.pyplot as plt
     import torch
+    from lesson import exercise, solutions, tell, text, verdict, yours
     from style import BLUE, GREY, ORANGE, SIGNED
 
     from palimpsest import kda
@@ -67,7 +68,8 @@ def _():
     $U$ and $W$ do not know the board: they can be computed for all chunks of a text at the same time. Only $U - W S$ waits.
     The reads are the same with $q_i$ in place of $\beta_i k_i$, the diagonal included: $o = (q \gamma) S + P u$.
 
-    The paper calls this the WY form, after a way to multiply many reflections, and the triangular inverse the UT
+    In the paper: equation 2 unrolls a chunk, 3 to 5 give $w$ and $u$ token by token, 6 is $M$ (with $\beta$ inside), 7 is $W$ and $U$, 8
+    the board after the chunk, 9 the outputs; Listing 1 is the code. The paper calls this the WY form, after a way to multiply many reflections, and the triangular inverse the UT
     transform. $A$ is strictly lower triangular, so $I + A$ always has an inverse.
     """)
     return
@@ -89,7 +91,7 @@ def _():
     output = q_since @ S[0, 0] + P @ u
 
     truth, _ = reference.delta_memory(q, k, beta * k, beta * v, log_decay, S)
-    print("against the loop:", (output - truth[0, :, 0]).abs().max().item())
+    tell("against the loop:", (output - truth[0, :, 0]).abs().max().item())
     return A, M, P
 
 
@@ -140,14 +142,14 @@ def _(speed):
     # In 32 bits, one channel, every token forgets at the same speed.
     g = torch.full((32,), -speed.value)
     G = g.cumsum(0)
-    print("largest e^-G:", (-G).exp().max().item(), " smallest e^G:", G.exp().min().item())
+    tell("largest e^-G:", (-G).exp().max().item(), " smallest e^G:", G.exp().min().item())
     pairs = (G.exp()[:, None] * (-G).exp()[None]).tril(-1)
-    print("pairs that are not a number:", pairs.isnan().sum().item(), " infinite:", pairs.isinf().sum().item())
+    tell("pairs that are not a number:", pairs.isnan().sum().item(), " infinite:", pairs.isinf().sum().item())
 
     shape = (1, 32, 1, 1)
     x = torch.ones(shape)
     out = kda(x, x, x, g.view(shape), torch.ones(1, 32, 1)).output
-    print("the library:", bool(out.isfinite().all()))
+    tell("the library:", bool(out.isfinite().all()))
     return
 
 
@@ -173,6 +175,13 @@ def _():
     return
 
 
+@app.cell(hide_code=True)
+def _(answer_1):
+    here_1 = exercise(1, answer_1)
+    here_1
+    return (here_1,)
+
+
 @app.cell
 def _():
     def answer_1(A, B):
@@ -182,8 +191,8 @@ def _():
     return (answer_1,)
 
 
-@app.cell
-def _(answer_1):
+@app.cell(hide_code=True)
+def _(answer_1, here_1):
     def check_1(function):
         draw = torch.Generator().manual_seed(1)
         A = torch.randn(6, 6, generator=draw, dtype=torch.float64).tril(-1)
@@ -197,8 +206,15 @@ def _(answer_1):
             return "Not yet: the first rows are right. Use the rows of X that you have found, not those of B."
         return "Not yet: row i is B_i minus the sum of A_ij X_j over earlier j."
 
-    check_1(answer_1)
+    verdict(check_1, yours(here_1, answer_1))
     return (check_1,)
+
+
+@app.cell(hide_code=True)
+def _(answer_2):
+    here_2 = exercise(2, answer_2)
+    here_2
+    return (here_2,)
 
 
 @app.cell
@@ -210,8 +226,8 @@ def _():
     return (answer_2,)
 
 
-@app.cell
-def _(answer_2):
+@app.cell(hide_code=True)
+def _(answer_2, here_2):
     def check_2(function):
         slow, fast = torch.full((40, 2), -0.1), torch.tensor([-50.0, -0.01]).expand(40, 2)
         found = function(slow, 3, 5), function(fast, 10, 30)
@@ -225,7 +241,7 @@ def _(answer_2):
             return "Right: sum the logarithms between the two tokens first, then take one exponential, at most 1."
         return "Not yet: the second channel should keep a share of exp(-0.2)."
 
-    check_2(answer_2)
+    verdict(check_2, yours(here_2, answer_2))
     return (check_2,)
 
 
@@ -245,12 +261,13 @@ def _():
         lambda log_decay, j, i: log_decay.cumsum(0)[i].exp() * (-log_decay.cumsum(0)[j]).exp(),
         lambda log_decay, j, i: log_decay[j : i + 1].sum(0).exp(),
     ]
+    solutions(solution_1, solution_2)
     return solution_1, solution_2, wrong_1, wrong_2
 
 
 @app.cell(hide_code=True)
 def _():
-    mo.md(r"""
+    text(r"""
     ## Where to look next
 
     `palimpsest/ops/chunked.py`, whose first screen is this lesson. Papers: the parallel delta rule, arXiv:2406.06484; *Kimi

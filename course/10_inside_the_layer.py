@@ -7,6 +7,7 @@ with app.setup:
     import marimo as mo
     import matplotlib.pyplot as plt
     import torch
+    from lesson import exercise, solutions, tell, text, verdict, yours
     from style import BLUE, MUTED, ORANGE
 
     from palimpsest import KimiDeltaAttention, backends, kda
@@ -67,6 +68,18 @@ def _():
 
     $$y = W_o \left( \mathrm{rmsnorm}(o) \odot \mathrm{sigmoid}(G_b G_a x) \right)$$
 
+    The same layer in flash-linear-attention is `fla/layers/kda.py`, and it can be read line by line beside ours:
+
+    | there | here |
+    |---|---|
+    | `q_proj`, `k_proj`, `v_proj`, `q_conv1d`, `k_conv1d`, `v_conv1d` | the same names: checkpoints fit both |
+    | `f_proj`, `A_log`, `dt_bias` | `f_a_proj`, `f_b_proj`, `A_log`, `dt_bias`: as in the released weights |
+    | `b_proj`, then a sigmoid | the same |
+    | `g_proj`, `o_norm`, `o_proj` | `g_a_proj`, `g_b_proj`, `o_norm`, `o_proj` |
+    | `chunk_kda(..., use_gate_in_kernel=True, use_qk_l2norm_in_kernel=True)` to train | `kda_from_logits`, which fuses the same steps |
+    | `fused_recurrent_kda` for up to 64 tokens | `kda_step_` for one token, the state edited in place |
+    | `past_key_values` | `state=` in, state out |
+
     What rounding may cost: a number in 32 bits is off by up to $6 \cdot 10^{-8}$ of itself, and a thousand operations by
     some ten times that. A difference of $10^{-6}$ between two implementations is rounding. One of $10^{-3}$, in 32 bits, is a
     mistake, however good the model looks.
@@ -85,9 +98,9 @@ def _():
         o, _ = kda(q, k, v, log_decay, beta)
         by_hand = layer.o_norm(o) * layer.g_b_proj(layer.g_a_proj(x)).view_as(o).sigmoid()
         by_hand = layer.o_proj(by_hand.flatten(-2))
-    print("the layer in parts, against whole:", (by_hand - y).abs().max().item())
-    print("length of keys:", k.norm(dim=-1).min().item(), "to", k.norm(dim=-1).max().item())
-    print("state:", tuple(state.memory.shape), "and windows of", tuple(state.conv[0].shape))
+    tell("the layer in parts, against whole:", (by_hand - y).abs().max().item())
+    tell("length of keys:", k.norm(dim=-1).min().item(), "to", k.norm(dim=-1).max().item())
+    tell("state:", tuple(state.memory.shape), "and windows of", tuple(state.conv[0].shape))
     return beta, k, log_decay, q, v
 
 
@@ -95,7 +108,7 @@ def _():
 def _():
     # Which implementation would run this call, and why not the others?
     problem = Problem("kda", "kda", "cpu", torch.float32, 32, 32, tokens=50, sequences=1, heads=2, value_heads=2)
-    print(backends.explain(problem))
+    tell(backends.explain(problem))
     return (problem,)
 
 
@@ -106,8 +119,8 @@ def _(beta, k, log_decay, problem, q, v):
     truth = kda(*double, backend="reference").output
     errors = {}
     for line in backends.explain(problem).splitlines():
-        name, verdict = line.split(maxsplit=1)
-        if verdict == "ok":
+        name, found = line.split(maxsplit=1)
+        if found == "ok":
             output = kda(q, k, v, log_decay, beta, backend=name).output
             errors[name] = ((output - truth).abs().max() / truth.abs().max()).item()
     for name, wrong in {
@@ -116,8 +129,24 @@ def _(beta, k, log_decay, problem, q, v):
     }.items():
         output = kda(q, k, v, wrong, beta).output
         errors[name] = ((output - truth).abs().max() / truth.abs().max()).item()
-    print({name: f"{error:.0e}" for name, error in errors.items()})
+    tell({name: f"{error:.0e}" for name, error in errors.items()})
     return (errors,)
+
+
+@app.cell
+def _(beta, k, log_decay, q, v):
+    # FLA's two names, over our kernels: one law, so the same numbers whichever is called.
+    from palimpsest.compat.fla import chunk_kda, fused_recurrent_kda
+
+    by_chunks, after = chunk_kda(q, k, v, log_decay, beta, output_final_state=True)
+    by_tokens, _ = fused_recurrent_kda(q, k, v, log_decay, beta)
+    tell(
+        "chunk_kda against fused_recurrent_kda:",
+        (by_chunks - by_tokens).abs().max().item(),
+        " state",
+        tuple(after.shape),
+    )
+    return
 
 
 @app.cell(hide_code=True)
@@ -149,6 +178,13 @@ def _():
     return
 
 
+@app.cell(hide_code=True)
+def _(answer_1):
+    here_1 = exercise(1, answer_1)
+    here_1
+    return (here_1,)
+
+
 @app.cell
 def _():
     def answer_1(x):
@@ -158,8 +194,8 @@ def _():
     return (answer_1,)
 
 
-@app.cell
-def _(answer_1):
+@app.cell(hide_code=True)
+def _(answer_1, here_1):
     def check_1(function):
         x = torch.stack((torch.tensor([3.0, 4.0]), torch.tensor([3e-4, 4e-4]), torch.zeros(2)))
         found = function(x)
@@ -173,8 +209,15 @@ def _(answer_1):
             return "Not yet: right for a long vector. Add 1e-6 to the sum of squares, before the root."
         return "Not yet: divide by the root of the sum of squares."
 
-    check_1(answer_1)
+    verdict(check_1, yours(here_1, answer_1))
     return (check_1,)
+
+
+@app.cell(hide_code=True)
+def _(answer_2):
+    here_2 = exercise(2, answer_2)
+    here_2
+    return (here_2,)
 
 
 @app.cell
@@ -186,8 +229,8 @@ def _():
     return (answer_2,)
 
 
-@app.cell
-def _(answer_2):
+@app.cell(hide_code=True)
+def _(answer_2, here_2):
     def check_2(function):
         found = [function(e) for e in (1e-7, 8e-7, 1e-3, 0.3)]
         if found[0] is None:
@@ -196,7 +239,7 @@ def _(answer_2):
             return "Right: and in between, measure an honest peer of the same precision, as the library's budgets do."
         return "Not yet: one rounding is 6e-8; a thousand in a row are still far below 1e-5."
 
-    check_2(answer_2)
+    verdict(check_2, yours(here_2, answer_2))
     return (check_2,)
 
 
@@ -210,12 +253,13 @@ def _():
 
     wrong_1 = [lambda x: x / x.norm(dim=-1, keepdim=True), lambda x: torch.nn.functional.normalize(x, dim=-1)]
     wrong_2 = [lambda error: "rounding", lambda error: "rounding" if error < 5e-8 else "mistake"]
+    solutions(solution_1, solution_2)
     return solution_1, solution_2, wrong_1, wrong_2
 
 
 @app.cell(hide_code=True)
 def _():
-    mo.md(r"""
+    text(r"""
     ## Where to look next
 
     `palimpsest/layers/kimi_delta_attention.py` from top to bottom; `palimpsest/ops/backends.py` for how a backend is

@@ -7,6 +7,7 @@ with app.setup:
     import marimo as mo
     import matplotlib.pyplot as plt
     import torch
+    from lesson import exercise, solutions, tell, text, verdict, yours
     from style import BLUE, GREY, ORANGE
 
     from palimpsest import KimiLinearConfig, KimiLinearForCausalLM, ModelState
@@ -68,7 +69,7 @@ def _():
 @app.cell
 def _():
     config = KimiLinearConfig.official_48b()
-    print("".join("K" if kind == "kda" else "M" for kind in config.layer_types), len(config.layer_types), "layers")
+    tell("".join("K" if kind == "kda" else "M" for kind in config.layer_types), len(config.layer_types), "layers")
 
     boards, latents = config.layer_types.count("kda"), config.layer_types.count("mla")
     H, K = config.linear_num_heads, config.linear_head_dim
@@ -83,7 +84,7 @@ def _():
         return board + latents * latent * 2 * tokens, 27 * latent * 2 * tokens, 27 * keys_and_values * 2 * tokens
 
     for tokens in (4096, 131072, 2**20):
-        print(f"{tokens:8} tokens:", *(f"{x / 1e9:8.2f} GB" for x in carried(tokens)))
+        tell(f"{tokens:8} tokens:", *(f"{x / 1e9:8.2f} GB" for x in carried(tokens)))
     return (carried,)
 
 
@@ -111,7 +112,7 @@ def _():
         _, half, _ = model(prompt[:, :10])  # the state is a value: in and out
         _, both, _ = model(prompt[:, 10:], state=half)
     difference = (whole.layers[0].memory - both.layers[0].memory).abs().max()
-    print("read in two pieces, the first board differs by", difference.item())
+    tell("read in two pieces, the first board differs by", difference.item())
     return both, model
 
 
@@ -120,7 +121,7 @@ def _(both, model):
     with torch.no_grad():
         for word in (b" blue", b" open"):  # two futures of one past
             _, after, _ = model(torch.tensor([list(word)]), state=both)
-            print(word.decode(), "->", after.position.item(), "tokens,", after.nbytes, "bytes")
+            tell(word.decode(), "->", after.position.item(), "tokens,", after.nbytes, "bytes")
     return
 
 
@@ -132,6 +133,13 @@ def _():
     return
 
 
+@app.cell(hide_code=True)
+def _(answer_1):
+    here_1 = exercise(1, answer_1)
+    here_1
+    return (here_1,)
+
+
 @app.cell
 def _():
     def answer_1(pattern, tokens, heads=32, head_dim=128, latent=576):
@@ -141,8 +149,8 @@ def _():
     return (answer_1,)
 
 
-@app.cell
-def _(answer_1):
+@app.cell(hide_code=True)
+def _(answer_1, here_1):
     def check_1(function):
         found = [function("KKKM", 0), function("KKKM", 1000), function("KM" * 3, 10)]
         if found[0] is None:
@@ -156,8 +164,15 @@ def _(answer_1):
             )
         return "Not yet: each M keeps one latent vector of 2-byte numbers a token, for all heads together."
 
-    check_1(answer_1)
+    verdict(check_1, yours(here_1, answer_1))
     return (check_1,)
+
+
+@app.cell(hide_code=True)
+def _(answer_2):
+    here_2 = exercise(2, answer_2)
+    here_2
+    return (here_2,)
 
 
 @app.cell
@@ -169,8 +184,8 @@ def _():
     return (answer_2,)
 
 
-@app.cell
-def _(answer_2, model):
+@app.cell(hide_code=True)
+def _(answer_2, here_2, model):
     def check_2(function):
         prompt = torch.tensor([list(b"The door is")])
         endings = [torch.tensor([list(word)]) for word in (b" red", b" blue")]
@@ -192,7 +207,7 @@ def _(answer_2, model):
             return "Not yet: the prompt was read more than once."
         return "Right: a call gives a new state and leaves the old one as it was, so it can be used twice."
 
-    check_2(answer_2)
+    verdict(check_2, yours(here_2, answer_2))
     return (check_2,)
 
 
@@ -213,12 +228,13 @@ def _():
         lambda model, prompt, endings: [model(torch.cat((prompt, ending), 1)).state for ending in endings],
         lambda model, prompt, endings: [model(ending).state for ending in endings],
     ]
+    solutions(solution_1, solution_2)
     return solution_1, solution_2, wrong_1, wrong_2
 
 
 @app.cell(hide_code=True)
 def _():
-    mo.md(r"""
+    text(r"""
     ## Where to look next
 
     `palimpsest/models/kimi_linear/model.py`, top to bottom; `palimpsest info 48b` prints the arithmetic of this

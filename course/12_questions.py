@@ -7,6 +7,7 @@ with app.setup:
     import marimo as mo
     import matplotlib.pyplot as plt
     import torch
+    from lesson import exercise, solutions, tell, text, verdict, yours
     from style import BLUE, GREY, ORANGE
 
     from palimpsest import delta_rule
@@ -84,7 +85,7 @@ def _():
     flips = delta_rule(q, k, v, beta=2 * bits.view(1, T, 1), state=one).output.flatten()
     fades = delta_rule(q, k, v, beta=0.9 * bits.view(1, T, 1), state=one).output.flatten()
     parity = bits.cumsum(0) % 2
-    print("parity read off the sign:", bool(((flips < 0) == parity.bool()).all()))
+    tell("parity read off the sign:", bool(((flips < 0) == parity.bool()).all()))
     return fades, flips, parity
 
 
@@ -127,7 +128,7 @@ def _():
         return torch.stack(outputs, 1), state
 
     report = judge(mine, cases=CASES[1:4])
-    print(report)
+    tell(report)
     return (report,)
 
 
@@ -139,6 +140,13 @@ def _():
     return
 
 
+@app.cell(hide_code=True)
+def _(answer_1):
+    here_1 = exercise(1, answer_1)
+    here_1
+    return (here_1,)
+
+
 @app.cell
 def _():
     def answer_1(q, k, v, log_decay, beta, state):
@@ -148,8 +156,8 @@ def _():
     return (answer_1,)
 
 
-@app.cell
-def _(answer_1):
+@app.cell(hide_code=True)
+def _(answer_1, here_1):
     def check_1(function):
         if function(*CASES[1].kda(torch.float32)) is None:
             return "Not yet: return the outputs and the state."
@@ -158,8 +166,15 @@ def _(answer_1):
             return "Right: the judge has no objection. The eraser must meet the board as it is after the fade."
         return f"Not yet: {str(found).splitlines()[0]}"
 
-    check_1(answer_1)
+    verdict(check_1, yours(here_1, answer_1))
     return (check_1,)
+
+
+@app.cell(hide_code=True)
+def _(answer_2):
+    here_2 = exercise(2, answer_2)
+    here_2
+    return (here_2,)
 
 
 @app.cell
@@ -171,8 +186,8 @@ def _():
     return (answer_2,)
 
 
-@app.cell
-def _(answer_2):
+@app.cell(hide_code=True)
+def _(answer_2, here_2):
     def check_2(function):
         bits = torch.tensor([1.0, 0, 1, 1, 0, 1])
         beta = function(bits)
@@ -187,7 +202,7 @@ def _(answer_2):
             return "Not yet: the number fades away. Which beta makes 1 - beta equal to minus one?"
         return "Not yet: it should flip at every 1 and stand still at every 0."
 
-    check_2(answer_2)
+    verdict(check_2, yours(here_2, answer_2))
     return (check_2,)
 
 
@@ -213,18 +228,21 @@ def _():
 
     wrong_1 = [_no_decay, _no_erase]
     wrong_2 = [lambda bits: bits, lambda bits: 2 - 2 * bits]
+    solutions(solution_1, solution_2)
     return solution_1, solution_2, wrong_1, wrong_2
 
 
 @app.cell(hide_code=True)
 def _():
-    mo.md(r"""
+    text(r"""
     ## Where to look next
 
     - `palimpsest/lab/experiments/`: each experiment is one file; copy the nearest and `palimpsest lab run yours.py`.
     - `palimpsest/ops/variants.py`: a new member of the family is one function and one line.
     - `palimpsest/testing/`: the judge, the inputs that hurt, and the wrong memories.
     - `CONTRIBUTING.md`: where a thing goes once it has earned its place.
+
+    Next: [a state is a value](13_a_state_is_a_value.md).
     """)
     return
 

@@ -179,8 +179,11 @@ def _written(stem: str, cells, values, printed) -> tuple[str, dict[str, bytes]]:
             blocks += [textwrap.dedent(text).strip(), play, *early]
             continue
         here = blocks if titled else early
-        if text is None or "mo.md" not in cell.code:
+        asked = re.search(r"def (check|solution)_1|verdict\(|exercise\(", cell.code)
+        if not asked and (text is None or not re.match(r"(mo\.md|text)\(", cell.code)):
             here.append(_code(cell))
+        if "verdict(" in cell.code:  # of a stub; what it would say of an answer is for the notebook
+            continue
         if text := printed.get(cell.cell_id, "").strip():
             here.append(f"```text\n{text}\n```")
         if value is not None:
@@ -192,8 +195,7 @@ def _code(cell) -> str:
     fence = f"```python\n{cell.code.strip()}\n```"
     if not cell.config.hide_code:
         return fence
-    title = "Solutions" if "solution_" in cell.code else "Code"
-    return f'??? note "{title}"\n\n{textwrap.indent(fence, "    ")}'
+    return f'??? note "Code"\n\n{textwrap.indent(fence, "    ")}'
 
 
 def _value(value, name: str, figures: dict[str, bytes]) -> str:
