@@ -23,6 +23,7 @@ from palimpsest.layers.precision import Float32Tensors, float32
 from palimpsest.layers.short_conv import ShortConvolution
 from palimpsest.ops.decode import memory_layer_step_
 from palimpsest.ops.gates import SigmoidDecay, SoftplusDecay, l2norm
+from palimpsest.ops.short_conv import short_convs
 from palimpsest.ops.variants import gated_delta, gated_linear_attention, gdn2, kda, kda_from_logits, kda_step_
 
 
@@ -258,11 +259,10 @@ class KimiDeltaAttention(Float32Tensors):
         streams = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
         windows: tuple[Tensor, ...] = ()
         if self.options.conv:
-            before = (None,) * 3 if state is None else state.conv
-            convs = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
-            streams, windows = zip(
-                *(conv(s, window, cu_seqlens=cu_seqlens) for conv, s, window in zip(convs, streams, before))
-            )
+            weights = [conv.weight for conv in (self.q_conv1d, self.k_conv1d, self.v_conv1d)]
+            before = None if state is None else state.conv
+            streams, after = short_convs(streams, weights, states=before, cu_seqlens=cu_seqlens)
+            windows = tuple(after)
         else:
             streams = [F.silu(s) for s in streams]
         return [s.unflatten(-1, (self.num_heads, self.head_dim)) for s in streams], windows

@@ -9,6 +9,11 @@ Source   DeepSeek-V2, arXiv:2405.04434; without positions as in Kimi Linear, arX
 
 from __future__ import annotations
 
+import inspect
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, einsum, nn
@@ -94,6 +99,31 @@ class MultiHeadLatentAttention(nn.Module):
         attend = self._absorbed if T < S and T <= ABSORB_UP_TO else self._expanded
         return self.o_proj(attend(q_BTHC, state.latent, state.valid).flatten(-2)), state
 
+    def without_state(self, x: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+        """The output of `forward` alone, where nobody continues: in training. On a GPU the host is not waited for.
+
+        Args:
+            x, cu_seqlens: as forward's.
+
+        Returns:
+            y [B, T, hidden_size].
+        """
+        if cu_seqlens is None or not (x.is_cuda and _has_varlen()) or self.V > self.N + self.P:
+            return self.forward(x, cu_seqlens=cu_seqlens)[0]
+        starts_N = cu_seqlens.to(device=x.device, dtype=torch.int32)
+        starts_N = (
+            starts_N.clamp(0, x.shape[1]).cummax(0).values
+        )  # whatever they are, no kernel reads beyond the tokens
+        tokens_T = torch.arange(x.shape[1], device=x.device, dtype=torch.int32)
+        position_T = tokens_T - starts_N[torch.bucketize(tokens_T, starts_N[1:], right=True)]
+        q_1THC, latent_1TC = self._project(x, position_T[None])
+        if q_1THC.dtype not in (torch.bfloat16, torch.float16):
+            return self.forward(x, cu_seqlens=cu_seqlens)[0]
+        k_1THC, v_1THV = self._keys_and_values(latent_1TC)
+        v_THC = F.pad(v_1THV[0], (0, self.N + self.P - self.V))  # the kernel wants one head size
+        y_THC = _varlen(q_1THC[0], k_1THC[0], v_THC, starts_N, x.shape[1], self.scale)
+        return self.o_proj(y_THC[None, ..., : self.V].flatten(-2))
+
     def step_(
         self, x: Tensor, state: LatentState | LatentCache, mask: Tensor | None = None
     ) -> tuple[Tensor, LatentState | LatentCache]:
@@ -163,9 +193,7 @@ class MultiHeadLatentAttention(nn.Module):
     def _expanded(self, q_BTHC: Tensor, latent_BSC: Tensor, valid_BS: Tensor | None) -> Tensor:
         B, T, H, _ = q_BTHC.shape
         S = latent_BSC.shape[1]
-        latent_BSR, shared_BSP = latent_BSC.split([self.R, self.P], dim=-1)
-        k_BSHN, v_BSHV = self.kv_b_proj(latent_BSR).unflatten(-1, (H, self.N + self.V)).split([self.N, self.V], dim=-1)
-        k_BSHC = torch.cat([k_BSHN, shared_BSP[:, :, None].expand(B, S, H, self.P)], dim=-1)
+        k_BSHC, v_BSHV = self._keys_and_values(latent_BSC)
         q, k, v = (t.transpose(1, 2) for t in (q_BTHC, k_BSHC, v_BSHV))
         seen = None if T == S and valid_BS is None else self._seen(T, S, valid_BS, q.device)[:, None]
         if (
@@ -174,6 +202,13 @@ class MultiHeadLatentAttention(nn.Module):
             v = F.pad(v, (0, max(0, q.shape[-1] - self.V)))
         y_BHTV = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None, scale=self.scale)
         return y_BHTV[..., : self.V].transpose(1, 2)
+
+    def _keys_and_values(self, latent_BSC: Tensor) -> tuple[Tensor, Tensor]:
+        """Every head's keys [B, S, H, N + P] and values [B, S, H, V]."""
+        B, S, H = *latent_BSC.shape[:2], self.num_heads
+        latent_BSR, shared_BSP = latent_BSC.split([self.R, self.P], dim=-1)
+        k_BSHN, v_BSHV = self.kv_b_proj(latent_BSR).unflatten(-1, (H, self.N + self.V)).split([self.N, self.V], dim=-1)
+        return torch.cat([k_BSHN, shared_BSP[:, :, None].expand(B, S, H, self.P)], dim=-1), v_BSHV
 
     def _absorbed(self, q_BTHC: Tensor, latent_BSC: Tensor, valid_BS: Tensor | None) -> Tensor:
         _, T, H, _ = q_BTHC.shape
@@ -214,6 +249,30 @@ class MultiHeadLatentAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"heads={self.num_heads}, positions={'none' if self.rope is None else f'rotary, base {self.rope:g}'}"
+
+
+@cache
+def _has_varlen() -> bool:
+    """torch has attention over packed documents from 2.10 on."""
+    return find_spec("torch.nn.attention.varlen") is not None
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, tokens: int, scale: float) -> Tensor:
+    """Causal attention of packed documents, [T, H, C]; that none is longer than all tokens is known without looking."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    y = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, tokens, tokens, scale=scale, **_causal())
+    assert isinstance(y, Tensor)
+    return y
+
+
+@cache
+def _causal() -> dict[str, Any]:
+    """How this version of torch asks for causal attention."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    names = inspect.signature(varlen_attn).parameters
+    return {"is_causal": True} if "is_causal" in names else {"window_size": (-1, 0)}
 
 
 def rotate(x: Tensor, position: Tensor, base: float) -> Tensor:

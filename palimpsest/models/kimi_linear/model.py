@@ -22,15 +22,15 @@ from palimpsest.layers.mlp import GatedMLP
 from palimpsest.layers.moe import Experts, MoE
 from palimpsest.layers.norms import RMSNorm
 from palimpsest.layers.padding import check_rows, pack, unpack
-from palimpsest.layers.precision import float32
 from palimpsest.models.kimi_linear.config import LATENT_TYPES, KimiLinearConfig
 from palimpsest.models.kimi_linear.model_state import ModelState
-from palimpsest.ops.packing import borders
+from palimpsest.ops.cross_entropy import IGNORED, cross_entropy_sum
+from palimpsest.ops.packing import check_cu_seqlens
 
 
 class CausalOutput(NamedTuple):
-    logits: Tensor  # [B, T, vocabulary], or one row a sequence with last_only
-    state: ModelState  # after the last token
+    logits: Tensor | None  # [B, T, vocabulary], or one row a sequence with last_only; None with labels
+    state: ModelState | None  # after the last token; None with labels and no state to go on from
     loss: Tensor | None  # mean cross entropy in nats a predicted token; None without labels
 
 
@@ -58,10 +58,15 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, state, cu_seqlens: Tensor | None = None):
-        y, state = self.self_attn(self.input_layernorm(x), state, cu_seqlens=cu_seqlens)
+    def forward(self, x: Tensor, state=None, cu_seqlens: Tensor | None = None, keep_state: bool = True):
+        """y [B, T, D] and the mixer's state after it; None in its place if it is not to be kept, as in training."""
+        normed = self.input_layernorm(x)
+        if not keep_state and isinstance(self.self_attn, MultiHeadLatentAttention):
+            y = self.self_attn.without_state(normed, cu_seqlens=cu_seqlens)  # type: ignore[operator]  # a method
+        else:
+            y, state = self.self_attn(normed, state, cu_seqlens=cu_seqlens)
         x = x + y
-        return x + self._channel_mixer(self.post_attention_layernorm(x)), state
+        return x + self._channel_mixer(self.post_attention_layernorm(x)), state if keep_state else None
 
     def step_(self, x: Tensor, parts: Tensor, state, mask: Tensor | None = None):
         """One token a sequence: the residual stream x [B, D] and what the layer before adds to it, parts [B, J, D], in;
@@ -106,22 +111,34 @@ class KimiLinearModel(nn.Module):
             return unpack(x, mask), state
         return self._run(input_ids, state, cu_seqlens)
 
+    def without_state(self, input_ids: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Hidden states [B, T, D] where nobody continues, as in training: on a GPU the host is never waited for."""
+        self._check_ids(input_ids, 2, None, None, cu_seqlens)
+        x = self.embed_tokens(input_ids)
+        for layer in cast("list[DecoderLayer]", self.layers):
+            x, _ = self._layer(layer, x, None, cu_seqlens, False)
+        return self.norm(x)
+
     def _run(self, input_ids: Tensor, state: ModelState | None, cu_seqlens: Tensor | None) -> tuple[Tensor, ModelState]:
         x = self.embed_tokens(input_ids)
         states = [None] * len(self.layers) if state is None else state.layers
         after = []
         for layer, layer_state in zip(cast("list[DecoderLayer]", self.layers), states):
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x, new = checkpoint(layer, x, layer_state, cu_seqlens, use_reentrant=False)
-            else:
-                x, new = layer(x, layer_state, cu_seqlens)
-            if self.training and hasattr(layer, "block_sparse_moe"):
-                layer.block_sparse_moe.record_load()  # here, and not in the layer: checkpointing runs that twice
+            x, new = self._layer(layer, x, layer_state, cu_seqlens, True)
             after.append(new)
         B, T = input_ids.shape
         seen = torch.full((B,), T, device=x.device) if cu_seqlens is None else cu_seqlens.diff().long()
         position = seen if state is None else state.position + seen
         return self.norm(x), ModelState(tuple(after), position)
+
+    def _layer(self, layer: DecoderLayer, x: Tensor, state, cu_seqlens: Tensor | None, keep_state: bool):
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            x, state = checkpoint(layer, x, state, cu_seqlens, keep_state, use_reentrant=False)
+        else:
+            x, state = layer(x, state, cu_seqlens, keep_state)
+        if self.training and hasattr(layer, "block_sparse_moe"):
+            layer.block_sparse_moe.record_load()  # here, and not in the layer: checkpointing runs that twice
+        return x, state
 
     def step_(self, input_ids: Tensor, state: ModelState, mask: Tensor | None = None) -> tuple[Tensor, ModelState]:
         """One token a sequence, [B] -> hidden states [B, D]. See KimiLinearForCausalLM.step_."""
@@ -147,7 +164,9 @@ class KimiLinearModel(nn.Module):
             raise ValueError(f"input_ids has shape {tuple(ids.shape)}, no token at all; give at least one")
         check_tokens("input_ids", ids, self.config.vocab_size)
         check_rows(ids, mask, cu_seqlens)
-        rows = len(ids) if cu_seqlens is None else len(borders(cu_seqlens, ids.shape[1])) - 1
+        if cu_seqlens is not None:
+            check_cu_seqlens(cu_seqlens, *ids.shape)
+        rows = len(ids) if cu_seqlens is None else len(cu_seqlens) - 1
         if state is None:
             return
         if len(state.position) != rows:
@@ -218,7 +237,8 @@ class KimiLinearForCausalLM(nn.Module):
             state: what came before, from an earlier call; it is not changed.
             mask: [B, T], True for a token, False for padding, on any side. Logits at padding mean nothing.
             cu_seqlens: [N + 1], borders of N documents packed end to end in a batch of 1; the state then has N rows.
-            labels: [B, T], the same tokens again (the shift happens here), -100 where nothing is to be learned.
+            labels: [B, T], the same tokens again (the shift happens here), -100 where nothing is to be learned. The output
+                is then the loss; logits are never formed as a whole, and a state is kept only beside one given.
             last_only: logits of the last token of each sequence or document only, [B, 1, vocabulary] or
                 [1, N, vocabulary].
 
@@ -232,12 +252,16 @@ class KimiLinearForCausalLM(nn.Module):
             )
         if labels is not None:
             check_tokens("labels", torch.where(labels == -100, 0, labels), self.config.vocab_size)
-        x, after = self.model(input_ids, state=state, mask=mask, cu_seqlens=cu_seqlens)
+        after = None
+        if labels is None or state is not None or mask is not None:
+            x, after = self.model(input_ids, state=state, mask=mask, cu_seqlens=cu_seqlens)
+        else:
+            x = self.model.without_state(input_ids, cu_seqlens=cu_seqlens)
+        if labels is not None:
+            return CausalOutput(None, after, next_token_loss(x, self.lm_head.weight, labels, mask, cu_seqlens))
         if last_only:
             x = _last(x, mask, cu_seqlens)
-        logits = self.lm_head(x)
-        loss = None if labels is None else next_token_loss(logits, labels, mask, cu_seqlens)
-        return CausalOutput(logits, after, loss)
+        return CausalOutput(self.lm_head(x), after, None)
 
     def step_(self, input_ids: Tensor, state: ModelState, mask: Tensor | None = None) -> tuple[Tensor, ModelState]:
         """One token a sequence, the cheap way: the state given is used up, its memories are rewritten in place.
@@ -285,25 +309,31 @@ def check_tokens(name: str, ids: Tensor, vocab_size: int) -> None:
 
 
 def next_token_loss(
-    logits: Tensor, labels: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
+    hidden: Tensor, head: Tensor, labels: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
 ) -> Tensor:
     """Mean cross entropy, in nats, of each token given those before it; no document predicts the next one.
 
-    0 if there is nothing to predict.
+    Args:
+        hidden: [B, T, D], after the final norm. head: [vocabulary, D]. The logits between them are formed in pieces.
+        labels, mask, cu_seqlens: as the causal model's.
+
+    Returns:
+        A scalar, 0 if there is nothing to predict.
     """
     target = labels.clone()
-    target[:, 0] = -100
+    target[:, 0] = IGNORED
     if cu_seqlens is not None:
-        starts = cu_seqlens[:-1]
-        target[0, starts[starts < target.shape[1]].long()] = -100
+        first = torch.zeros(
+            target.shape[1] + 1, dtype=torch.bool, device=target.device
+        )  # one more: an empty last document
+        first.index_fill_(0, cu_seqlens[:-1].long().to(target.device), True)
+        target = target.masked_fill(first[:-1], IGNORED)
     if mask is not None:
-        target = target.masked_fill(~mask, -100)
-        first = mask & (mask.cumsum(1) == 1)
-        target = target.masked_fill(first, -100)
-        logits, target = logits[mask][None], target[mask][None]
-    target = target[:, 1:].flatten()
-    loss = F.cross_entropy(float32(logits[:, :-1]).flatten(0, 1), target, ignore_index=-100, reduction="sum")
-    return loss / (target != -100).sum().clamp(min=1)
+        target = target.masked_fill(~mask | (mask.cumsum(1) == 1), IGNORED)
+        hidden, target = hidden[mask][None], target[mask][None]
+    target = F.pad(target[:, 1:], (0, 1), value=IGNORED).flatten()  # each position's own: the token after it
+    total = cross_entropy_sum(hidden.flatten(0, 1), head, target)
+    return total / (target != IGNORED).sum().clamp(min=1)
 
 
 def _last(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
