@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from palimpsest.ops.arguments import state_dtype
+
 
 class Float32Tensors(nn.Module):
     """A module some of whose own tensors, named in `float32_names`, are never stored in less than float32.
@@ -31,4 +33,4 @@ class Float32Tensors(nn.Module):
 
 def float32(x: torch.Tensor) -> torch.Tensor:
     """x in float32, or in float64 if it is."""
-    return x if x.dtype == torch.float64 else x.float()
+    return x.to(state_dtype(x.dtype))

@@ -137,7 +137,11 @@ def _dtypes(row: Row, q_dtype: torch.dtype) -> tuple[torch.dtype, ...]:
 
 
 def state_dtype(q_dtype: torch.dtype) -> torch.dtype:
-    """Memories live in fp32; for fp64 inputs in fp64."""
+    """The dtype of memories, and of what must not be rounded on its way to them: fp64 stays, all else is fp32.
+
+    >>> state_dtype(torch.bfloat16), state_dtype(torch.float64)
+    (torch.float32, torch.float64)
+    """
     return torch.float64 if q_dtype == torch.float64 else torch.float32
 
 

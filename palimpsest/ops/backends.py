@@ -22,23 +22,39 @@ _WORDS: dict[Op, str] = {  # of a refusal
 
 @dataclass(frozen=True)
 class Problem:
-    """The facts of one call that a backend may depend on. An option that is not a field here does not exist."""
+    """The facts of one call that a backend may depend on. An option that is not a field here does not exist.
+
+    Attributes:
+        op: which of a backend's functions is asked for.
+        variant: the public function that was called.
+        device: the kind of device, "cpu" or "cuda".
+        dtype: of q, k and v.
+        key_dim, value_dim: channels a head.
+        tokens: of the longest sequence, or of all packed ones together.
+        sequences: in the batch, or packed.
+        heads, value_heads: of q and k; of v.
+        packed: by cu_seqlens.
+        needs_grad: an argument wants a gradient.
+        gate: of kda_from_logits: "softplus" or "sigmoid".
+        capability: of a CUDA device.
+        transformed: by torch.func (grad, jvp, vmap ...), or within a level of forward-mode derivatives.
+    """
 
     op: Op
-    variant: str  # the public function that was called
+    variant: str
     device: str
-    dtype: torch.dtype  # of q, k and v
+    dtype: torch.dtype
     key_dim: int
     value_dim: int
     tokens: int
     sequences: int
     heads: int
     value_heads: int
-    packed: bool = False  # by cu_seqlens
+    packed: bool = False
     needs_grad: bool = False
-    gate: str = "none"  # kda_from_logits: "softplus" or "sigmoid"
-    capability: tuple[int, int] | None = None  # of a CUDA device
-    transformed: bool = False  # by torch.func (grad, jvp, vmap ...), or within a level of forward-mode derivatives
+    gate: str = "none"
+    capability: tuple[int, int] | None = None
+    transformed: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,10 +72,16 @@ class Backend:
         linear(q, k, v, state, scale, cu_seqlens); `linear_by_core` makes it of a core
         step(q, k, v, log_decay, beta, state, scale)
         lookup(q, k, v, keys, values, scale, cu_seqlens) -> output
+
+    Attributes:
+        name: what `backend=` calls it.
+        refuses: the reason why it cannot take a problem, as the rest of "it ..."; None if it can.
+        core, kda, kda_from_logits, dplr, linear, step, lookup: the run functions above.
+        starts_empty: sequences without a state come as None; otherwise as zeros.
     """
 
     name: str
-    refuses: Callable[[Problem], str | None]  # None: can do it; otherwise the reason it cannot
+    refuses: Callable[[Problem], str | None]
     core: Callable | None = None
     kda: Callable | None = None
     kda_from_logits: Callable | None = None
@@ -67,7 +89,7 @@ class Backend:
     linear: Callable | None = None
     step: Callable | None = None
     lookup: Callable | None = None
-    starts_empty: bool = False  # sequences without a state come as they are; otherwise as zeros
+    starts_empty: bool = False
 
     def refusal(self, problem: Problem) -> str | None:
         """Why this backend cannot take the problem, as a sentence; None if it can."""
@@ -99,7 +121,15 @@ _BACKENDS: list[Backend] = []  # fastest first
 
 
 def register(backend: Backend, *, first: bool = False) -> None:
-    """Add a backend; "auto" tries them in order of registration, or this one before all others."""
+    """Add a backend; "auto" tries them in order of registration.
+
+    Args:
+        backend: with a name of its own.
+        first: try it before all others.
+
+    Raises:
+        ValueError: the name is taken.
+    """
     if backend.name in names():
         raise ValueError(f"backend {backend.name!r} is registered already; give yours another name")
     _BACKENDS.insert(0 if first else len(_BACKENDS), backend)
@@ -112,6 +142,13 @@ def names() -> tuple[str, ...]:
 
 def choose(problem: Problem, name: str = "auto") -> Backend:
     """Return the named backend, or with "auto" the first that does not refuse. A name never falls back.
+
+    Args:
+        problem: the facts of the call.
+        name: "auto", or one of `names()`.
+
+    Returns:
+        The backend, which has the problem's op and does not refuse.
 
     Raises:
         ValueError: the name is unknown, or the named backend refuses; the message says why and what would run.

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from palimpsest.ops.arguments import state_dtype
+
 IGNORED = -100
 CHUNK_BYTES = {"cpu": 1 << 25, "cuda": 1 << 28}  # of logits: a CPU's cache, and a GPU's products at full speed
 
@@ -67,7 +69,7 @@ class _CrossEntropySum(torch.autograd.Function):
     def forward(ctx, hidden, head, targets, dtype):
         with torch.autocast(hidden.device.type, enabled=False):
             wants_hidden, wants_head = ctx.needs_input_grad[:2]
-            weight, wide = head.to(dtype), torch.float64 if dtype == torch.float64 else torch.float32
+            weight, wide = head.to(dtype), state_dtype(dtype)
             d_hidden = torch.empty_like(hidden) if wants_hidden else None
             d_head = torch.zeros_like(head, dtype=wide) if wants_head else None
             total = hidden.new_zeros((), dtype=wide)

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from palimpsest.ops.arguments import state_dtype
 from palimpsest.ops.gates import SigmoidDecay, SoftplusDecay, l2norm
 
 Form = Literal["auto", "torch", "triton", "cpu"]
@@ -263,7 +264,7 @@ def _on_cpu(name: str, x: Tensor, form: Form, *arguments) -> Tensor | None:
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    return x.to(state_dtype(x.dtype))
 
 
 @cache

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from palimpsest.ops.arguments import state_dtype
+
 
 def law(x: Tensor, experts: Tensor, weights: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
     """The definition, one expert at a time, in the dtype it is given. Args as `run_experts`."""
@@ -183,7 +185,7 @@ def _split(rows: Tensor, ends_E: Tensor) -> tuple[Tensor, ...]:
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    return x.to(state_dtype(x.dtype))
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from palimpsest.ops.arguments import state_dtype
+
 
 def softplus_decay(logits: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tensor:
     """The official gate: unbounded, from remembering everything (0) to forgetting at once (-1e3 and beyond).
@@ -37,7 +39,12 @@ def softplus_decay(logits: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tensor:
 def sigmoid_decay(logits: Tensor, A_log: Tensor, dt_bias: Tensor, floor: float = -5.0) -> Tensor:
     """The bounded gate: one token never multiplies a channel by less than exp(floor).
 
-    Args and returns as softplus_decay; every value lies in (floor, 0).
+    Args:
+        logits, A_log, dt_bias: as of softplus_decay.
+        floor: the least log_decay, < 0.
+
+    Returns:
+        log_decay [B, T, H, K], in (floor, 0), fp32 (fp64 for fp64 logits).
 
     >>> sigmoid_decay(torch.zeros(1, 1, 1, 1), torch.zeros(1), torch.zeros(1), floor=-5.0)
     tensor([[[[-2.5000]]]])
@@ -48,7 +55,14 @@ def sigmoid_decay(logits: Tensor, A_log: Tensor, dt_bias: Tensor, floor: float =
 
 @dataclass(frozen=True)
 class SoftplusDecay:
-    """softplus_decay with its parameters: a gate that kda_from_logits can hand to a kernel whole."""
+    """softplus_decay with its parameters: a gate that kda_from_logits can hand to a kernel whole.
+
+    Attributes:
+        A_log, dt_bias: as of softplus_decay.
+
+    >>> SoftplusDecay(torch.zeros(1), torch.zeros(2))(torch.zeros(1, 1, 1, 2))
+    tensor([[[[-0.6931, -0.6931]]]])
+    """
 
     A_log: Tensor
     dt_bias: Tensor
@@ -60,7 +74,11 @@ class SoftplusDecay:
 
 @dataclass(frozen=True)
 class SigmoidDecay:
-    """sigmoid_decay with its parameters and its floor."""
+    """sigmoid_decay with its parameters and its floor.
+
+    Attributes:
+        A_log, dt_bias, floor: as of sigmoid_decay.
+    """
 
     A_log: Tensor
     dt_bias: Tensor
@@ -78,12 +96,17 @@ class SigmoidDecay:
 def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """x / sqrt(sum x^2 + eps) over the last dimension, computed in fp32 and returned in x's dtype.
 
-    eps stands inside the root, as in the released model; torch.nn.functional.normalize clamps outside it.
+    Args:
+        x: [..., K].
+        eps: stands inside the root, as in the released model; torch.nn.functional.normalize clamps outside it.
+
+    Returns:
+        x at length one, of its shape and dtype.
 
     >>> l2norm(torch.tensor([3.0, 4.0]), eps=0.0)
     tensor([0.6000, 0.8000])
     """
-    wide = x if x.dtype == torch.float64 else x.float()
+    wide = x.to(state_dtype(x.dtype))
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
 
 
@@ -94,5 +117,5 @@ def _parameters(logits: Tensor, A_log: Tensor, dt_bias: Tensor) -> tuple[Tensor,
             raise ValueError(
                 f"{name} has {parameter.numel()} elements; logits of shape {tuple(logits.shape)} ask for {size}"
             )
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = state_dtype(logits.dtype)
     return logits.to(dtype), A_log.to(dtype).reshape(H, 1).exp(), dt_bias.to(dtype).reshape(H, K)

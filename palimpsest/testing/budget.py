@@ -16,6 +16,12 @@ FACTOR = 2.0  # times the error of an honest peer
 def pooled(drawings: Iterable[Iterable[Tensor]]) -> list[Tensor]:
     """The same results of several drawings as one vector each, in fp64 on the CPU.
 
+    Args:
+        drawings: of each, the same results in the same order.
+
+    Returns:
+        One vector a result.
+
     >>> [x.shape for x in pooled([(torch.ones(2, 3), torch.ones(4)), (torch.ones(2, 3), torch.ones(4))])]
     [torch.Size([12]), torch.Size([8])]
     """
@@ -25,7 +31,7 @@ def pooled(drawings: Iterable[Iterable[Tensor]]) -> list[Tensor]:
 
 
 def rms(x: Tensor) -> float:
-    """The root of the mean square; 0 of nothing.
+    """The root of the mean square of x; 0 of nothing.
 
     >>> rms(torch.tensor([3.0, -3.0]))
     3.0

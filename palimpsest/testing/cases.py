@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from palimpsest.ops.arguments import state_dtype
+
 KEYS = {
     "random": lambda draw, shape: draw(*shape),
     "correlated": lambda draw, shape: draw(*shape) + 3 * draw(1, 1, 1, shape[-1]),  # cosine about 0.9
@@ -45,7 +47,13 @@ DECAYS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One drawing of KDA inputs: names from KEYS, BETAS and DECAYS, and sizes."""
+    """One drawing of KDA inputs.
+
+    Attributes:
+        keys, beta, decay: names from KEYS, BETAS and DECAYS.
+        tokens, sequences, heads, key_dim, value_dim: sizes.
+        seed: of the drawing.
+    """
 
     keys: str = "random"
     beta: str = "sigmoid"
@@ -60,10 +68,15 @@ class Case:
     def __str__(self):
         return f"keys {self.keys}, beta {self.beta}, decay {self.decay}, T {self.tokens}"
 
-    def kda(self, dtype=torch.float64, device="cpu") -> tuple[Tensor, ...]:
-        """(q, k, v, log_decay, beta, state) with unit keys and q scaled; gates and state never below fp32.
+    def kda(self, dtype: torch.dtype = torch.float64, device: str = "cpu") -> tuple[Tensor, ...]:
+        """The tensors, rounded to `dtype` first, so that every dtype and the truth are asked about the same numbers.
 
-        Rounded to `dtype` first, so that every dtype and the truth are asked about the same numbers.
+        Args:
+            dtype: of q, k and v; gates and state are in fp32, or fp64 with fp64.
+            device: where they are wanted; they are drawn on the CPU.
+
+        Returns:
+            (q, k, v, log_decay, beta, state) with unit keys and q scaled.
         """
         rng = torch.Generator().manual_seed(self.seed)
         draw = lambda *shape: torch.randn(*shape, generator=rng, dtype=torch.float64)
@@ -71,7 +84,7 @@ class Case:
         q, v, state = draw(B, T, H, K) * K**-0.5, draw(B, T, H, V), draw(B, H, K, V)
         k = F.normalize(KEYS[self.keys](draw, (B, T, H, K)), dim=-1)
         log_decay, beta = DECAYS[self.decay](draw, (B, T, H, K)), BETAS[self.beta](draw, (B, T, H))
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        wide = state_dtype(dtype)
         # All draws go through fp32, so that fp32 inputs and the fp64 truth are the same numbers exactly.
         gates = [x.float().to(wide).to(device) for x in (log_decay, beta, state)]
         q, k, v = (x.float().to(dtype).to(device) for x in (q, k, v))

@@ -29,13 +29,19 @@ class Line:
 
 @dataclass(frozen=True)
 class Report:
-    """What `judge` found."""
+    """What `judge` found.
 
-    lines: tuple[Line, ...]  # one a case
-    uncaught: tuple[str, ...]  # wrong memories that no case of this run tells from the law
+    Attributes:
+        lines: one a case.
+        uncaught: wrong memories that no case of this run tells from the law.
+    """
+
+    lines: tuple[Line, ...]
+    uncaught: tuple[str, ...]
 
     @property
     def passed(self) -> bool:
+        """Whether every case is within budget, and the cases together would have caught every wrong memory."""
         return all(line.passed for line in self.lines) and not self.uncaught
 
     def __str__(self):

@@ -12,7 +12,7 @@ MARGINAL = "three_times_the_error"
 
 
 def marginal(truth: Tensor, peer: Tensor) -> Tensor:
-    """The mutant at the budget's edge: right but for three times an honest peer's error, where twice is allowed."""
+    """The mutant at the budget's edge: the truth but for three times an honest peer's error, where twice is allowed."""
     return truth + 3 * (peer.double() - truth)
 
 

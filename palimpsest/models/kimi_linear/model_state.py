@@ -15,6 +15,7 @@ from torch import Tensor
 
 from palimpsest.layers.layer_state import KDAState, LatentState
 from palimpsest.models.kimi_linear.config import KimiLinearConfig
+from palimpsest.ops.arguments import state_dtype
 
 if TYPE_CHECKING:
     from palimpsest.models.kimi_linear.model import KimiLinearForCausalLM
@@ -48,7 +49,7 @@ class ModelState:
             batch_size: sequences.
             device, dtype: the model's; memories are float32 whatever dtype says, and float64 where it says float64.
         """
-        memory_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        memory_dtype = state_dtype(dtype)
         H, K = config.linear_num_heads, config.linear_head_dim
         window = (batch_size, H * K, config.short_conv_kernel_size - 1)
         layers: list[KDAState | LatentState] = []
