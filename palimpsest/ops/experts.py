@@ -69,8 +69,8 @@ def sort_by_expert(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, T
         order [M]: the pair (token k + choice) at each row; back [N, k]: the row of each pair; ends [E] int32: where each
         expert's rows end.
 
-    >>> sort_by_expert(torch.tensor([[2, 0], [0, 1]]), 3)
-    (tensor([1, 2, 3, 0]), tensor([[3, 0], [1, 2]]), tensor([2, 3, 4], dtype=torch.int32))
+    >>> [x.tolist() for x in sort_by_expert(torch.tensor([[2, 0], [0, 1]]), 3)]
+    [[1, 2, 3, 0], [[3, 0], [1, 2]], [2, 3, 4]]
     """
     small = torch.int16 if num_experts < 2**15 else torch.int32  # fewer digits to sort
     sorted_M, order_M = experts.flatten().to(small).sort(stable=True)
