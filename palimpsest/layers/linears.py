@@ -5,7 +5,7 @@ from typing import TypeGuard
 
 from torch import Tensor, nn
 
-from palimpsest.ops.decode import MOST_TOKENS, fused, project
+from palimpsest.ops.decode import MOST_TOKENS, compiled, fused, project
 
 
 def apply_linears(xs: Sequence[Tensor], linears: Sequence[nn.Module]) -> list[Tensor]:
@@ -21,7 +21,7 @@ def apply_linears(xs: Sequence[Tensor], linears: Sequence[nn.Module]) -> list[Te
     [torch.Size([1, 2]), torch.Size([1, 3])]
     """
     plain = [linear.weight for linear in linears if is_plain(linear)]
-    if len(plain) == len(linears) and fused(xs[0], most=MOST_TOKENS):
+    if len(plain) == len(linears) and (compiled(xs[0]) or fused(xs[0], most=MOST_TOKENS)):
         return project(list(xs), plain)
     return [linear(x) for x, linear in zip(xs, linears, strict=True)]
 

@@ -2,10 +2,11 @@
 
 from palimpsest.ops import backends, decode, torch_backends
 from palimpsest.ops.cpu import register as cpu
+from palimpsest.ops.cpu import register_decode as register_cpu_decode
 from palimpsest.ops.gpu import neighbours as _neighbours  # noqa: F401  # registers its ops with torch
 from palimpsest.ops.gpu import register as gpu
 from palimpsest.ops.gpu import register_decode as register_decode
 
 for _backend in (gpu.HOPPER, gpu.TRITON, cpu.CPU, torch_backends.CHUNKED, torch_backends.REFERENCE):  # fastest first
     backends.register(_backend)
-decode.ON_CPU["memory_layer_step_"] = cpu.memory_layer_step_
+decode.ON_CPU |= register_cpu_decode.ON_CPU

@@ -31,7 +31,7 @@ FORMS = "auto", "torch", "triton", "cpu"
 ON_CPU: dict[
     str, Callable
 ] = {}  # compiled functions, by the name of what they compute; None says: not for these tensors
-GATHERED_PAIRS = 8
+GATHERED_PAIRS = 16
 ON_GPU = False  # whether "auto" takes the kernels
 MOST_TOKENS = 64  # beyond, products of whole matrices are faster
 
@@ -75,6 +75,11 @@ def fused(x: Tensor, form: Form = "auto", most: int | None = None) -> bool:
     return reason is None
 
 
+def compiled(x: Tensor, form: Form = "auto") -> bool:
+    """Whether a call on x is for the compiled functions of a CPU, which have no gradient."""
+    return x.is_cpu and form in ("auto", "cpu") and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 def project(
     xs: list[Tensor], weights: list[Tensor], *, dtype: torch.dtype | None = None, form: Form = "auto"
 ) -> list[Tensor]:
@@ -93,6 +98,8 @@ def project(
     """
     if fused(xs[0], form, MOST_TOKENS):
         return torch.ops.palimpsest_gpu.project(xs, weights, dtype or xs[0].dtype)
+    if (ys := _on_cpu("project", xs[0], form, xs, weights, dtype or xs[0].dtype)) is not None:
+        return ys
     if dtype is not None and dtype != xs[0].dtype:
         return [F.linear(x.to(dtype), w.to(dtype)) for x, w in zip(xs, weights, strict=True)]
     return [F.linear(x, w) for x, w in zip(xs, weights, strict=True)]
@@ -114,6 +121,8 @@ def add_norm(x: Tensor, parts: Tensor, weight: Tensor, eps: float, *, form: Form
     """
     if fused(x, form):
         return torch.ops.palimpsest_gpu.add_norm(x, parts, weight, eps)
+    if (found := _on_cpu("add_norm", x, form, x, parts, weight, eps)) is not None:
+        return found
     x = (_wide(x) + _wide(parts).sum(1)).to(x.dtype)
     return x, F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
 
@@ -211,6 +220,8 @@ def route(
     """
     if fused(logits, form):
         return torch.ops.palimpsest_gpu.route(logits, bias, k, scaling, renormalize, biased)
+    if (found := _on_cpu("route", logits, form, logits, bias, k, scaling, renormalize, biased)) is not None:
+        return found
     scores = logits.sigmoid()
     experts = (scores + bias).topk(k, dim=-1).indices
     weights = (scores + bias if biased else scores).gather(1, experts)
@@ -236,6 +247,8 @@ def experts(
     """
     if fused(x, form, MOST_TOKENS):
         return torch.ops.palimpsest_gpu.experts_step(x, chosen, weights, gate, up, down, list(shared))
+    if (parts := _on_cpu("experts", x, form, x, chosen, weights, gate, up, down, list(shared))) is not None:
+        return parts
     column = x[:, None, :, None]
     h = F.silu(gate[chosen] @ column) * (up[chosen] @ column)
     parts = [_wide(down[chosen] @ h)[..., 0] * weights[..., None]]
@@ -251,13 +264,13 @@ def gathers(x: Tensor, k: int) -> bool:
     return fused(x, most=MOST_TOKENS) or (x.device.type == "cpu" and len(x) * k <= GATHERED_PAIRS)
 
 
-def _on_cpu(name: str, x: Tensor, form: Form, *arguments) -> Tensor | None:
+def _on_cpu(name: str, x: Tensor, form: Form, *arguments):
     """What the compiled function gives, None if there is none for these tensors.
 
     Raises:
         ValueError: "cpu" was named and there is none.
     """
-    found = ON_CPU[name](*arguments) if name in ON_CPU and form in ("auto", "cpu") and x.is_cpu else None
+    found = ON_CPU[name](*arguments) if compiled(x, form) else None
     if found is None and form == "cpu":
         raise ValueError(f"form 'cpu' cannot run {name} on {x.dtype} on {x.device}; 'torch' can")
     return found

@@ -830,3 +830,108 @@ EXPORT void memory_layer_step(const LayerStep *c) {
         restore_denormals(mode);
     }
 }
+
+/* ---- the rest of a decoded token: a few rows against fp32 weights ----------------------------------------------- */
+
+INLINE float dot(const float *a, const float *b, int64_t n) {
+    vec total = splat(0);
+    int64_t i = 0;
+    for (; i + VL <= n; i += VL) total += LOOSE(a + i) * LOOSE(b + i);
+    float rest = sum(total);
+    for (; i < n; i++) rest += a[i] * b[i];
+    return rest;
+}
+
+/* y[o] = w[o] . x for O rows of w, four at a time so that x is read from registers. */
+static void rows_times(const float *restrict w, const float *restrict x, int64_t O, int64_t D, float *restrict y) {
+    int64_t o = 0;
+    for (; o + 4 <= O; o += 4) {
+        const float *a = w + o * D, *b = a + D, *c = b + D, *d = c + D;
+        vec sa = splat(0), sb = sa, sc = sa, sd = sa;
+        int64_t i = 0;
+        for (; i + VL <= D; i += VL) {
+            const vec v = LOOSE(x + i);
+            sa += LOOSE(a + i) * v, sb += LOOSE(b + i) * v, sc += LOOSE(c + i) * v, sd += LOOSE(d + i) * v;
+        }
+        float ta = sum(sa), tb = sum(sb), tc = sum(sc), td = sum(sd);
+        for (; i < D; i++) ta += a[i] * x[i], tb += b[i] * x[i], tc += c[i] * x[i], td += d[i] * x[i];
+        y[o] = ta, y[o + 1] = tb, y[o + 2] = tc, y[o + 3] = td;
+    }
+    for (; o < O; o++) y[o] = dot(w + o * D, x, D);
+}
+
+/* y_i = x_i W_i^T for several weights: x_i [N, D], W_i [O_i, D], y_i [N, O_i]. */
+EXPORT void decode_project(int64_t count, int64_t N, int64_t D, int64_t threads, const int64_t *O,
+                           const float *const *x, const float *const *w, float *const *y) {
+    enum { ROWS = 64 };
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t blocks = (O[i] + ROWS - 1) / ROWS, useful = 1 + N * O[i] * D / (1 << 18);
+#pragma omp parallel for num_threads((int)(threads < useful ? threads : useful)) if (threads > 1 && useful > 1)
+        for (int64_t block = 0; block < blocks; block++)
+            for (int64_t n = 0; n < N; n++) {
+                const int64_t o = block * ROWS, rows = O[i] - o < ROWS ? O[i] - o : ROWS;
+                rows_times(w[i] + o * D, x[i] + n * D, rows, D, y[i] + n * O[i] + o);
+            }
+    }
+}
+
+/* sums = x + sum_j parts_j, y = its RMSNorm: x [N, D], parts [N, J, D]. */
+EXPORT void decode_add_norm(int64_t N, int64_t J, int64_t D, double eps, const float *x, const float *parts,
+                            const float *weight, float *sums, float *y) {
+    for (int64_t n = 0; n < N; n++) {
+        float *s = sums + n * D;
+        memcpy(s, x + n * D, sizeof(float) * D);
+        for (int64_t j = 0; j < J; j++)
+            for (int64_t d = 0; d < D; d++) s[d] += parts[(n * J + j) * D + d];
+        const float scale = 1 / sqrtf(dot(s, s, D) / (float)D + (float)eps);
+        for (int64_t d = 0; d < D; d++) y[n * D + d] = s[d] * scale * weight[d];
+    }
+}
+
+/* The k best experts by sigmoid + bias, and their weights; `scores` is scratch of 2 E. */
+EXPORT void decode_route(int64_t N, int64_t E, int64_t k, int64_t renormalize, int64_t biased, double scaling,
+                         const float *logits, const float *bias, float *scores, int64_t *experts, float *weights) {
+    for (int64_t n = 0; n < N; n++) {
+        float total = 0, *left = scores + E;
+        for (int64_t e = 0; e < E; e++) scores[e] = 1 / (1 + expf(-logits[n * E + e])), left[e] = scores[e] + bias[e];
+        for (int64_t j = 0; j < k; j++) {
+            int64_t best = 0;
+            for (int64_t e = 1; e < E; e++)
+                if (left[e] > left[best] || left[best] != left[best]) best = e;
+            experts[n * k + j] = best;
+            weights[n * k + j] = biased ? scores[best] + bias[best] : scores[best];
+            total += weights[n * k + j], left[best] = -INFINITY;
+        }
+        for (int64_t j = 0; j < k; j++) weights[n * k + j] *= (float)scaling / (renormalize ? total + 1e-20f : 1);
+    }
+}
+
+static void gated_mlp(const float *x, const float *gate, const float *up, const float *down, int64_t D, int64_t W,
+                      float weight, float *h, float *y) {
+    rows_times(gate, x, W, D, h), rows_times(up, x, W, D, h + W);
+    for (int64_t i = 0; i < W; i++) h[i] = weight * h[i + W] * h[i] / (1 + expf(-h[i]));
+    rows_times(down, h, D, W, y);
+}
+
+/* parts [N, k, D], or [N, k + 1, D] with an MLP of width S that all tokens share. Returns 1 without memory. */
+EXPORT int decode_experts(int64_t N, int64_t k, int64_t E, int64_t D, int64_t W, int64_t S, int64_t threads,
+                          const float *x, const int64_t *experts, const float *weights, const float *gate,
+                          const float *up, const float *down, const float *const *shared, float *parts) {
+    const int64_t J = k + (S > 0), width = W > S ? W : S, useful = 1 + N * J * D * W / (1 << 17);
+    threads = threads < useful ? threads : useful;
+    float *scratch = malloc(sizeof(float) * 2 * width * N * J);
+    if (!scratch) return 1;
+#pragma omp parallel for num_threads((int)threads) if (threads > 1)
+    for (int64_t i = 0; i < N * J; i++) {
+        const int64_t n = i / J, j = i % J, e = j < k ? experts[n * k + j] : 0;
+        float *h = scratch + i * 2 * width, *y = parts + i * D;
+        if (j == k)
+            gated_mlp(x + n * D, shared[0], shared[1], shared[2], D, S, 1, h, y);
+        else if (e >= 0 && e < E)
+            gated_mlp(x + n * D, gate + e * W * D, up + e * W * D, down + e * W * D, D, W, weights[n * k + j], h, y);
+        else
+            memset(y, 0, sizeof(float) * D);
+    }
+    free(scratch);
+    return 0;
+}

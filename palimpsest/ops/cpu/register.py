@@ -176,57 +176,6 @@ def _step_function():
     return function
 
 
-class LayerStep(ctypes.Structure):
-    """`LayerStep` of delta_memory.c, field for field."""
-
-    _fields_ = (
-        *((name, c_int64) for name in ("B", "H", "K", "W", "threads", "kind", "silu", "bf16", "bf16_weights")),
-        *((name, c_double) for name in ("eps", "floor", "beta_max")),
-        *((name, c_void_p * 3) for name in ("x", "weight", "window")),
-        *((name, c_void_p) for name in ("decay", "beta", "gate", "norm", "out", "A_log", "dt_bias", "state")),
-    )
-
-
-MAX_TAPS = 64
-
-
-def memory_layer_step_(
-    q, k, v, weights, windows, decay, A_log, dt_bias, beta, gate, norm, state, eps, beta_max, kind, floor, silu
-) -> Tensor | None:
-    """One token through a KDA layer in place, as ops/decode.py says; None if this is not for the kernel."""
-    B, H, K, V = state.shape
-    D, W, dtype, wide = H * K, weights[0].shape[-1], q.dtype, weights[0].dtype
-    kept = torch.float32, torch.bfloat16
-    if dtype not in kept or wide not in kept or K != V or K > MAX_K or not 2 <= W <= MAX_TAPS or jit.refusal():
-        return None
-    for x, shape in ((q, (B, D)), (k, (B, D)), (v, (B, D)), (decay, (B, D)), (gate, (B, D)), (beta, (B, H))):
-        if x.shape != shape or x.dtype is not dtype or not x.is_contiguous() or not x.is_cpu:
-            return None
-    for weight, window in zip(weights, windows, strict=True):
-        if (weight.shape, window.shape, weight.dtype, window.dtype) != ((D, 1, W), (B, D, W - 1), wide, dtype):
-            return None
-        if not weight.is_contiguous() or not window.is_contiguous() or not window.is_cpu or not weight.is_cpu:
-            return None
-    for x, count, of in (
-        (A_log, H, torch.float32),
-        (dt_bias, D, torch.float32),
-        (norm, K, wide),
-        (state, B * D * K, torch.float32),
-    ):
-        if x.numel() != count or x.dtype is not of or not x.is_contiguous() or not x.is_cpu:
-            return None
-    out = torch.empty_like(q)
-    three = c_void_p * 3
-    call = LayerStep(
-        B, H, K, W, torch.get_num_threads(), kind, silu, dtype is torch.bfloat16, wide is torch.bfloat16, eps, floor,
-        beta_max, three(q.data_ptr(), k.data_ptr(), v.data_ptr()), three(*(x.data_ptr() for x in weights)),
-        three(*(x.data_ptr() for x in windows)), decay.data_ptr(), beta.data_ptr(), gate.data_ptr(), norm.data_ptr(),
-        out.data_ptr(), A_log.data_ptr(), dt_bias.data_ptr(), state.data_ptr(),
-    )  # fmt: skip
-    jit.library().memory_layer_step(ctypes.byref(call))
-    return out
-
-
 # ---- the backend's run functions: see palimpsest.ops.backends.Backend ----
 
 

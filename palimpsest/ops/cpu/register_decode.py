@@ -1,0 +1,150 @@
+"""The compiled functions of decoding, by the names of ops/decode.py: a call each, so that a token costs few calls.
+
+Each checks what it is given before any address is used, and says None where the tensors are not for it: then torch runs.
+"""
+
+import ctypes
+import functools
+from ctypes import c_double, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from palimpsest.ops.cpu import jit
+from palimpsest.ops.cpu.register import MAX_K
+
+MOST_ROWS = 4  # beyond, torch's products of matrices are faster
+
+
+class LayerStep(ctypes.Structure):
+    """`LayerStep` of delta_memory.c, field for field."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("B", "H", "K", "W", "threads", "kind", "silu", "bf16", "bf16_weights")),
+        *((name, c_double) for name in ("eps", "floor", "beta_max")),
+        *((name, c_void_p * 3) for name in ("x", "weight", "window")),
+        *((name, c_void_p) for name in ("decay", "beta", "gate", "norm", "out", "A_log", "dt_bias", "state")),
+    )
+
+
+MAX_TAPS = 64
+
+
+def memory_layer_step_(
+    q, k, v, weights, windows, decay, A_log, dt_bias, beta, gate, norm, state, eps, beta_max, kind, floor, silu
+) -> Tensor | None:
+    """One token through a KDA layer in place, as ops/decode.py says; None if this is not for the kernel."""
+    B, H, K, V = state.shape
+    D, W, dtype, wide = H * K, weights[0].shape[-1], q.dtype, weights[0].dtype
+    kept = torch.float32, torch.bfloat16
+    if dtype not in kept or wide not in kept or K != V or K > MAX_K or not 2 <= W <= MAX_TAPS or jit.refusal():
+        return None
+    for x, shape in ((q, (B, D)), (k, (B, D)), (v, (B, D)), (decay, (B, D)), (gate, (B, D)), (beta, (B, H))):
+        if x.shape != shape or x.dtype is not dtype or not x.is_contiguous() or not x.is_cpu:
+            return None
+    for weight, window in zip(weights, windows, strict=True):
+        if (weight.shape, window.shape, weight.dtype, window.dtype) != ((D, 1, W), (B, D, W - 1), wide, dtype):
+            return None
+        if not weight.is_contiguous() or not window.is_contiguous() or not window.is_cpu or not weight.is_cpu:
+            return None
+    for x, count, of in (
+        (A_log, H, torch.float32),
+        (dt_bias, D, torch.float32),
+        (norm, K, wide),
+        (state, B * D * K, torch.float32),
+    ):
+        if x.numel() != count or x.dtype is not of or not x.is_contiguous() or not x.is_cpu:
+            return None
+    out = torch.empty_like(q)
+    three = c_void_p * 3
+    call = LayerStep(
+        B, H, K, W, torch.get_num_threads(), kind, silu, dtype is torch.bfloat16, wide is torch.bfloat16, eps, floor,
+        beta_max, three(q.data_ptr(), k.data_ptr(), v.data_ptr()), three(*(x.data_ptr() for x in weights)),
+        three(*(x.data_ptr() for x in windows)), decay.data_ptr(), beta.data_ptr(), gate.data_ptr(), norm.data_ptr(),
+        out.data_ptr(), A_log.data_ptr(), dt_bias.data_ptr(), state.data_ptr(),
+    )  # fmt: skip
+    jit.library().memory_layer_step(ctypes.byref(call))
+    return out
+
+
+def project(xs: list[Tensor], weights: list[Tensor], dtype: torch.dtype) -> list[Tensor] | None:
+    N, D = xs[0].shape
+    if N > MOST_ROWS or dtype is not torch.float32 or len(xs) != len(weights) or jit.refusal():
+        return None
+    if not all(_is(x, (N, D)) for x in xs) or not all(_is(w, (len(w), D)) for w in weights):
+        return None
+    count = len(xs)
+    ys = [x.new_empty(N, len(w)) for x, w in zip(xs, weights)]
+    pointers = c_void_p * count
+    _function("decode_project", "iiiipppp")(
+        count, N, D, torch.get_num_threads(), (c_int64 * count)(*map(len, weights)),
+        *(pointers(*(t.data_ptr() for t in tensors)) for tensors in (xs, weights, ys)),
+    )  # fmt: skip
+    return ys
+
+
+def add_norm(x: Tensor, parts: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor] | None:
+    (N, J, D), half = parts.shape, jit.refusal()
+    if half or not _is(x, (N, D)) or not _is(parts, (N, J, D)) or not _is(weight, (D,)):
+        return None
+    sums, y = torch.empty_like(x), torch.empty_like(x)
+    _function("decode_add_norm", "iiidppppp")(
+        N, J, D, eps, x.data_ptr(), parts.data_ptr(), weight.data_ptr(), sums.data_ptr(), y.data_ptr()
+    )
+    return sums, y
+
+
+def route(
+    logits: Tensor, bias: Tensor, k: int, scaling: float, renormalize: bool, biased: bool
+) -> tuple[Tensor, Tensor] | None:
+    N, E = logits.shape
+    if jit.refusal() or not _is(logits, (N, E)) or not _is(bias, (E,)) or not 1 <= k <= E:
+        return None
+    experts, weights, scratch = (
+        logits.new_empty(N, k, dtype=torch.int64),
+        logits.new_empty(N, k),
+        logits.new_empty(2 * E),
+    )
+    _function("decode_route", "iiiiidppppp")(
+        N, E, k, renormalize, biased, scaling, logits.data_ptr(), bias.data_ptr(), scratch.data_ptr(),
+        experts.data_ptr(), weights.data_ptr(),
+    )  # fmt: skip
+    return experts, weights
+
+
+def experts(
+    x: Tensor, chosen: Tensor, weights: Tensor, gate: Tensor, up: Tensor, down: Tensor, shared: list[Tensor]
+) -> Tensor | None:
+    (N, D), k, (E, W, _) = x.shape, chosen.shape[1], gate.shape
+    S = len(shared[0]) if shared else 0
+    fits = _is(x, (N, D)) and _is(chosen, (N, k), torch.int64) and _is(weights, (N, k)) and _is(gate, (E, W, D))
+    fits = fits and _is(up, (E, W, D)) and _is(down, (E, D, W))
+    if (
+        not fits
+        or jit.refusal()
+        or (shared and not (_is(shared[0], (S, D)) and _is(shared[1], (S, D)) and _is(shared[2], (D, S))))
+    ):
+        return None
+    parts = x.new_empty(N, k + bool(shared), D)
+    three = (c_void_p * 3)(*(w.data_ptr() for w in shared))
+    if _function("decode_experts", "iiiiiiipppppppp")(
+        N, k, E, D, W, S, torch.get_num_threads(), x.data_ptr(), chosen.data_ptr(), weights.data_ptr(), gate.data_ptr(),
+        up.data_ptr(), down.data_ptr(), three, parts.data_ptr(),
+    ):  # fmt: skip
+        raise MemoryError(f"the CPU kernel found no memory for its scratch space, {8 * N * (k + 1) * max(W, S)} bytes")
+    return parts
+
+
+ON_CPU = {f.__name__: f for f in (project, add_norm, memory_layer_step_, route, experts)}
+
+
+def _is(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> bool:
+    return x.shape == shape and x.dtype is dtype and x.is_contiguous() and x.is_cpu
+
+
+@functools.cache
+def _function(name: str, kinds: str):
+    function = getattr(jit.library(), name)
+    function.argtypes = [{"i": c_int64, "d": c_double, "p": c_void_p}[kind] for kind in kinds]
+    function.restype = ctypes.c_int
+    return function
