@@ -12,7 +12,7 @@ from palimpsest.generate.decode_state import DecodeState
 from palimpsest.generate.sampling import Sampling, choose_tokens
 from palimpsest.generate.session import DecodeSession
 from palimpsest.models.kimi_linear.history import StateHistory
-from palimpsest.models.kimi_linear.model import CausalOutput, KimiLinearForCausalLM
+from palimpsest.models.kimi_linear.model import KimiLinearForCausalLM
 from palimpsest.models.kimi_linear.model_state import ModelState, NonFinite
 from palimpsest.models.kimi_linear.nonfinite import Fault, NonFiniteError, read_until_fault
 
@@ -47,7 +47,7 @@ class Decoder:
         self._retired: dict[int, DecodeState] = {}
         self._good = start  # as last checked; the tokens of each row since then make a fault's token known
         self._since: list[list[int]] = [[] for _ in self.rows]
-        self._tried: tuple[Tensor, CausalOutput] | None = None
+        self._tried: tuple[Tensor, ModelState, Tensor] | None = None
 
     def read(self, tokens: Sequence[Sequence[int]]) -> None:
         """Read the next tokens of each sequence in `rows`, at least one of each."""
@@ -65,18 +65,20 @@ class Decoder:
         with _undisturbed(self.model):
             output = self.model(ids, state=self.current.state)
         self.num_calls += 1
-        self._tried = ids, output
+        assert output.logits is not None
+        assert output.state is not None
+        self._tried = ids, output.state, output.logits
         return output.logits[0]
 
     def accept(self, count: int) -> None:
         """Read the first `count` of the tokens tried out: free if all are kept, otherwise the state goes back."""
         assert self._tried is not None, "accept comes after verify"
-        (ids, output), self._tried = self._tried, None
+        (ids, state, logits), self._tried = self._tried, None
         if count < ids.shape[1]:
             ids = ids[:, :count]
             state, logits = self._chunk(ids, None)
         else:
-            state, logits = output.state, output.logits[:, -1]
+            logits = logits[:, -1]
         self._take(state, logits, ids, stepped=False)
         self._note(ids.tolist())
 
