@@ -4,14 +4,14 @@ import json
 import statistics
 from pathlib import Path
 
-from benchmarks.cpu import machine
+from benchmarks.cpu import facts_now
 
 HERE = Path(__file__).parent / "results"
 
 
 def publish(name: str, unit: str, samples: dict[str, list[float]]) -> None:
     """Writes <name>.json and <name>.md to benchmarks/results/<name>, and prints the table."""
-    folder, where = HERE / name, machine()
+    folder, where = HERE / name, facts_now()
     folder.mkdir(parents=True, exist_ok=True)
     content = {"machine": where, "unit": unit, "samples": samples}
     (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")

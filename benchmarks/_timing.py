@@ -3,7 +3,6 @@
 import importlib
 import itertools
 import json
-import platform
 import statistics
 import sys
 import time
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from palimpsest import delta_rule, dplr, gated_delta, gated_linear_attention, gdn2, kda, linear_attention
 from palimpsest.files import write_json
+from palimpsest.machine import machine
 
 HERE = Path(__file__).parent / "results"
 GATES = ("fast", "slow")
@@ -185,7 +185,7 @@ class Results:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.name, self.path = name, self.folder / f"{name}.json"
         self.cells: dict[str, dict] = {}
-        self.measured = self.machine()
+        self.measured = machine("cuda") | {"date": date.today().isoformat()}
         if self.path.exists() and not fresh:
             before = json.loads(self.path.read_text())
             self.cells, self.measured = before["cells"], before["machine"]
@@ -206,17 +206,8 @@ class Results:
             self.save()
         print("\r" + " " * 90 + "\r", end="", file=sys.stderr)
 
-    @staticmethod
-    def machine() -> dict[str, str]:
-        import triton
-
-        return {
-            "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-            "python": platform.python_version(), "date": date.today().isoformat(),
-        }  # fmt: skip
-
     def save(self) -> None:
-        self.measured = self.machine()
+        self.measured = machine("cuda") | {"date": date.today().isoformat()}
         write_json(self.path, {"machine": self.measured, "cells": self.cells}, indent=1)
 
     def table(self, rows: list[str], columns: list[str], show: Callable[[dict], str], title: str) -> str:

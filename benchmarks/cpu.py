@@ -15,7 +15,6 @@ import argparse
 import importlib
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from torch import Tensor
 from palimpsest import KimiLinearConfig, KimiLinearForCausalLM, kda, kda_step_
 from palimpsest.files import write_json
 from palimpsest.generate import generate
+from palimpsest.machine import Facts, machine
 
 SHAPES = ((4, 64), (8, 128))  # heads, channels of key and value
 LENGTHS = (256, 1024, 4096, 16384)
@@ -290,18 +290,10 @@ def plot(results: dict[str, dict[str, list[float]]], folder: Path) -> None:
     plt.close(figure)
 
 
-def machine() -> dict[str, str | int]:
-    cpu = Path("/proc/cpuinfo")
-    names = (
-        [x.split(":")[1].strip() for x in cpu.read_text().splitlines() if x.startswith("model name")]
-        if cpu.exists()
-        else []
-    )
+def facts_now() -> Facts:
+    """The machine, what was measured beside us, and the day."""
     versions = {name: module.__version__ for name in ("transformers", "fla") if (module := optional(name))}
-    return {
-        "cpu": names[0] if names else platform.processor(), "threads": torch.get_num_threads(),
-        "torch": torch.__version__, **versions, "python": platform.python_version(), "date": str(date.today()),
-    }  # fmt: skip
+    return machine() | versions | {"date": str(date.today())}
 
 
 def main() -> None:
@@ -322,7 +314,7 @@ def main() -> None:
         return
 
     options.out.mkdir(parents=True, exist_ok=True)
-    file, facts = options.out / "cpu.json", machine()
+    file, facts = options.out / "cpu.json", facts_now()
     stored = json.loads(file.read_text()) if file.exists() else {}
     same = {k: v for k, v in stored.get("machine", {}).items() if k != "date"} == {
         k: v for k, v in facts.items() if k != "date"

@@ -7,7 +7,6 @@ import importlib
 import json
 import os
 import pkgutil
-import platform
 import select
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 from benchmarks import faults
 from benchmarks.faults import Campaign, Counts
 from palimpsest.files import read_object, write_json, write_text
+from palimpsest.machine import in_words, machine
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "faults.json"
@@ -119,28 +119,12 @@ def page(stored: dict) -> str:
     failures = [f"- {name}, {failure}" for name, row in rows.items() for failure in row["failures"][:20]]
     if failures:
         lines += ["", "## Not survived", "", *(line.replace("\n", " ")[:400] for line in failures)]
-    machine = stored["machine"]
     lines += [
         "",
-        f"{machine['date']}; {machine['cpu']}, torch {machine['torch']}, Python {machine['python']}; `python -m "
-        "benchmarks.faults`.",
+        f"{stored['date']}; {in_words(stored['machine'])}; `python -m benchmarks.faults`.",
         "A campaign is a file of `benchmarks/faults/`; each check that stands behind a row has a test that fails without it.",
     ]
     return "\n".join(lines) + "\n"
-
-
-def machine() -> dict[str, str]:
-    import torch
-
-    try:
-        words = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.partition(":")[2].strip() for line in words if line.startswith("model name"))
-    except (OSError, StopIteration):
-        cpu = platform.processor() or platform.machine()
-    return {
-        "cpu": f"CPU {cpu}", "torch": torch.__version__.partition("+")[0], "python": platform.python_version(),
-        "date": date.today().isoformat(),
-    }  # fmt: skip
 
 
 def main() -> None:
@@ -171,7 +155,7 @@ def main() -> None:
         rows[name] = {"about": campaign.about, **counts._asdict()}
         if not options.no_page:
             ordered = {name: rows[name] for name in listed if name in rows}
-            stored = {"machine": machine(), "campaigns": ordered}
+            stored = {"date": date.today().isoformat(), "machine": machine(), "campaigns": ordered}
             write_json(RESULTS, stored, indent=1)
             write_text(PAGE, page(stored))
 

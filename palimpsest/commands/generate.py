@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +25,8 @@ from palimpsest.commands.options import (
     sampling_of,
 )
 from palimpsest.display import notes
+
+LONGEST_PROMPT = 256 << 20  # bytes
 
 
 def generate(
@@ -121,8 +124,14 @@ def _continue(network, text: str, start, number: int, seed: int, options: dict[s
 def _read_prompt(file: Path) -> str:
     if str(file) == "-" and sys.stdin is None:
         raise ValueError("--prompt-file - reads standard input, which is closed; give a file, or --prompt TEXT")
+    if file.is_char_device() and not file.samefile("/dev/stdin"):  # a pipe ends, a device may not
+        raise ValueError(f"prompt file {str(file)!r} is a device; give a file, or - for standard input")
+    with nullcontext(sys.stdin.buffer) if str(file) == "-" else open(file, "rb") as opened:
+        content = opened.read(LONGEST_PROMPT + 1)
+    if len(content) > LONGEST_PROMPT:
+        raise ValueError(f"prompt file {str(file)!r} is longer than {LONGEST_PROMPT} bytes; give less of it")
     try:
-        return sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
+        return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"prompt file {str(file)!r} is not UTF-8 text: {error.reason} at byte {error.start}"

@@ -28,9 +28,14 @@ def info(
 
     Example: `palimpsest info 48b`
     """
+    import torch
+
+    from palimpsest.machine import machine
     from palimpsest.models.kimi_linear import card
 
-    facts = {"machine": card.machine()} | ({} if model is None else {"model": card.describe(_config_of(model))})
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    facts: dict[str, Any] = {"machine": machine(device) | {"device": device, "backends": card.answers()}}
+    facts |= {} if model is None else {"model": card.describe(_config_of(model))}
     if as_json:
         typer.echo(json.dumps(facts))
         return 0
@@ -83,8 +88,9 @@ def _print_model(console: Console, name: str, card: dict[str, Any]) -> None:
 
 
 def _print_machine(console: Console, facts: dict[str, Any]) -> None:
-    device = facts.get("gpu") or f"CPU, {facts['threads']} threads"
-    console.print(f"this machine: {device}; torch {facts['torch']}, Python {facts['python']}")
+    from palimpsest.machine import in_words
+
+    console.print(f"this machine: {escape(in_words(facts))}", soft_wrap=True)
     calls = facts["backends"]
     table = Table("backend", *calls, title="backends: the first that runs a call is taken", title_justify="left")
     refusals = {}

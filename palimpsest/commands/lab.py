@@ -72,17 +72,18 @@ def show(
     """
     console = Console(highlight=False)
     if Path(target).is_dir():
-        from palimpsest.lab.framework.sweep import read_sweep
+        from palimpsest.files import read_bytes
+        from palimpsest.lab.framework.results import read_sweep
 
-        read_sweep(Path(target))
         report = Path(target) / "report.md"
-        if not report.is_file():
+        if not (report.is_file() and (Path(target) / "results.csv").is_file()):
+            read_sweep(Path(target))
             raise ValueError(f"folder {target!r} has no finished point yet; run the experiment further")
-        text = report.read_text(encoding="utf-8")
+        text = read_bytes(report).decode("utf-8", errors="replace")
         console.print(Markdown(text)) if console.is_terminal else typer.echo(text)
         return 0
     from palimpsest.lab.framework.experiment import load_experiment
-    from palimpsest.lab.framework.sweep import title
+    from palimpsest.lab.framework.results import title
 
     experiment = load_experiment(target)
     console.print(f"[bold]{escape(experiment.name)}[/]: {escape(experiment.question)}\n", soft_wrap=True)
@@ -143,7 +144,8 @@ def run(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded = load_experiment(experiment)
     wanted = ("small", "full") if device == "cpu" else ("quick", "full")
-    scale = scale or next((name for name in wanted if name in loaded.scales), next(iter(loaded.scales)))
+    if scale is None:
+        scale = next((name for name in wanted if name in loaded.scales), next(iter(loaded.scales)))
     folder = out or Path("runs") / "lab" / f"{loaded.name}-{scale}"
     command = f"palimpsest lab run {shlex.quote(experiment)} --scale {scale} --out {shlex.quote(str(folder))}"
     command += f" --device {device}" + (f" --workers {workers}" if workers > 1 else "")

@@ -141,7 +141,8 @@ def _remarks(event: dict[str, Any]) -> list[str]:
 
 def _print_result(result, folder: Path) -> None:
     table = Table(title="held-out bits per byte", title_justify="left", show_header=False)
-    table.add_row("this model", f"[bold]{result.heldout_bits_per_byte:.3f}[/]")
+    bits = result.heldout_bits_per_byte
+    table.add_row("this model", "not finite" if bits is None else f"[bold]{bits:.3f}[/]")
     for name, bits in result.compressors.items():
         table.add_row({"unigram": "entropy of single bytes"}.get(name, name), f"{bits:.3f}")
     console = Console(highlight=False)

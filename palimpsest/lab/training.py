@@ -23,7 +23,7 @@ from torch import Tensor
 
 from palimpsest.checks import check
 from palimpsest.files import replacing
-from palimpsest.lab.framework.experiment import InterruptedSweep, Row, Tell
+from palimpsest.lab.framework.experiment import InterruptedSweep, Progress, Row
 from palimpsest.lab.model_variants import ModelVariant, Size, build, config, count_parameters, state_numbers
 from palimpsest.lab.tasks.task import IGNORED, Batch, Key, Task, describe
 from palimpsest.models.kimi_linear import KimiLinearForCausalLM
@@ -132,8 +132,8 @@ class Training:
         weights = 16 * count_parameters(config(self.who, s, self.vocab_size))
         return int(weights + s.layers * (4 * tokens * layer + states) + 16 * tokens * self.vocab_size)
 
-    def run(self, device: str, tell: Tell, unfinished: Path | None = None) -> Row:
-        return learn(self, device, tell, unfinished)[0]
+    def run(self, device: str, progress: Progress, unfinished: Path | None = None) -> Row:
+        return learn(self, device, progress, unfinished)[0]
 
 
 class Question(NamedTuple):
@@ -172,7 +172,7 @@ def draw_test(task: Task, rows: int, count: int, device: str) -> Test:
 
 
 def learn(
-    point: Training, device: str, tell: Tell, unfinished: Path | None = None
+    point: Training, device: str, progress: Progress, unfinished: Path | None = None
 ) -> tuple[Row, KimiLinearForCausalLM]:
     """Runs the point; its result, and the model as it was at the end.
 
@@ -217,7 +217,7 @@ def learn(
                 curve.append({"step": step, "train_loss": mean_loss, **{k: found[k] for k in METRICS}})
                 word = f"step {step}, loss {mean_loss:.3f}, accuracy {found['accuracy']:.1%}"
             try:
-                tell(step / point.steps, word)
+                progress(step / point.steps, word)
             except InterruptedSweep:
                 _keep(unfinished, model, optimizer, step, curve, running)
                 raise

@@ -7,7 +7,7 @@ import pytest
 from palimpsest import display
 from palimpsest.cli import run as command
 from palimpsest.lab.framework.experiment import NAMES, load_experiment
-from palimpsest.lab.framework.sweep import read_records
+from palimpsest.lab.framework.results import read_records
 from palimpsest.lab.measure.context_cost import Decode, Shape
 from palimpsest.lab.training import Training
 

@@ -10,8 +10,8 @@ from palimpsest.models.kimi_linear import KimiLinearConfig, KimiLinearForCausalL
 
 
 def memory(seed: int = 0) -> torch.Tensor:
-    chance = torch.Generator().manual_seed(seed)
-    return torch.randn(2, 3, 8, 16, generator=chance) * torch.logspace(-6, 6, 8)[:, None]
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randn(2, 3, 8, 16, generator=rng) * torch.logspace(-6, 6, 8)[:, None]
 
 
 WORST = {"float32": 0.0, "bfloat16": 2**-8, "float8": 2**-4, "int8": 1 / 254}
@@ -29,9 +29,9 @@ def test_rounding_is_within_half_a_step_or_one_by_chance(name):
 
 @pytest.mark.parametrize("name", [n for n in FORMATS if "stochastic" in n])
 def test_stochastic_rounding_is_right_on_average(name):
-    how, chance = FORMATS[name], torch.Generator().manual_seed(1)
+    how, rng = FORMATS[name], torch.Generator().manual_seed(1)
     S = memory()[:1, :1]
-    many = torch.stack([how.unpack(how.pack(S, chance)) for _ in range(2000)])
+    many = torch.stack([how.unpack(how.pack(S, rng)) for _ in range(2000)])
     step = (many.amax(0) - many.amin(0)).amax(-1, keepdim=True)  # of a row's largest numbers
     assert ((many.mean(0) - S).abs() <= 0.06 * step).all()
     nearest = Format(how.kind)
@@ -62,7 +62,7 @@ def test_float8_in_between_is_a_float8():
 
 
 def test_feedback_loses_less_than_plain_int8():
-    error = lambda name: Drift(format=name, tokens=128, heads=1, channels=16, life="endless").run(
+    error = lambda name: Drift(format=name, tokens=128, heads=1, channels=16, timescale="endless").run(
         "cpu", lambda *_: None
     )["rows"][-1]
     plain, fed, whole = (error(name)["relative_error"] for name in ("int8", "int8-feedback", "float32"))
@@ -84,7 +84,7 @@ BAD = {
     "stochastic": (lambda: Format("float32", stochastic=True), "no stochastic form"),
     "not finite": (lambda: Format("int8").pack(torch.full((1, 1, 2, 2), torch.nan)), "not finite"),
     "format": (lambda: Drift(format="int4").prepare(), "format 'int4' is unknown"),
-    "life": (lambda: Drift(format="int8", life="eternal").prepare(), "choose one of short, long, endless"),
+    "timescale": (lambda: Drift(format="int8", timescale="eternal").prepare(), "choose one of short, long, endless"),
     "tokens": (lambda: Drift(format="int8", tokens=8).prepare(), "at least 16"),
 }
 

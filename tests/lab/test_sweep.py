@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,23 +11,17 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from palimpsest import cli
 from palimpsest.lab.compare.comparison import versus
 from palimpsest.lab.compare.seed_statistics import Spread, against, diverged, tuned
 from palimpsest.lab.framework.experiment import Experiment, Record, Verdict, load_experiment
 from palimpsest.lab.framework.report import compare
-from palimpsest.lab.framework.sweep import (
-    InterruptedSweep,
-    check_device,
-    check_room,
-    failures,
-    read_lines,
-    read_records,
-    run,
-    title,
-)
+from palimpsest.lab.framework.results import failures, read_lines, read_records, title
+from palimpsest.lab.framework.sweep import InterruptedSweep, check_device, check_room, run
 
 RECIPE = '''
 """An experiment whose points take no time, unless they wait for other processes, or for a file named go."""
@@ -108,7 +103,7 @@ def test_a_sweep_leaves_results_csv_plots_and_a_report(tmp_path):
     ):
         assert words in report
     rows = (tmp_path / "out" / "results.csv").read_text().splitlines()
-    assert rows[0] == "number,seed,square,process,seconds"
+    assert rows[0] == "point,number,seed,square,process,seconds"
     assert len(rows) == 9
     kinds = [event["event"] for event in events]
     assert kinds[0] == "start"
@@ -350,11 +345,12 @@ def test_recipes_that_do_not_run_say_why(tmp_path):
 
 
 def test_a_gpu_too_small_for_the_sweep_is_told_how_many_workers_fit():
-    check_room(1 << 30, 8 << 30, 4, "x")
+    largest = lambda needed: {"x": SimpleNamespace(bytes_needed=lambda: needed, label=lambda: {"name": "x"})}
+    check_room(largest(1 << 30), 8 << 30, 4)
     with pytest.raises(ValueError, match="give at most 1 workers"):
-        check_room(5 << 30, 8 << 30, 4, "x")
+        check_room(largest(5 << 30), 8 << 30, 4)
     with pytest.raises(ValueError, match="smaller scale or on a larger GPU"):
-        check_room(50 << 30, 8 << 30, 1, "x")
+        check_room(largest(50 << 30), 8 << 30, 1)
 
 
 def test_a_gpu_that_is_not_there_is_said(tmp_path, monkeypatch):
@@ -407,8 +403,32 @@ def test_compare_puts_common_points_side_by_side(tmp_path):
     assert square.rows[3] == ["number 3", "9.5 (9 to 10)", "9.5 (9 to 10)", "+0 (within the spread)"]
     with pytest.raises(ValueError, match="at least two"):
         compare([tmp_path / "a"])
-    with pytest.raises(ValueError, match="holds no results"):
+    with pytest.raises(ValueError, match=r"holds no results\.csv"):
         compare([tmp_path / "a", tmp_path])
+    for name in ("sweep.json", "results.jsonl"):  # what is published has neither
+        (tmp_path / "b" / name).unlink()
+    assert compare([tmp_path / "a", tmp_path / "b"]) == tables
+    assert cli.run(["lab", "show", str(tmp_path / "b")]) == 0
+
+
+PUBLISHED = Path(__file__).parents[2] / "results" / "lab"
+
+
+@pytest.mark.parametrize("name", [folder.name for folder in sorted(PUBLISHED.glob("*")) if folder.is_dir()])
+def test_what_is_published_can_be_compared_and_is_report_plots_and_numbers(name):
+    folder = PUBLISHED / name
+    for table in compare([folder, folder]):
+        assert table.rows
+        assert all((row[1] == row[2] and row[3].startswith("+0")) or "nan" in row[3] for row in table.rows)
+    plots = re.findall(r"\]\((.+\.png)\)", (folder / "report.md").read_text())
+    assert {file.name for file in folder.iterdir()} == {"report.md", "results.csv", *plots}
+
+
+@pytest.mark.parametrize("text", ["", "a,b\n1,2\n", "point,a\n,1\n", "\0", "point\n" + '"x' * 70000])
+def test_a_table_that_is_no_results_is_refused(tmp_path, text):
+    (tmp_path / "results.csv").write_text(text)
+    with pytest.raises(ValueError, match=r"holds no results\.csv of the lab|no point in common|no finished point"):
+        compare([tmp_path, tmp_path])
 
 
 def test_a_title_reads_as_a_line():

@@ -1,15 +1,19 @@
 """One run of one contestant: the same again from the same seed, and ended when it should end."""
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 
 from palimpsest.lab.framework.experiment import InterruptedSweep
-from palimpsest.lab.framework.sweep import counted, spelled
+from palimpsest.lab.framework.results import from_json, to_json
+from palimpsest.lab.measure.state_quantization import StoredState
+from palimpsest.lab.measure.transition_spectra import Spectra
 from palimpsest.lab.model_variants import MODEL_VARIANTS, Size, build
 from palimpsest.lab.tasks import IGNORED, MQAR, Key, Needle, Palindrome, Stack, Text
+from palimpsest.lab.tasks.task import batch
 from palimpsest.lab.training import Training, answer_losses, draw_test, evaluate, learn, question
 
 SIZE = Size(layers=1, hidden_size=16, heads=1, head_dim=8, mlp=16)
@@ -41,7 +45,7 @@ def test_a_run_that_diverges_is_told_and_ends():
     found = result(replace(POINT, lr=1e30, steps=50, warmup=0.0))
     assert found["rows"][0]["diverged"]
     assert found["rows"][0]["steps"] < 50
-    again = counted(spelled(found))
+    again = from_json(to_json(found))
     assert math.isnan(again["curve"][-1]["train_loss"]) or math.isinf(again["curve"][-1]["train_loss"])
 
 
@@ -162,3 +166,47 @@ def test_impossible_points_are_refused(case):
     changes, sentence = BAD[case]
     with pytest.raises(ValueError, match=sentence):
         replace(POINT, **changes).prepare()
+
+
+@dataclass(frozen=True)
+class Sides:
+    """The answer tells the split: 1 after every token of a training sequence, 2 after every one of a test sequence."""
+
+    name: str = "sides"
+    length: int = 8
+    vocab_size: int = 4
+
+    def draw(self, count: int, key: Key):
+        tokens = key.generator().integers(0, 4, (count, self.length))
+        return batch(tokens, np.full_like(tokens, {"train": 1, "test": 2}[key.split]))
+
+
+SIDES = replace(POINT, train=(Sides(),), steps=20, lr=1e-1, warmup=0.0, evaluate_every=5)
+
+
+def test_what_is_learnt_is_of_the_training_split_alone_and_what_is_tested_of_the_other():
+    found, model = learn(SIDES, "cpu", lambda *_: None)
+    on = lambda split: (
+        answer_losses(model, question(Sides().draw(16, Key(split, 1, 1)), "cpu"), "cpu")[1].float().mean()
+    )
+    assert found["curve"][-1]["train_loss"] < 0.1  # learnt it has
+    assert on("train") == 1  # and that after which it was taught, however often it was tested in between
+    assert on("test") == 0
+    assert [row["accuracy"] for row in found["rows"]] == [0.0]
+    assert all(point["accuracy"] == 0.0 for point in found["curve"])
+
+
+def test_what_a_trained_model_is_asked_in_few_bits_is_of_the_test_split():
+    stored = StoredState(training=SIDES, tests=(Sides(),), batch_size=4).run("cpu", lambda *_: None)
+    assert {row["accuracy"] for row in stored["rows"]} == {0.0}
+
+
+def test_what_a_trained_model_is_looked_at_is_of_the_test_split(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        Sides, "draw", lambda self, count, key, draw=Sides.draw: drawn.append(key) or draw(self, count, key)
+    )
+    measured = Spectra(training=replace(SIDES, steps=2), sequences=2).run("cpu", lambda *_: None)
+    assert measured["rows"][0]["accuracy"] == 0.0
+    assert drawn[-1].split == "test"
+    assert {key.step for key in drawn if key.split == "train"} == {0, 1}

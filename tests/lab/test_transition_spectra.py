@@ -64,7 +64,7 @@ def test_a_long_sequence_is_looked_at_here_and_there(monkeypatch):
     monkeypatch.setattr("palimpsest.lab.measure.transition_spectra.LOOKS", 5)
     some = spectrum(edits())
     assert some.tokens.tolist() == [1, 7, 13, 18, 24]
-    assert some.life.equal(whole.life)
+    assert some.timescale.equal(whole.timescale)
     for name in ("eigenvalues", "largest_stretch", "carried", "memory_norm"):
         assert getattr(some, name).allclose(getattr(whole, name)[:, some.tokens - 1])
 

@@ -87,7 +87,7 @@ def versus(baseline: str, others: Mapping[str, str]) -> Callable[[Sequence[Recor
             because.append(f"{test}: {baseline} at {measure.text(base)} is {'; '.join(parts)}." if parts else "")
         outcome = "shown" if better and better > 2 * worse else "not shown" if worse > better else "undecided"
         because += diverged(records)
-        because.append("Level means that the ranges over seeds overlap; one seed cannot tell.")
+        because.append("Level means that the ranges over seeds overlap; one seed cannot progress.")
         return Verdict(outcome, [b for b in because if b], (results_table(found), contestants_table(records)))
 
     return judge

@@ -50,10 +50,10 @@ def judge(records: Sequence[Record]) -> Verdict:
         name = f"{r.label['contestant']} on {r.label['task']} (seed {r.label['seed']})"
         stretch = max(row["largest_stretch"] for row in r.rows)
         smallest = min(row["smallest_eigenvalue"] for row in r.rows)
-        lives = [life for d in r.result["details"] for head in d["life"] for life in head]
+        timescales = [timescale for d in r.result["details"] for head in d["timescale"] for timescale in head]
         because.append(
             f"{name}: eigenvalues from {smallest:.3f}, the largest stretch of a transition is {stretch:.4f}, channels live "
-            f"{min(lives):.2g} to {max(lives):.2g} tokens."
+            f"{min(timescales):.2g} to {max(timescales):.2g} tokens."
         )
         because += [f"Warning, {name}: {w}." for w in r.result["warnings"]]
     worst = max((row["largest_stretch"] for r in records for row in r.rows), default=0.0)
@@ -75,7 +75,7 @@ def judge(records: Sequence[Record]) -> Verdict:
             f"{row['negative_share']:.1%}",
             f"{row['carried_to_the_end']:.2g}",
             f"{row['memory_norm_at_the_end']:.3g}",
-            f"{row['median_life']:.3g}",
+            f"{row['median_timescale']:.3g}",
             f"{row['mean_beta']:.2f}",
         ]
         for r in records
@@ -100,7 +100,7 @@ def draw(records: Sequence[Record]):
                 n = len(d[what])
                 edges = [low + (high - low) * j / n for j in range(n + 1)]
                 ax.stairs([100 * v for v in d[what]], edges, color=color, label=name, linewidth=1.5)
-            for head in d["life"]:
+            for head in d["timescale"]:
                 axes[3].plot([j / max(len(head) - 1, 1) for j in range(len(head))], head, color=color, linewidth=1.3)
             for ax, what in ((axes[4], "memory_norm"), (axes[5], "carried")):
                 for head in d[what]:

@@ -6,7 +6,7 @@ from palimpsest.lab.compare.plots import band, figure, legend_below, style
 from palimpsest.lab.compare.seed_statistics import Spread, grid
 from palimpsest.lab.framework.experiment import Experiment, Record, Verdict
 from palimpsest.lab.measure.state_formats import FORMATS
-from palimpsest.lab.measure.state_quantization import LIVES, Drift, StoredState
+from palimpsest.lab.measure.state_quantization import TIMESCALES, Drift, StoredState
 from palimpsest.lab.model_variants import MODEL_VARIANTS, PAPER_SIZE, Size
 from palimpsest.lab.tasks import MQAR, Text
 from palimpsest.lab.training import Training
@@ -16,9 +16,9 @@ def points(scale: str) -> list:
     kda = MODEL_VARIANTS["kda"]
     if scale == "tiny":
         drifts = [
-            Drift(format=name, life=life, tokens=32, heads=1, channels=8)
+            Drift(format=name, timescale=timescale, tokens=32, heads=1, channels=8)
             for name in ("bfloat16", "int8")
-            for life in LIVES
+            for timescale in TIMESCALES
         ]
         task = MQAR(length=16, vocab_size=16, pairs=3)
         size = Size(layers=1, hidden_size=16, heads=1, head_dim=8, mlp=32)
@@ -52,9 +52,9 @@ def points(scale: str) -> list:
         }
         tests = {"mqar": (recall,), "text": (Text(length=1024), Text(length=8192))}
     drifts = [
-        Drift(format=name, life=life, tokens=tokens, heads=heads, channels=channels, seed=seed)
+        Drift(format=name, timescale=timescale, tokens=tokens, heads=heads, channels=channels, seed=seed)
         for seed in seeds
-        for life in LIVES
+        for timescale in TIMESCALES
         for name in FORMATS
     ]
     learned = [
@@ -66,11 +66,11 @@ def points(scale: str) -> list:
 
 
 def _drift(records: Sequence[Record]) -> dict[tuple[str, str], dict[int, list[float]]]:
-    """(life, format) -> tokens -> errors over seeds."""
+    """(timescale, format) -> tokens -> errors over seeds."""
     found: dict[tuple[str, str], dict[int, list[float]]] = {}
     for record in records:
-        for row in record.rows if "life" in record.label else ():
-            by_tokens = found.setdefault((row["life"], row["format"]), {})
+        for row in record.rows if "timescale" in record.label else ():
+            by_tokens = found.setdefault((row["timescale"], row["format"]), {})
             by_tokens.setdefault(row["tokens"], []).append(row["relative_error"])
     return found
 
@@ -90,21 +90,21 @@ def judge(records: Sequence[Record]) -> Verdict:
     if drift:
         last = {key: (max(by), Spread(tuple(by[max(by)]))) for key, by in drift.items()}
         cells = {
-            (how, f"{life} life, {tokens:,} tokens"): s.text(lambda x: f"{x:.1e}")
-            for (life, how), (tokens, s) in last.items()
+            (how, f"{timescale} life, {tokens:,} tokens"): s.text(lambda x: f"{x:.1e}")
+            for (timescale, how), (tokens, s) in last.items()
         }
         tables.append(grid("Relative error of what is read, at the end", cells, "format"))
-        for life in dict.fromkeys(life for life, _ in drift):
+        for timescale in dict.fromkeys(timescale for timescale, _ in drift):
             grew = {}
-            for how in dict.fromkeys(how for kind, how in drift if kind == life):
-                by = drift[life, how]
+            for how in dict.fromkeys(how for kind, how in drift if kind == timescale):
+                by = drift[timescale, how]
                 middle = max(by) // 8
                 if middle in by:
                     grew[how] = (sum(by[max(by)]) / len(by[max(by)])) / max(sum(by[middle]) / len(by[middle]), 1e-30)
             still = [how for how, factor in grew.items() if factor > 1.3]
             if grew:
                 because.append(
-                    f"{life} life: over the last factor of 8 in length the error still grows with "
+                    f"{timescale} life: over the last factor of 8 in length the error still grows with "
                     f"{', '.join(f'{how} ({grew[how]:.1f}x)' for how in still) or 'no format'}."
                 )
     if answers:
@@ -128,19 +128,19 @@ def judge(records: Sequence[Record]) -> Verdict:
 
 def draw(records: Sequence[Record]):
     drift, styles, figures = _drift(records), style(list(FORMATS)), {}
-    lives = list(dict.fromkeys(life for life, _ in drift))
-    if lives:
-        columns = min(len(lives), 3)
-        figures["drift"], axes = figure(-(-len(lives) // columns), columns)
-        for ax in axes[len(lives) :]:
+    timescales = list(dict.fromkeys(timescale for timescale, _ in drift))
+    if timescales:
+        columns = min(len(timescales), 3)
+        figures["drift"], axes = figure(-(-len(timescales) // columns), columns)
+        for ax in axes[len(timescales) :]:
             ax.set_visible(False)
-        for ax, life in zip(axes, lives):
+        for ax, timescale in zip(axes, timescales):
             for how in FORMATS:
-                by = drift.get((life, how))
+                by = drift.get((timescale, how))
                 if by:
                     x = sorted(by)
                     band(ax, x, list(zip(*(by[n] for n in x))), how, styles[how])
-            span = LIVES[life]
+            span = TIMESCALES[timescale]
             fades = span.shortest < span.longest
             words = f"channels live {span.shortest} to {span.longest:,} tokens" if fades else "nothing fades"
             words += f", beta up to {span.beta:g}"

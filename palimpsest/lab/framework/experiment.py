@@ -19,9 +19,9 @@ from palimpsest.checks import check
 from palimpsest.python_files import load_file
 
 Row = dict[str, Any]
-Tell = Callable[[float, str], None]  # the share of a point that is done, and a word about it
+Progress = Callable[[float, str], None]  # the share of a point that is done, and a word about it
 METHODS = ("label", "to_dict", "prepare", "work", "bytes_needed", "run")  # of a point
-NAMES = ("fig4", "calibrate", "state_tracking", "gate", "parts", "ratio", "position", "cost", "state", "spectra")
+NAMES = sorted(file.stem for file in (Path(__file__).parents[1] / "experiments").glob("[!_]*.py"))  # those that ship
 
 
 class InterruptedSweep(Exception):  # noqa: N818 - not an error: the user asked for it
@@ -51,10 +51,10 @@ class Point(Protocol):
         """Of memory on the device, about."""
         ...
 
-    def run(self, device: str, tell: Tell, unfinished: Path) -> Row:
+    def run(self, device: str, progress: Progress, unfinished: Path) -> Row:
         """{"rows": [a flat row a line of the CSV], ...}.
 
-        Calls tell often: that is where an InterruptedSweep arrives. What it leaves in the file `unfinished` then is
+        Calls progress often: that is where an InterruptedSweep arrives. What it leaves in the file `unfinished` then is
         there when it is run again; a short point need not care.
         """
         ...

@@ -8,8 +8,8 @@ from pathlib import Path
 from palimpsest.checks import check
 from palimpsest.lab.compare.plots import save
 from palimpsest.lab.compare.seed_statistics import Spread
-from palimpsest.lab.framework.experiment import Experiment, Record, Row, Table
-from palimpsest.lab.framework.sweep import failures, read_records, read_sweep, title
+from palimpsest.lab.framework.experiment import Experiment, Record, Table
+from palimpsest.lab.framework.results import failures, read_numbers, read_sweep
 
 
 def write_report(folder: Path, experiment: Experiment, records: Sequence[Record]) -> None:
@@ -43,7 +43,11 @@ def write_report(folder: Path, experiment: Experiment, records: Sequence[Record]
         lines += [
             f"- {began[0]}: `{command or 'palimpsest.lab.framework.sweep'}` on {machine}{'; ' + note if note else ''}"
         ]
-    lines += ["", "Every number is in `results.csv`; curves and settings are in `results.jsonl`.", ""]
+    lines += [
+        "",
+        "Every number is in `results.csv`; a run leaves curves and settings in `results.jsonl` beside it.",
+        "",
+    ]
     (folder / "report.md").write_text("\n".join(lines), encoding="utf-8")
 
 
@@ -55,7 +59,7 @@ def compare(folders: Sequence[Path]) -> list[Table]:
     """
     check(len(folders) >= 2, f"compare takes at least two results folders; {len(folders)} given")
     tables = []
-    found = [_measures(folder) for folder in folders]
+    found = [{key: Spread(tuple(v)) for key, v in read_numbers(folder).items()} for folder in folders]
     shared = [key for key in found[0] if all(key in other for other in found[1:])]
     check(
         bool(shared),
@@ -72,32 +76,6 @@ def compare(folders: Sequence[Path]) -> list[Table]:
             rows.append([label, *(s.text() for s in spreads), f"{change:+.3g}{sure}"])
         tables.append(Table(metric, ["point", *map(str, folders), "last minus first"], rows))
     return tables
-
-
-def _measures(folder: Path) -> dict[tuple[str, str], Spread]:
-    """(description without the seed, metric) -> its values over seeds."""
-    read_sweep(folder)
-    records = read_records(folder)
-    check(bool(records), f"folder {str(folder)!r} has no finished point yet")
-    values: dict[tuple[str, str], list[float]] = {}
-    for record in records:
-        for row in record.result["rows"]:
-            where = {k: v for k, v in row.items() if isinstance(v, str) or k in COORDINATES}
-            label = _words(record.label | where)
-            for name, value in row.items():
-                if name not in COORDINATES and isinstance(value, int | float) and not isinstance(value, bool):
-                    values.setdefault((title(label), name), []).append(float(value))
-    return {key: Spread(tuple(v)) for key, v in values.items()}
-
-
-# Columns that say where, not how much.
-COORDINATES = ("test", "test_length", "tokens", "context", "layer", "head", "step")
-
-
-def _words(row: Row) -> Row:
-    """What a row is of, without its seed and without saying the same twice."""
-    known = {"seed", "test"} | {f"test_{k}" for k in ("task", "length") if row.get(k) == row.get(f"test_{k}")}
-    return {k: v for k, v in row.items() if k not in known}
 
 
 def _duration(seconds: float) -> str:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from palimpsest.checks import check
-from palimpsest.lab.framework.experiment import Row, Tell
+from palimpsest.lab.framework.experiment import Progress, Row
 from palimpsest.lab.model_variants import ModelVariant
 from palimpsest.layers.kimi_delta_attention import KimiDeltaAttention
 from palimpsest.layers.latent_attention import MultiHeadLatentAttention
@@ -121,7 +121,7 @@ class Decode:
         return int(1.3 * held) + 64 * layers * s.hidden_size**2 * 4
 
     @torch.inference_mode()
-    def run(self, device: str, tell: Tell, unfinished: Path | None = None) -> Row:
+    def run(self, device: str, progress: Progress, unfinished: Path | None = None) -> Row:
         dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
         make = _model_stepper if self.layer.isupper() else _layer_stepper
         torch.manual_seed(0)
@@ -138,7 +138,7 @@ class Decode:
                     best[context] = min(best[context], seconds)
                     spread[context].append(seconds)
                 share = (round_ + 2) / (self.rounds + 2)
-                tell(share, f"{context:,} tokens: {1e3 * seconds:.3g} ms a token")
+                progress(share, f"{context:,} tokens: {1e3 * seconds:.3g} ms a token")
         rows = [
             {
                 "context": c,
@@ -193,7 +193,7 @@ class Prefill:
         return 60 * at_once * s.heads * s.head_dim + 4 * longest * s.hidden_size
 
     @torch.inference_mode()
-    def run(self, device: str, tell: Tell, unfinished: Path | None = None) -> Row:
+    def run(self, device: str, progress: Progress, unfinished: Path | None = None) -> Row:
         dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
         torch.manual_seed(0)
         kind = self._op if self.layer.startswith("op ") else self._model if self.layer.isupper() else self._layer
@@ -215,7 +215,7 @@ class Prefill:
                 if round_:
                     best[context] = min(best[context], seconds)
                 share = (round_ + (i + 1) / len(self.contexts)) / (self.rounds + 1)
-                tell(min(share, 1.0), f"{context:,} tokens: {1e3 * seconds:.3g} ms")
+                progress(min(share, 1.0), f"{context:,} tokens: {1e3 * seconds:.3g} ms")
         return {"rows": [{"context": c, "milliseconds": 1e3 * b, **peak.get(c, {})} for c, b in best.items()]}
 
     def _model(self, device: str, dtype: torch.dtype) -> Callable[[int], Callable[[], Any]]:
@@ -376,7 +376,7 @@ class Cache:
     def bytes_needed(self) -> int:
         return 2 * len(self.pattern) * max(self.contexts) * (self.shape.latent + self.shape.positions)
 
-    def run(self, device: str, tell: Tell, unfinished: Path | None = None) -> Row:
+    def run(self, device: str, progress: Progress, unfinished: Path | None = None) -> Row:
         config = model_config(self.pattern, self.shape)
         rows = []
         for S in self.contexts:
@@ -388,5 +388,5 @@ class Cache:
                 for layer in empty.layers
             )
             rows.append({"context": S, "state_bytes": ModelState(layers, torch.full((1,), S)).nbytes})
-            tell(len(rows) / len(self.contexts), "")
+            progress(len(rows) / len(self.contexts), "")
         return {"rows": rows}

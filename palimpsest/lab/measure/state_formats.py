@@ -1,7 +1,7 @@
 """How a memory is kept between tokens: fewer bits, and what may be done about the rounding.
 
     float32, bfloat16, float8 (e4m3), int8       the last two with one float32 scale a key channel
-    -stochastic     rounds up or down by chance, so that the mean of many roundings is right
+    -stochastic     rounds up or down by rng, so that the mean of many roundings is right
     -feedback       keeps four bits of each rounding error and adds them again at the next token
 
 Letters  B sequences, H heads, K key channels, V value channels.
@@ -57,8 +57,8 @@ class Format:
     def name(self) -> str:
         return self.kind + "-stochastic" * self.stochastic + "-feedback" * self.feedback
 
-    def pack(self, memory: Tensor, chance: torch.Generator | None = None) -> Stored:
-        """Rounds a float32 memory [B, H, K, V] (V even with feedback); chance decides stochastic rounding.
+    def pack(self, memory: Tensor, rng: torch.Generator | None = None) -> Stored:
+        """Rounds a float32 memory [B, H, K, V] (V even with feedback); rng decides stochastic rounding.
 
         Raises:
             ValueError: the memory is not finite: no format can hold it, and some would hide it. Looks only on the CPU:
@@ -69,13 +69,13 @@ class Format:
         if self.kind == "float32":
             return Stored(memory.clone(), None, None)
         if self.kind == "bfloat16":
-            return Stored(_to_bfloat16(memory, chance) if self.stochastic else memory.bfloat16(), None, None)
+            return Stored(_to_bfloat16(memory, rng) if self.stochastic else memory.bfloat16(), None, None)
         scale = (
             memory.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny * 1e4) / LARGEST[self.kind]
         )
         x = memory / scale
         if self.kind == "float8":
-            x = _between_float8(x, chance) if self.stochastic else x
+            x = _between_float8(x, rng) if self.stochastic else x
             return Stored(x.to(torch.float8_e4m3fn), scale, None)
         if (
             self.feedback
@@ -84,7 +84,7 @@ class Format:
             codes = ((sixteenths + 8) / 16).floor()
             error = (sixteenths - 16 * codes + 8).to(torch.uint8)
             return Stored(codes.to(torch.int8), scale, error[..., ::2] << 4 | error[..., 1::2])
-        codes = (x + _uniform(x, chance)).floor() if self.stochastic else x.round()
+        codes = (x + _uniform(x, rng)).floor() if self.stochastic else x.round()
         return Stored(codes.clamp(-127, 127).to(torch.int8), scale, None)
 
     def unpack(self, stored: Stored) -> Tensor:
@@ -111,17 +111,17 @@ FORMATS = {
 }
 
 
-def _uniform(x: Tensor, chance: torch.Generator | None) -> Tensor:
-    return torch.rand(x.shape, generator=chance, device=x.device)
+def _uniform(x: Tensor, rng: torch.Generator | None) -> Tensor:
+    return torch.rand(x.shape, generator=rng, device=x.device)
 
 
-def _to_bfloat16(x: Tensor, chance: torch.Generator | None) -> Tensor:
-    """A bfloat16 is the upper half of a float32: add chance to the lower half, then cut it off."""
-    noise = torch.randint(0, 1 << 16, x.shape, generator=chance, device=x.device, dtype=torch.int32)
+def _to_bfloat16(x: Tensor, rng: torch.Generator | None) -> Tensor:
+    """A bfloat16 is the upper half of a float32: add noise to the lower half, then cut it off."""
+    noise = torch.randint(0, 1 << 16, x.shape, generator=rng, device=x.device, dtype=torch.int32)
     return ((x.contiguous().view(torch.int32) + noise) & -65536).view(torch.float32).bfloat16()
 
 
-def _between_float8(x: Tensor, chance: torch.Generator | None) -> Tensor:
+def _between_float8(x: Tensor, rng: torch.Generator | None) -> Tensor:
     """The e4m3 number below or above x: they lie 2^(exponent - 3) apart, and 2^-9 below 2^-6."""
     step = torch.exp2(x.abs().clamp(min=2.0**-6).log2().floor() - 3)
-    return ((x / step + _uniform(x, chance)).floor() * step).clamp(-448, 448)
+    return ((x / step + _uniform(x, rng)).floor() * step).clamp(-448, 448)

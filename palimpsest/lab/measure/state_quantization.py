@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.checks import check
-from palimpsest.lab.framework.experiment import Row, Tell
+from palimpsest.lab.framework.experiment import Progress, Row
 from palimpsest.lab.measure.state_formats import FORMATS, Format
 from palimpsest.lab.tasks.task import Task
 from palimpsest.lab.training import Training, draw_test, evaluate, learn
@@ -22,7 +22,7 @@ from palimpsest.ops.gates import l2norm
 from palimpsest.ops.variants import kda, kda_step_
 
 
-class Life(NamedTuple):
+class Timescale(NamedTuple):
     """How long a memory remembers: tokens until its channels have faded to 1/e, and the largest beta."""
 
     shortest: float
@@ -30,12 +30,12 @@ class Life(NamedTuple):
     beta: float = 1.0
 
 
-LIVES = {
-    "short": Life(4, 64),
-    "long": Life(64, 4096),
-    "endless": Life(math.inf, math.inf),
-    "long, gentle": Life(64, 4096, 0.02),
-    "endless, gentle": Life(math.inf, math.inf, 0.02),
+TIMESCALES = {
+    "short": Timescale(4, 64),
+    "long": Timescale(64, 4096),
+    "endless": Timescale(math.inf, math.inf),
+    "long, gentle": Timescale(64, 4096, 0.02),
+    "endless, gentle": Timescale(math.inf, math.inf, 0.02),
 }
 
 
@@ -45,26 +45,30 @@ class Drift:
 
     Attributes:
         format: a name of FORMATS.
-        life: a name of LIVES: how long channels remember, spread evenly on a logarithmic scale, and how much a token edits.
+        timescale: a name of TIMESCALES: how long channels remember, spread evenly on a logarithmic scale, and how much a
+            token edits.
         tokens: to read. heads, channels: of the memory. seed: of everything.
     """
 
     format: str
-    life: str = "long"
+    timescale: str = "long"
     tokens: int = 1024
     heads: int = 4
     channels: int = 32
     seed: int = 0
 
     def label(self) -> Row:
-        return {"format": self.format, "life": self.life, "seed": self.seed}
+        return {"format": self.format, "timescale": self.timescale, "seed": self.seed}
 
     def to_dict(self) -> Row:
         return {"kind": "drift", **vars(self)}
 
     def prepare(self) -> None:
         check(self.format in FORMATS, f"format {self.format!r} is unknown; choose one of {', '.join(FORMATS)}")
-        check(self.life in LIVES, f"life {self.life!r} is unknown; choose one of {', '.join(LIVES)}")
+        check(
+            self.timescale in TIMESCALES,
+            f"timescale {self.timescale!r} is unknown; choose one of {', '.join(TIMESCALES)}",
+        )
         check(self.tokens >= 16, f"drift: tokens is {self.tokens}; give at least 16")
         check(self.channels % 2 == 0, f"drift: channels is {self.channels}; give an even number")
 
@@ -75,22 +79,22 @@ class Drift:
         return 96 * self.tokens * self.heads * self.channels + 64 * self.heads * self.channels**2
 
     @torch.no_grad()
-    def run(self, device: str, tell: Tell, unfinished: Path | None = None) -> Row:
+    def run(self, device: str, progress: Progress, unfinished: Path | None = None) -> Row:
         inputs = [x.to(device) for x in self._inputs()]
         truth = kda(*inputs).output
-        chance = torch.Generator(device).manual_seed(self.seed)
+        rng = torch.Generator(device).manual_seed(self.seed)
         how = FORMATS[self.format]
-        stored = how.pack(torch.zeros(1, self.heads, self.channels, self.channels, device=device), chance)
+        stored = how.pack(torch.zeros(1, self.heads, self.channels, self.channels, device=device), rng)
         error, size = [], []
         singles = [x.float().unbind(1) for x in inputs]
         for t, (q, k, v, log_decay, beta) in enumerate(zip(*singles)):
             memory = how.unpack(stored).contiguous()
             output = kda_step_(q, k, v, log_decay, beta, memory)
-            stored = how.pack(memory, chance)
+            stored = how.pack(memory, rng)
             error.append((output.double() - truth[:, t]).square().sum())
             size.append(truth[:, t].square().sum())
             if t % 64 == 63:
-                tell((t + 1) / self.tokens, "")
+                progress((t + 1) / self.tokens, "")
         error_T, size_T = torch.stack(error), torch.stack(size)
         rows, end = [], 16
         while end <= self.tokens:  # over the second half of ever longer prefixes
@@ -104,17 +108,17 @@ class Drift:
 
     def _inputs(self) -> tuple[Tensor, ...]:
         """q, k, v, log_decay, beta in float64; keys and queries of unit length."""
-        chance = torch.Generator().manual_seed(self.seed)
+        rng = torch.Generator().manual_seed(self.seed)
         T, H, K = self.tokens, self.heads, self.channels
-        q, k, v = (torch.randn(1, T, H, K, generator=chance, dtype=torch.float64) for _ in range(3))
-        shortest, longest, largest_beta = LIVES[self.life]
+        q, k, v = (torch.randn(1, T, H, K, generator=rng, dtype=torch.float64) for _ in range(3))
+        shortest, longest, largest_beta = TIMESCALES[self.timescale]
         if math.isinf(shortest):
             log_decay = torch.zeros(1, T, H, K, dtype=torch.float64)
         else:
             spread = torch.linspace(0, 1, K, dtype=torch.float64)
-            life = shortest * (longest / shortest) ** spread
-            log_decay = -(torch.rand(1, T, H, K, generator=chance, dtype=torch.float64) * 2) / life
-        beta = largest_beta * torch.rand(1, T, H, generator=chance, dtype=torch.float64)
+            timescale = shortest * (longest / shortest) ** spread
+            log_decay = -(torch.rand(1, T, H, K, generator=rng, dtype=torch.float64) * 2) / timescale
+        beta = largest_beta * torch.rand(1, T, H, generator=rng, dtype=torch.float64)
         return l2norm(q), l2norm(k), v, log_decay, beta
 
 
@@ -153,29 +157,29 @@ class StoredState:
     def bytes_needed(self) -> int:
         return self.training.bytes_needed()
 
-    def run(self, device: str, tell: Tell, unfinished: Path | None = None) -> Row:
-        learned, model = learn(self.training, device, lambda share, word: tell(share / 2, word), unfinished)
+    def run(self, device: str, progress: Progress, unfinished: Path | None = None) -> Row:
+        learned, model = learn(self.training, device, lambda share, word: progress(share / 2, word), unfinished)
         model.eval()
         rows, count = [], self.training.test_batches
         tests = [draw_test(task, self.batch_size, count, device) for task in self.tests]
         for i, (name, how) in enumerate(FORMATS.items()):
-            reader = StepReader(how, device, tell=lambda i=i: tell(0.5 + i / 2 / len(FORMATS), ""))
+            reader = StepReader(how, device, progress=lambda i=i: progress(0.5 + i / 2 / len(FORMATS), ""))
             for task, test in zip(self.tests, tests):
                 found = evaluate(model, test, device, reader)
                 rows.append(
                     {"format": name, "test_task": task.name, "test_length": task.length, "bits": found["bits"]}
                     | {"accuracy": found["accuracy"], "bytes_per_number": reader.bytes_per_number}
                 )
-                tell(0.5 + (i + 1) / 2 / len(FORMATS), f"{name}, {task.name}: accuracy {found['accuracy']:.1%}")
+                progress(0.5 + (i + 1) / 2 / len(FORMATS), f"{name}, {task.name}: accuracy {found['accuracy']:.1%}")
         return {"rows": rows, "curve": learned["curve"]}
 
 
 class StepReader:
     """Reads token after token, as in decoding, and rounds every memory after each."""
 
-    def __init__(self, how: Format, device: str, tell: Any = lambda: None):
-        self.how, self.tell = how, tell
-        self.chance = torch.Generator(device).manual_seed(0)
+    def __init__(self, how: Format, device: str, progress: Any = lambda: None):
+        self.how, self.progress = how, progress
+        self.rng = torch.Generator(device).manual_seed(0)
         self.bytes_per_number = 0.0
 
     def __call__(self, model: KimiLinearForCausalLM, tokens: Tensor) -> Tensor:
@@ -186,12 +190,12 @@ class StepReader:
             hidden.append(x)
             state = replace(state, layers=tuple(self._rounded(layer) for layer in state.layers))
             if t % 64 == 0:
-                self.tell()
+                self.progress()
         return torch.stack(hidden, 1)
 
     def _rounded(self, layer: Any) -> Any:
         if not isinstance(layer, KDAState):
             return layer
-        stored = self.how.pack(layer.memory, self.chance)
+        stored = self.how.pack(layer.memory, self.rng)
         self.bytes_per_number = stored.nbytes / stored.codes.numel()
         return KDAState(self.how.unpack(stored).contiguous(), layer.conv)

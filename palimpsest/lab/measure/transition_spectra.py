@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.checks import check
-from palimpsest.lab.framework.experiment import Row, Tell
+from palimpsest.lab.framework.experiment import Progress, Row
 from palimpsest.lab.tasks.task import Key
 from palimpsest.lab.training import TEST_SEED, Training, learn
 from palimpsest.layers.kimi_delta_attention import KimiDeltaAttention, RecurrenceInputs
@@ -61,7 +61,7 @@ class Spectrum(NamedTuple):
     largest_stretch: Tensor  # [B, N, H], the spectral norm of M
     carried: Tensor  # [B, N, H], the spectral norm of M_t ... M_1: how much of an early write can be left
     memory_norm: Tensor  # [B, N, H], Frobenius
-    life: Tensor  # [H, K], tokens until a channel has faded to 1/e, by its mean log decay
+    timescale: Tensor  # [H, K], tokens until a channel has faded to 1/e, by its mean log decay
     log_decay: Tensor  # [B, T, H, K]
     beta: Tensor  # [B, T, H]
 
@@ -82,9 +82,9 @@ def spectrum(edits: RecurrenceInputs) -> Spectrum:
     norms = torch.cat(  # a sequence at a time: every token's memory is held
         [trace(*(x[i : i + 1] for x in (q, k, v, log_decay, beta))).written.flatten(-2).norm(dim=-1) for i in range(B)]
     )[:, at]
-    life = -1 / log_decay.mean((0, 1)).clamp(max=-1e-12)
+    timescale = -1 / log_decay.mean((0, 1)).clamp(max=-1e-12)
     stretch = _norm(transition_matrix(*seen))
-    return Spectrum(at + 1, eigenvalues(*seen), stretch, torch.stack(carried, 1), norms, life, log_decay, beta)
+    return Spectrum(at + 1, eigenvalues(*seen), stretch, torch.stack(carried, 1), norms, timescale, log_decay, beta)
 
 
 def _norm(M: Tensor) -> Tensor:
@@ -139,10 +139,10 @@ def warnings(layer: int, found: Spectrum, length: int) -> list[str]:
         said.append(
             f"{where}, head {head}: the memory still grows, {early[head]:.2g} to {late[head]:.2g} within the sequence"
         )
-    endless = (found.life > 100 * length).double().mean().item()
+    endless = (found.timescale > 100 * length).double().mean().item()
     if endless > 0.5:
         said.append(f"{where}: {endless:.0%} of the channels hardly ever fade; what is not erased stays")
-    if (gone := (found.life < 1).double().mean().item()) > 0.5:
+    if (gone := (found.timescale < 1).double().mean().item()) > 0.5:
         said.append(f"{where}: {gone:.0%} of the channels forget within a token; they hold nothing")
     if (idle := (found.beta < 0.01).double().mean().item()) > 0.5:
         said.append(f"{where}: beta is below 0.01 for {idle:.0%} of the tokens; the layer hardly writes")
@@ -176,8 +176,8 @@ class Spectra:
     def bytes_needed(self) -> int:
         return self.training.bytes_needed()
 
-    def run(self, device: str, tell: Tell, unfinished: Path | None = None) -> Row:
-        learned, model = learn(self.training, device, lambda share, word: tell(0.9 * share, word), unfinished)
+    def run(self, device: str, progress: Progress, unfinished: Path | None = None) -> Row:
+        learned, model = learn(self.training, device, lambda share, word: progress(0.9 * share, word), unfinished)
         model.eval()
         task = self.training.asked[0]
         batch = task.draw(self.sequences, Key("test", TEST_SEED, 0))
@@ -187,7 +187,7 @@ class Spectra:
             said += warnings(layer, found, task.length)
             rows += [{"layer": layer, "head": head} | _summary(found, head) for head in range(found.beta.shape[2])]
             details.append({"layer": layer, **_details(found)})
-            tell(0.95, f"layer {layer}")
+            progress(0.95, f"layer {layer}")
         return {
             "rows": [{**row, "accuracy": learned["rows"][0]["accuracy"]} for row in rows],
             "details": details,
@@ -204,9 +204,9 @@ def _summary(found: Spectrum, head: int) -> Row:
         "largest_stretch": found.largest_stretch[:, :, head].max().item(),
         "carried_to_the_end": found.carried[:, -1, head].mean().item(),
         "memory_norm_at_the_end": found.memory_norm[:, -1, head].mean().item(),
-        "median_life": found.life[head].median().item(),
-        "shortest_life": found.life[head].min().item(),
-        "longest_life": found.life[head].max().item(),
+        "median_timescale": found.timescale[head].median().item(),
+        "shortest_timescale": found.timescale[head].min().item(),
+        "longest_timescale": found.timescale[head].max().item(),
         "mean_beta": found.beta[:, :, head].mean().item(),
     }
 
@@ -222,7 +222,7 @@ def _details(found: Spectrum) -> Row:
         "eigenvalues": share(found.eigenvalues, edges),
         "beta": share(found.beta, torch.linspace(0, 2, 41, dtype=torch.float64)),
         "decay": share((-found.log_decay).clamp(min=1e-6).log10(), decades),
-        "life": [sorted(round(v, 3) for v in head) for head in found.life.tolist()],
+        "timescale": [sorted(round(v, 3) for v in head) for head in found.timescale.tolist()],
         "memory_norm": curve(found.memory_norm),
         "carried": curve(found.carried.clamp(min=1e-12)),
         "tokens": found.tokens.tolist(),

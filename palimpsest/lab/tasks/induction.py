@@ -44,10 +44,10 @@ class Induction:
         )
 
     def draw(self, count: int, key: Key) -> Batch:
-        chance, n, P, half = key.generator(), self.n, self.piece, self.length // 2
-        first = chance.integers(self.vocab_size, size=(count, half))
+        rng, n, P, half = key.generator(), self.n, self.piece, self.length // 2
+        first = rng.integers(self.vocab_size, size=(count, half))
         pieces = -(-(self.length - half) // P)
-        start = chance.integers(half - P + 1, size=(count, pieces))
+        start = rng.integers(half - P + 1, size=(count, pieces))
         source = (start[..., None] + np.arange(P)).reshape(count, -1)[:, : self.length - half]
         tokens = np.concatenate((first, np.take_along_axis(first, source, 1)), 1)
 

@@ -56,13 +56,13 @@ class MQAR:
         check(0 < self.power <= 1, f"mqar: power is {self.power}; give a number in (0, 1]")
 
     def draw(self, count: int, key: Key) -> Batch:
-        chance, n, half = key.generator(), self.pairs, self.vocab_size // 2
-        keys = distinct(chance, 1, half, count, n)
-        values = chance.integers(half, self.vocab_size, (count, n))
-        tokens = chance.integers(half, self.vocab_size, (count, self.length))
+        rng, n, half = key.generator(), self.pairs, self.vocab_size // 2
+        keys = distinct(rng, 1, half, count, n)
+        values = rng.integers(half, self.vocab_size, (count, n))
+        tokens = rng.integers(half, self.vocab_size, (count, self.length))
         tokens[:, 0 : 2 * n : 2], tokens[:, 1 : 2 * n : 2] = keys, values
         labels = np.full((count, self.length), IGNORED)
-        which, place = (self._gaps if self.form == "gaps" else self._one_after_another)(chance, count)
+        which, place = (self._gaps if self.form == "gaps" else self._one_after_another)(rng, count)
         if self.form == "separator":
             tokens[:, 2 * n] = 0
         np.put_along_axis(tokens, place, np.take_along_axis(keys, which, 1), 1)
@@ -71,17 +71,17 @@ class MQAR:
         np.put_along_axis(gap, place, place - 2 * which, 1)
         return batch(tokens, labels, gap=gap, pairs=np.array(n))
 
-    def _gaps(self, chance: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
+    def _gaps(self, rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Key j is asked in a slot of two tokens drawn without replacement, slot i with weight i^(power - 1)."""
         n = self.pairs
         slots = (self.length - 2 * n) // 2
         weight = (self.power - 1) * np.log(np.arange(1, slots + 1))
-        score = weight + chance.gumbel(size=(count, slots))  # the n largest, in order, are n draws without replacement
+        score = weight + rng.gumbel(size=(count, slots))  # the n largest, in order, are n draws without replacement
         return np.broadcast_to(np.arange(n), (count, n)), 2 * n + 2 * np.argsort(-score, 1)[:, :n]
 
-    def _one_after_another(self, chance: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
+    def _one_after_another(self, rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
         """All keys in random order, then all again in another, to the end."""
         n, queries = self.pairs, self.length - 2 * self.pairs - 1
-        rounds = [chance.permuted(np.tile(np.arange(n), (count, 1)), axis=1) for _ in range(-(-queries // n))]
+        rounds = [rng.permuted(np.tile(np.arange(n), (count, 1)), axis=1) for _ in range(-(-queries // n))]
         place = np.broadcast_to(np.arange(2 * n + 1, self.length), (count, queries))
         return np.concatenate(rounds, 1)[:, :queries], place

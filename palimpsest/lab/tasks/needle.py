@@ -83,17 +83,13 @@ class Needle:
         return (QUESTION if self.values == 1 else QUESTION_FOR_ALL) % (name, name, COMMA.join(keys))
 
     def draw(self, count: int, key: Key) -> Batch:
-        chance, text = key.generator(), library(self.paths)[key.split]
+        rng, text = key.generator(), library(self.paths)[key.split]
         rows, depths, scored = np.empty((3, count, self.length + 1), np.int64)
-        straw = windows(
-            chance, text, count, self.length + 1 - self.queries * self._question_length - self._facts_length
-        )
-        names = chance.integers(97, 123, (count, self.needles, NAME), np.uint8)
-        names[..., 0] = (
-            97 + np.argsort(chance.random((count, 26)), 1)[:, : self.needles]
-        )  # told apart by the first letter
-        keys = chance.integers(48, 58, (count, self.needles, self.values, DIGITS), np.uint8)
-        place = chance.random((count, self.needles, self.values))
+        straw = windows(rng, text, count, self.length + 1 - self.queries * self._question_length - self._facts_length)
+        names = rng.integers(97, 123, (count, self.needles, NAME), np.uint8)
+        names[..., 0] = 97 + np.argsort(rng.random((count, 26)), 1)[:, : self.needles]  # told apart by the first letter
+        keys = rng.integers(48, 58, (count, self.needles, self.values, DIGITS), np.uint8)
+        place = rng.random((count, self.needles, self.values))
         if self.depth is not None:
             place[:, : self.queries, 0] = self.depth
         place.sort(-1)  # values are told in the order of the text

@@ -38,9 +38,9 @@ class SelectiveCopy:
         check(self.vocab_size >= 4, f"selective copy: vocab_size is {self.vocab_size}; give at least 4")
 
     def draw(self, count: int, key: Key) -> Batch:
-        chance, n, room = key.generator(), self.symbols, self.length - self.symbols
-        place = np.sort(distinct_places(chance, room, count, n), 1)
-        symbols = chance.integers(2, self.vocab_size, (count, n))
+        rng, n, room = key.generator(), self.symbols, self.length - self.symbols
+        place = np.sort(distinct_places(rng, room, count, n), 1)
+        symbols = rng.integers(2, self.vocab_size, (count, n))
         tokens = np.zeros((count, self.length), np.int64)
         np.put_along_axis(tokens, place, symbols, 1)
         tokens[:, room:] = 1
@@ -51,6 +51,6 @@ class SelectiveCopy:
         return batch(tokens, labels, gap=gap)
 
 
-def distinct_places(chance: np.random.Generator, room: int, rows: int, count: int) -> np.ndarray:
+def distinct_places(rng: np.random.Generator, room: int, rows: int, count: int) -> np.ndarray:
     """[rows, count] different places in [0, room)."""
-    return np.argpartition(chance.random((rows, room)), count - 1, 1)[:, :count]
+    return np.argpartition(rng.random((rows, room)), count - 1, 1)[:, :count]

@@ -3,7 +3,7 @@
     tokens   push 3 a  push 7 b  push 3 c  pop 3 c  pop 7 b  pop 3 a
     labels   .    . .  .    . .  .    . .  .   c .  .   b .  .   a .
 
-Which stack is random; a stack that is empty is pushed, another is pushed or popped with equal chance. What lies below
+Which stack is random; a stack that is empty is pushed, another is pushed or popped with equal rng. What lies below
 must come back when what lies above is gone: writing is not enough, the memory must edit. Slices: the depth of the stack
 that is popped, and the operations since the element was pushed.
 Source: Kimi Linear, arXiv:2510.26692, section 5.1 (64 stacks).
@@ -43,10 +43,10 @@ class Stack:
         return 3 + self.stacks + self.elements
 
     def draw(self, count: int, key: Key) -> Batch:
-        chance, ops = key.generator(), self.length // 3
-        which = chance.integers(self.stacks, size=(ops, count))
-        element = chance.integers(self.elements, size=(ops, count))
-        wants_pop = (chance.random((ops, count)) < 0.5).T.flatten()
+        rng, ops = key.generator(), self.length // 3
+        which = rng.integers(self.stacks, size=(ops, count))
+        element = rng.integers(self.elements, size=(ops, count))
+        wants_pop = (rng.random((ops, count)) < 0.5).T.flatten()
 
         # All stacks of all sequences side by side, and their first operations, their second ones, ... one after another.
         stack = (which + self.stacks * np.arange(count)).T.flatten()

@@ -66,15 +66,15 @@ class StateTracking:
         return {"parity": 2, "modular": self.modulus, "group": len(permutations(self.degree)[0])}[self.kind]
 
     def draw(self, count: int, key: Key) -> Batch:
-        chance, shape = key.generator(), (count, self.length)
+        rng, shape = key.generator(), (count, self.length)
         place = np.arange(self.length)
         if self.kind != "group":
-            tokens = chance.integers(self.vocab_size, size=shape)
+            tokens = rng.integers(self.vocab_size, size=shape)
             return batch(tokens, tokens.cumsum(1) % self.vocab_size, position=place)
         every, table = permutations(self.degree)
         swaps = np.flatnonzero((every != np.arange(self.degree)).sum(1) == 2)
         letters = swaps if self.letters == "swaps" else np.arange(len(every))
-        tokens = letters[chance.integers(len(letters), size=shape)]
+        tokens = letters[rng.integers(len(letters), size=shape)]
         labels, state = np.empty(shape, np.int64), np.zeros(count, np.int64)  # permutation 0 moves nothing
         for t in range(self.length):
             state = table[state, tokens[:, t]]

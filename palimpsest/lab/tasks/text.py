@@ -34,10 +34,10 @@ def library(paths: tuple[str, ...], include: tuple[str, ...] = ("*",)) -> dict[s
     }
 
 
-def windows(chance: np.random.Generator, text: np.ndarray, count: int, length: int) -> np.ndarray:
+def windows(rng: np.random.Generator, text: np.ndarray, count: int, length: int) -> np.ndarray:
     """[count, length] bytes from random places of the text."""
     check(len(text) > length, f"text: it holds {len(text)} bytes, too few for length {length}; give more text")
-    start = chance.integers(len(text) - length, size=count)
+    start = rng.integers(len(text) - length, size=count)
     return text[start[:, None] + np.arange(length)].astype(np.int64)
 
 
