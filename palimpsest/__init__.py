@@ -5,6 +5,7 @@ explainer start before torch does. Beside them stand three rooms: `palimpsest.ge
 `palimpsest.train` (training) and `palimpsest.testing` (judge a kernel of your own).
 """
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -60,7 +61,9 @@ if TYPE_CHECKING:
 def __getattr__(name: str):
     if name not in _HOME:
         raise AttributeError(f"module 'palimpsest' has no attribute {name!r}; it has {', '.join(__all__)}")
-    module = import_module(f"palimpsest.{_HOME[name]}")
+    with warnings.catch_warnings():  # torch, as it is imported, where there is no NumPy: nothing here needs it
+        warnings.filterwarnings("ignore", "Failed to initialize NumPy", UserWarning)
+        module = import_module(f"palimpsest.{_HOME[name]}")
     value = module if name in _ROOMS else getattr(module, name)
     globals()[name] = value
     return value

@@ -1,7 +1,5 @@
 """Decoding by CUDA graphs: the plain decoder's tokens, without a wait for the device, the same bits twice."""
 
-import warnings
-
 import pytest
 import torch
 
@@ -50,19 +48,14 @@ def test_texts_stop_as_they_do_in_the_plain_decoder(model):
     assert "stop" in ours.reasons
 
 
-def test_a_step_never_waits(model):
+def test_a_step_never_waits(model, never_waiting):
     with torch.no_grad():
         start = prefill(model, PROMPTS)
         for graph in (False, True):
             session = DecodeSession(model, start, Sampling(0.8, top_p=0.9), [1, 2, 3, 4], capacity=64, graph=graph)
             session.step_()
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*prototype.*")
-                torch.cuda.set_sync_debug_mode("error")
-                try:
-                    session.step_()
-                finally:
-                    torch.cuda.set_sync_debug_mode("default")
+            with never_waiting():
+                session.step_()
 
 
 def test_rooms_are_made_anew_when_a_context_outgrows_them(model, monkeypatch):

@@ -329,15 +329,12 @@ def test_side_streams_and_autocast():
     torch.testing.assert_close(output, expected, rtol=0, atol=0)
 
 
-def test_packed_calls_never_wait_for_the_gpu():
+def test_packed_calls_never_wait_for_the_gpu(never_waiting):
     q, k, v, g, beta, _ = drawn(300, torch.bfloat16, B=1)
     borders = torch.tensor([0, 100, 300], device="cuda", dtype=torch.int32)
     kda(q, k, v, g, beta, cu_seqlens=borders)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with never_waiting():
         kda(q, k, v, g, beta, cu_seqlens=borders)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.skipif(not HOPPER, reason="beyond 2^31 elements, on a GPU with room for them")

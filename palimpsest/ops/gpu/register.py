@@ -318,14 +318,7 @@ def _family(name: str, refuses, hopper: bool) -> Backend:
     return Backend(name, refuses, core=core, kda=kda, kda_from_logits=kda_from_logits, dplr=dplr, starts_empty=True)
 
 
-def _is_installed(package: str) -> bool:
-    try:
-        return find_spec(package) is not None
-    except ImportError:  # of a finder that somebody has put in to say no
-        return False
-
-
-_HAS_TRITON = _is_installed("triton")  # asked once: torch.compile would trace the question
+_HAS_TRITON = find_spec("triton") is not None  # asked once: torch.compile would trace the question
 
 
 def _refuses(problem: Problem) -> str | None:
