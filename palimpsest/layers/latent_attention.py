@@ -115,7 +115,7 @@ class MultiHeadLatentAttention(nn.Module):
             starts_N.clamp(0, x.shape[1]).cummax(0).values
         )  # whatever they are, no kernel reads beyond the tokens
         tokens_T = torch.arange(x.shape[1], device=x.device, dtype=torch.int32)
-        position_T = tokens_T - starts_N[torch.bucketize(tokens_T, starts_N[1:], right=True)]
+        position_T = tokens_T - starts_N[torch.bucketize(tokens_T, starts_N, right=True) - 1]
         q_1THC, latent_1TC = self._project(x, position_T[None])
         if q_1THC.dtype not in (torch.bfloat16, torch.float16):
             return self.forward(x, cu_seqlens=cu_seqlens)[0]

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from palimpsest.ops.arguments import state_dtype
 
 IGNORED = -100
-CHUNK_BYTES = {"cpu": 1 << 25, "cuda": 1 << 28}  # of logits: a CPU's cache, and a GPU's products at full speed
+CHUNK_BYTES = {"cpu": 1 << 25, "cuda": 1 << 29}  # of logits: a CPU's cache, and a GPU's products at full speed
 
 
 def law(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:

@@ -138,7 +138,7 @@ def _has_kernel(xs: Sequence[Tensor], states: Sequence[Tensor] | None) -> bool:
 def _places(borders: Tensor, T: int) -> tuple[Tensor, Tensor]:
     """Of each of T packed tokens: its distance from the first of its sequence, and which sequence that is."""
     tokens = torch.arange(T, device=borders.device)
-    sequence = torch.bucketize(tokens, borders[1:], right=True)
+    sequence = torch.bucketize(tokens, borders, right=True) - 1
     return tokens - borders[sequence], sequence
 
 

@@ -50,7 +50,7 @@ def _place(ages, rows, t, batch, at_T, in_T, PACKED: tl.constexpr):
     return t, tl.zeros_like(t).to(tl.int64) + batch
 
 
-@triton.jit(do_not_specialize=["T", "D0", "D1", "D2"])
+@triton.jit(do_not_specialize=["T"])  # a width divisible by 16 makes masks, and so loads, 16 bytes wide
 def forward_kernel(
     x0, x1, x2, weight0, weight1, weight2, state0, state1, state2, y0, y1, y2, ages, rows, T, D0, D1, D2,
     stride0, stride1, stride2,
@@ -72,7 +72,7 @@ def forward_kernel(
     tl.store(y + at_T[:, None] * D + d[None, :], y_TD.to(y.dtype.element_ty), mask=in_T[:, None] & in_D[None, :])
 
 
-@triton.jit(do_not_specialize=["T", "D"])
+@triton.jit(do_not_specialize=["T"])
 def backward_kernel(
     x, weight, state, dy, dx, d_weight, ages, rows, T, D, x_stride, dy_stride,
     W: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -141,5 +141,5 @@ def backward(
                 W=W, STATE=bool(states), PACKED=ages is not None, BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D, num_warps=4,
             )  # fmt: skip
         dxs.append(dx)
-        d_weights.append(parts.sum((0, 1)).mT.to(weight.dtype))
+        d_weights.append(parts.sum((0, 1)).mT.to(weight.dtype).contiguous())  # as the operator promises
     return dxs, d_weights
