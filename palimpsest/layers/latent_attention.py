@@ -24,7 +24,7 @@ from palimpsest.layers.linears import apply_linears
 from palimpsest.layers.norms import RMSNorm
 from palimpsest.layers.padding import check_input, check_rows, check_sizes, dtype_of, pack, unpack
 from palimpsest.layers.precision import float32
-from palimpsest.ops.decode import latent_step
+from palimpsest.ops.decode import latent_layer_step_, latent_step
 from palimpsest.ops.packing import borders
 
 ABSORB_UP_TO = (
@@ -135,6 +135,12 @@ class MultiHeadLatentAttention(nn.Module):
         check_rows(x[..., 0], mask, None)
         if isinstance(state, LatentCache):
             q_BX, latent_BC = apply_linears([x, x], [self.q_proj, self.kv_a_proj_with_mqa])
+            if self.rope is None and mask is None:
+                y_BX = latent_layer_step_(
+                    q_BX, latent_BC, self.kv_a_layernorm.weight, self._head_weights(), state.rows, state.length,
+                    eps=self.kv_a_layernorm.eps,
+                )  # fmt: skip
+                return apply_linears([y_BX], [self.o_proj])[0], state
             q_BTHC, latent_BTC = self._positioned(q_BX[:, None], latent_BC[:, None], state.length[:, None])
             state.append_(latent_BTC[:, 0], mask)
             read_BTHR = latent_step(self._to_latent(q_BTHC), state.rows, state.length, value_dim=self.R)

@@ -4,6 +4,7 @@
     add_norm              the residual stream takes up what a layer adds, normalised for the next
     memory_layer_step_    KDA between its projections
     latent_step           latent attention over a cache with room
+    latent_layer_step_    latent attention between its projections
     route, experts        a mixture of experts that reads the chosen experts' weights alone
 
 Each is a few lines of plain PyTorch here, the law of its kernel. No function looks at numbers on the host or makes a
@@ -203,6 +204,37 @@ def latent_step(q: Tensor, rows: Tensor, length: Tensor, *, value_dim: int, form
     hidden_BTS = torch.arange(S, device=q.device) >= until_BT[..., None]
     weights = scores.masked_fill(hidden_BTS[:, :, None], -torch.inf).softmax(-1).to(rows.dtype)
     return torch.einsum("bths,bsr->bthr", weights, rows[..., :value_dim])
+
+
+def latent_layer_step_(
+    q: Tensor, latent: Tensor, norm: Tensor, weights: Tensor, rows: Tensor, length: Tensor, *, eps: float = 1e-6,
+    form: Form = "auto",
+) -> Tensor:  # fmt: skip
+    """One token through a latent attention layer without positions, from its projections in to its projection out.
+
+    Args:
+        q: [B, H (N + P)], as projected.
+        latent: [B, R + P], as projected; its first R channels are still to be normalised.
+        norm: [R], the weight of that norm; eps within its root.
+        weights: [H, N + V, R], keys and values of each head from the latent, contiguous.
+        rows: [B, S, R + P], the cache with its room, finite everywhere; the new row is written in place.
+        length: [B], int64, rows filled before; one more afterwards. Beyond S the last row is overwritten.
+
+    Returns:
+        [B, H V] in q's dtype.
+    """
+    if fused(q, form):
+        return torch.ops.palimpsest_gpu.latent_layer_step_(q, latent, norm, weights, rows, length, eps)
+    (B, S, C), (H, _, R) = rows.shape, weights.shape
+    q = q.view(B, H, -1)
+    N = q.shape[-1] - (C - R)
+    new = torch.cat((F.rms_norm(latent[:, :R], (R,), norm.to(latent.dtype), eps), latent[:, R:]), -1)
+    rows.index_put_((torch.arange(B, device=q.device), length.clamp(max=S - 1)), new)
+    length.add_(1)
+    against = torch.cat((torch.einsum("bhn,hnr->bhr", q[..., :N], weights[:, :N]), q[..., N:]), -1)
+    against = against * q.shape[-1] ** -0.5
+    read = latent_step(against[:, None], rows, length, value_dim=R, form=form)[:, 0]
+    return torch.einsum("bhr,hvr->bhv", read, weights[:, N:]).flatten(1)
 
 
 def route(

@@ -21,7 +21,9 @@ def to(dtype, x):
         return SoftplusDecay(to(dtype, x.A_log), to(dtype, x.dt_bias))
     if isinstance(x, SigmoidDecay):
         return SigmoidDecay(to(dtype, x.A_log), to(dtype, x.dt_bias), x.floor)
-    return x.to(dtype, copy=True) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+    if isinstance(x, torch.Tensor):
+        return x.to(dtype, copy=True) if x.is_floating_point() else x.clone()
+    return x
 
 
 def assert_is_the_law(function, *inputs, also=(), cpu=True, **options):
@@ -141,3 +143,20 @@ def test_a_named_form_never_falls_back():
     assert decode.refusal(torch.ones(1))
     with pytest.raises(ValueError, match="form 'cpu' cannot run memory_layer_step_ on torch.float64"):
         decode.memory_layer_step_(*to(torch.float64, list(memory_inputs())), form="cpu")
+
+
+@pytest.mark.parametrize(
+    ("H", "N", "P", "V", "R", "S", "lengths"),
+    [(2, 16, 8, 16, 32, 70, [0, 33, 69]), (3, 24, 0, 40, 24, 40, [16]), (17, 4, 4, 4, 16, 9, [8, 9])],
+)
+def test_latent_layer_step(H, N, P, V, R, S, lengths):
+    B = len(lengths)
+    inputs = drawn(B, H * (N + P)), drawn(B, R + P), drawn(R), drawn(H, N + V, R), drawn(B, S, R + P)
+    assert_is_the_law(decode.latent_layer_step_, *inputs, torch.tensor(lengths, device=DEVICE), also=(4, 5))
+
+
+def test_a_latent_cache_grows_by_the_row_it_was_given():
+    lengths = torch.tensor([0, 3], device=DEVICE)
+    inputs = drawn(2, 2 * 8), drawn(2, 16 + 4), drawn(16), drawn(2, 8, 16), drawn(2, 4, 16 + 4)
+    decode.latent_layer_step_(*inputs, lengths, form="triton")
+    assert lengths.tolist() == [1, 4]

@@ -16,6 +16,10 @@ _LIB.define(
 )
 _LIB.define("latent_step(Tensor q, Tensor rows, Tensor length, int value_dim) -> Tensor")
 _LIB.define(
+    "latent_layer_step_(Tensor q, Tensor latent, Tensor norm, Tensor weights, Tensor(a!) rows, Tensor(b!) length, "
+    "float eps) -> Tensor"
+)
+_LIB.define(
     "route(Tensor logits, Tensor bias, int k, float scaling, bool renormalize, bool biased) -> (Tensor, Tensor)"
 )
 _LIB.define(
@@ -105,6 +109,28 @@ def _latent_step(q: Tensor, rows: Tensor, length: Tensor, value_dim: int) -> Ten
     return latent_step.latent_step(q, rows, length, value_dim)
 
 
+def _latent_layer_step_(
+    q: Tensor, latent: Tensor, norm: Tensor, weights: Tensor, rows: Tensor, length: Tensor, eps: float
+) -> Tensor:
+    from palimpsest.ops.gpu.triton import latent_step
+
+    (B, S, C), (H, X, R) = rows.shape, weights.shape
+    P = C - R
+    N = q.shape[1] // H - P
+    if P < 0 or not 1 <= N < X or not S:
+        raise ValueError(
+            f"q of shape {tuple(q.shape)}, weights {tuple(weights.shape)} and rows {tuple(rows.shape)} leave {P} position, "
+            f"{N} key and {X - N} value channels a head and {S} rows of room; expected 0, 1, 1 and 1 at least"
+        )
+    _expect("q", q, (B, H * (N + P)), q)
+    _expect("latent", latent, (B, C), q)
+    _expect("norm", norm, (R,), q, norm.dtype)
+    _expect("weights", weights, (H, X, R), q)
+    _expect("rows", rows, (B, S, C), q)
+    _expect("length", length, (B,), q, torch.int64)
+    return latent_step.latent_layer_step_(q, latent, norm, weights, rows, length, eps)
+
+
 def _route(logits: Tensor, bias: Tensor, k: int, scaling: float, renormalize: bool, biased: bool):
     from palimpsest.ops.gpu.triton import experts_step
 
@@ -147,6 +173,7 @@ for _name, _run in (
     ("add_norm", _add_norm),
     ("memory_layer_step_", _memory_layer_step_),
     ("latent_step", _latent_step),
+    ("latent_layer_step_", _latent_layer_step_),
     ("route", _route),
     ("experts_step", _experts_step),
 ):

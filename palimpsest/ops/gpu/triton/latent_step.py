@@ -1,11 +1,13 @@
 """Latent attention of one or a few new tokens over a cache with room: the keys split, then merged.
 
-Grid      split   (sequence, tile of BLOCK_M of the T H queries, split of the keys). A split takes its share of the length
+Grid      query   (head, and one more that writes the new rows; tile of R; tile of sequences): queries against latents.
+          split   (sequence, tile of BLOCK_M of the T H queries, split of the keys). A split takes its share of the length
                   that it reads on the device, so one grid serves every length.
-          merge   (sequence x query).
+          merge   (sequence x query), or
+          values  (head, tile of V, tile of sequences): merged, and then each head's values.
 Holds     split   BLOCK_M x R sums in fp32; a tile of rows is read once, as keys and as values.
 Bound     by the rows' bytes: 2 (R + P) a token and sequence in half precision.
-Answers   to ops/decode.py, `latent_step`.
+Answers   to ops/decode.py, `latent_step` and `latent_layer_step_`.
 """
 
 import torch
@@ -77,8 +79,121 @@ def latent_merge_kernel(
     tl.store(out + row * R + r, (sum_R / tl.sum(total_X, 0)).to(out.dtype.element_ty), mask=r < R)
 
 
+@triton.jit(do_not_specialize=["B", "S"])
+def latent_query_kernel(
+    q, latent, norm, weights, rows, length, out, B, S, scale, eps,
+    H: tl.constexpr, N: tl.constexpr, P: tl.constexpr, V: tl.constexpr, R: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr, WHOLE_R: tl.constexpr, BLOCK_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    C: tl.constexpr = R + P
+    head, tile = tl.program_id(0), tl.program_id(1)
+    b = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    in_B = b < B
+    p = tl.arange(0, BLOCK_P)
+    if head < H:
+        n, r = tl.arange(0, BLOCK_N), tile * BLOCK_R + tl.arange(0, BLOCK_R)
+        q_at = (b * H + head)[:, None] * (N + P)
+        q_MN = tl.load(q + q_at + n[None, :], mask=in_B[:, None] & (n < N)[None, :], other=0.0)
+        w_at = (head * (N + V) + n)[:, None] * R + r[None, :]
+        w_NR = tl.load(weights + w_at, mask=(n < N)[:, None] & (r < R)[None, :], other=0.0)
+        q_MR = tl.dot(q_MN, w_NR, input_precision=PRECISION) * scale
+        out_at = (b * H + head)[:, None] * C
+        tl.store(out + out_at + r[None, :], q_MR.to(out.dtype.element_ty), mask=in_B[:, None] & (r < R)[None, :])
+        if tile == 0:
+            in_MP = in_B[:, None] & (p < P)[None, :]
+            q_MP = tl.load(q + q_at + N + p[None, :], mask=in_MP, other=0.0).to(tl.float32) * scale
+            tl.store(out + out_at + R + p[None, :], q_MP.to(out.dtype.element_ty), mask=in_MP)
+    elif tile == 0:
+        r = tl.arange(0, WHOLE_R)
+        in_MR, in_MP = in_B[:, None] & (r < R)[None, :], in_B[:, None] & (p < P)[None, :]
+        held_M = tl.load(length + b, mask=in_B, other=0)
+        to = (b.to(tl.int64) * S + tl.minimum(held_M, S - 1))[:, None] * C
+        x_MR = tl.load(latent + b[:, None] * C + r[None, :], mask=in_MR, other=0.0).to(tl.float32)
+        x_MR *= tl.rsqrt(tl.sum(x_MR * x_MR, 1) / R + eps)[:, None]
+        x_MR *= tl.load(norm + r, mask=r < R, other=0.0).to(tl.float32)[None, :]
+        x_MP = tl.load(latent + b[:, None] * C + R + p[None, :], mask=in_MP, other=0.0)
+        tl.store(rows + to + r[None, :], x_MR.to(rows.dtype.element_ty), mask=in_MR)
+        tl.store(rows + to + R + p[None, :], x_MP, mask=in_MP)
+        tl.debug_barrier()  # every thread has read the length before one writes it
+        tl.store(length + b, held_M + 1, mask=in_B)
+
+
+@triton.jit(do_not_specialize=["B", "SPLITS"])
+def latent_values_kernel(
+    read, largest, total, weights, y, B, SPLITS,
+    H: tl.constexpr, N: tl.constexpr, V: tl.constexpr, R: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_X: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    head, v = tl.program_id(0), tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    b = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    in_B, x = b < B, tl.arange(0, BLOCK_X)
+    row_M = (b.to(tl.int64) * H + head) * SPLITS
+    in_MX = in_B[:, None] & (x < SPLITS)[None, :]
+    largest_MX = tl.load(largest + row_M[:, None] + x[None, :], mask=in_MX, other=float("-inf"))
+    top_M = tl.max(largest_MX, 1)
+    top_M = tl.where(top_M == float("-inf"), 0.0, top_M)
+    total_MX = tl.load(total + row_M[:, None] + x[None, :], mask=in_MX, other=0.0)
+    total_M = tl.sum(total_MX * tl.exp2(largest_MX - top_M[:, None]), 1)
+    y_MV = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
+    for start in range(0, R, BLOCK_R):
+        r = start + tl.arange(0, BLOCK_R)
+        in_MR = in_B[:, None] & (r < R)[None, :]
+        sum_MR = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+        for i in range(0, SPLITS):
+            fade_M = tl.exp2(tl.load(largest + row_M + i, mask=in_B, other=float("-inf")) - top_M)
+            sum_MR += fade_M[:, None] * tl.load(read + (row_M + i)[:, None] * R + r[None, :], mask=in_MR, other=0.0)
+        read_MR = (sum_MR / tl.where(in_B, total_M, 1.0)[:, None]).to(weights.dtype.element_ty)
+        w_at = (head * (N + V) + N + v)[None, :] * R + r[:, None]
+        w_RV = tl.load(weights + w_at, mask=(r < R)[:, None] & (v < V)[None, :], other=0.0)
+        y_MV = tl.dot(read_MR, w_RV, y_MV, input_precision=PRECISION)
+    at = (b * H + head)[:, None] * V + v[None, :]
+    tl.store(y + at, y_MV.to(y.dtype.element_ty), mask=in_B[:, None] & (v < V)[None, :])
+
+
+def latent_layer_step_(
+    q: Tensor, latent: Tensor, norm: Tensor, weights: Tensor, rows: Tensor, length: Tensor, eps: float
+) -> Tensor:
+    """q [B, H (N + P)], latent [B, R + P], norm [R], weights [H, N + V, R], rows [B, S, R + P], length [B] int64, all
+    contiguous; rows and length are edited in place -> [B, H V]."""
+    (B, S, C), (H, X, R) = rows.shape, weights.shape
+    P = C - R
+    N = q.shape[1] // H - P
+    V = X - N
+    wide = q.dtype == torch.float32
+    precision = "ieee" if wide else "tf32"
+    absorbed, y = q.new_empty(B, 1, H, C), q.new_empty(B, H * V)
+    block_r = min(64 if wide else 128, max(16, triton.next_power_of_2(R)))
+    latent_query_kernel[(H + 1, triton.cdiv(R, block_r), triton.cdiv(B, 16))](
+        q, latent, norm, weights, rows, length, absorbed, B, S, (N + P) ** -0.5, eps, H=H, N=N, P=P, V=V, R=R,
+        BLOCK_N=max(16, triton.next_power_of_2(N)), BLOCK_P=max(16, triton.next_power_of_2(max(P, 1))), BLOCK_R=block_r,
+        WHOLE_R=triton.next_power_of_2(R), BLOCK_M=16, PRECISION=precision, num_warps=4,
+    )  # fmt: skip
+    read, largest, total, splits = split(absorbed, rows, length, R)
+    block_v = 32
+    latent_values_kernel[(H, triton.cdiv(V, block_v), triton.cdiv(B, 16))](
+        read, largest, total, weights, y, B, splits, H=H, N=N, V=V, R=R, BLOCK_V=block_v, BLOCK_R=block_r,
+        BLOCK_X=max(2, triton.next_power_of_2(splits)), BLOCK_M=16, PRECISION=precision, num_warps=4,
+    )  # fmt: skip
+    return y
+
+
 def latent_step(q: Tensor, rows: Tensor, length: Tensor, value_dim: int, splits: int = 0) -> Tensor:
     """q [B, T, H, C], rows [B, S, C], contiguous; length [B] int64, T at least -> [B, T, H, R] in q's dtype."""
+    B, T, H, _ = q.shape
+    read, largest, total, splits = split(q, rows, length, value_dim, splits)
+    out = q.new_empty(B, T, H, value_dim)
+    latent_merge_kernel[(B * T * H,)](
+        read, largest, total, out, splits, R=value_dim, BLOCK_R=max(16, triton.next_power_of_2(value_dim)),
+        BLOCK_X=triton.next_power_of_2(splits), num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def split(
+    q: Tensor, rows: Tensor, length: Tensor, value_dim: int, splits: int = 0
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """What each split of the keys reads, [B, T H, splits, R] fp32, its largest score and its sum of weights."""
     (B, T, H, C), S, R = q.shape, rows.shape[1], value_dim
     wide = q.dtype == torch.float32
     block_m, block_s = (16 if T * H <= 16 else 32), (16 if wide else 32)
@@ -86,14 +201,11 @@ def latent_step(q: Tensor, rows: Tensor, length: Tensor, value_dim: int, splits:
     splits = splits or max(1, min(64, triton.cdiv(264, tiles), triton.cdiv(S, 2 * block_s)))
     largest, total = (q.new_empty(B, T * H, splits, dtype=torch.float32) for _ in range(2))
     read = q.new_empty(B, T * H, splits, R, dtype=torch.float32)
-    out = q.new_empty(B, T, H, R)
     block_r = max(16, triton.next_power_of_2(R))
     latent_split_kernel[(B, triton.cdiv(T * H, block_m), splits)](
         q, rows, length, read, largest, total, S, splits, T=T, H=H, R=R, P=C - R, BLOCK_M=block_m, BLOCK_S=block_s,
         BLOCK_R=block_r, BLOCK_P=max(16, triton.next_power_of_2(max(C - R, 1))),
-        PRECISION="ieee" if wide else "tf32", num_warps=8 if block_m * block_r > 8192 else 4, num_stages=1 if wide else 2,
+        PRECISION="ieee" if wide else "tf32", num_warps=8 if block_m * block_r > 8192 else 4,
+        num_stages=1 if wide else 2,
     )  # fmt: skip
-    latent_merge_kernel[(B * T * H,)](
-        read, largest, total, out, splits, R=R, BLOCK_R=block_r, BLOCK_X=triton.next_power_of_2(splits), num_warps=4
-    )
-    return out
+    return read, largest, total, splits
