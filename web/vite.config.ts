@@ -2,12 +2,12 @@ import { createHash } from "node:crypto";
 import { existsSync, readdirSync, readFileSync } from "node:fs";
 import { join } from "node:path";
 import katex from "katex";
-import { defineConfig, type Plugin } from "vite";
+import { defineConfig, type Plugin, type UserConfig } from "vite";
 
 /** Formulas in index.html, `<x-tex>...</x-tex>`, become HTML and MathML here, so that no renderer travels to the page. */
 function formulas(): Plugin {
   const render = (_: string, display: string, tex: string) =>
-    katex.renderToString(tex.trim().replaceAll("&amp;", "&"), {
+    katex.renderToString(explained(tex.trim().replaceAll("&amp;", "&")), {
       displayMode: display !== "",
       trust: true, // \htmlClass marks the terms that light up
       strict: false,
@@ -18,6 +18,36 @@ function formulas(): Plugin {
     transformIndexHtml: {
       order: "pre",
       handler: (html) => html.replace(/<x-tex( display)?>([\s\S]*?)<\/x-tex>/g, (m, d, t) => render(m, d ?? "", t)),
+    },
+  };
+}
+
+/** The letters of the law carry the names under which terms.ts explains them. */
+const LETTERS: [RegExp, string][] = [
+  [/\\alpha(_t)?/g, "alpha"],
+  [/\\beta(_t)?/g, "beta"],
+  [/(?<![\\w{])S_(\{t-1\}|t)/g, "S"],
+  [/(?<![\\a-zA-Z])k_t/g, "k"],
+  [/(?<![\\a-zA-Z])v_t/g, "v"],
+  [/(?<![\\a-zA-Z])q_t/g, "q"],
+  [/(?<![\\a-zA-Z])o_t/g, "o"],
+];
+
+function explained(tex: string): string {
+  return LETTERS.reduce((text, [letter, term]) => text.replace(letter, (found) => `\\htmlData{term=${term}}{${found}}`), tex);
+}
+
+/** A page opened from a folder may load no modules, and nothing that asks for another origin's leave: plain tags do. */
+function plainTags(): Plugin {
+  return {
+    name: "plain-tags",
+    transformIndexHtml: {
+      order: "post",
+      handler: (html) =>
+        html
+          .replace(/<script type="module" crossorigin src=/g, "<script defer src=")
+          .replace(/<link rel="modulepreload"[^>]*>\s*/g, "")
+          .replace(/ crossorigin/g, ""),
     },
   };
 }
@@ -75,24 +105,27 @@ function licences(): string {
   return "This page contains the following works.\n\n" + parts.join(`\n\n${"-".repeat(80)}\n\n`) + "\n";
 }
 
-export default defineConfig({
-  base: "./",
-  plugins: [formulas(), fewerFonts(), record()],
-  server: { proxy: { "/api": "http://127.0.0.1:8123" } },
-  build: {
-    outDir: "../palimpsest/explainer/static",
-    emptyOutDir: true,
-    assetsInlineLimit: 0,
-    modulePreload: { polyfill: false },
-    target: "es2022",
-    rollupOptions: {
-      input: { index: "index.html", law: "src/law.ts", safetensors: "src/safetensors.ts" }, // two apart, so that they can be checked by themselves
-      preserveEntrySignatures: "strict",
-      output: {
-        entryFileNames: "assets/[name].js",
-        chunkFileNames: "assets/[name].js",
-        assetFileNames: "assets/[name][extname]",
+const output = {
+  entryFileNames: "assets/[name].js",
+  chunkFileNames: "assets/[name].js",
+  assetFileNames: "assets/[name][extname]",
+};
+const shared = { outDir: "../palimpsest/explainer/static", assetsInlineLimit: 0, modulePreload: { polyfill: false }, target: "es2022" };
+
+/** The page, as one classic script; and, `--mode law`, the law apart, so that it can be checked by itself. */
+export default defineConfig(({ mode }): UserConfig =>
+  mode === "law"
+    ? {
+        publicDir: false,
+        build: {
+          ...{ ...shared, emptyOutDir: false },
+          rollupOptions: { input: { law: "src/law.ts" }, preserveEntrySignatures: "strict" as const, output },
+        },
+      }
+    : {
+        base: "./",
+        plugins: [formulas(), fewerFonts(), record(), plainTags()],
+        server: { proxy: { "/api": "http://127.0.0.1:8123" } },
+        build: { ...shared, emptyOutDir: true, cssCodeSplit: false, rollupOptions: { input: { index: "index.html" }, output: { ...output, format: "iife" as const } } },
       },
-    },
-  },
-});
+);

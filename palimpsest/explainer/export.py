@@ -1,8 +1,12 @@
-"""The page as a static site: the built files, and traces computed now. It can lie on any web server, or on none's network.
+"""The page as a static site: the built files, and traces computed now. It can lie on any web server, and opens from a folder.
+
+Everything that is not a picture of the page itself travels in one script, data.js: a page opened by a double click may
+run scripts that lie beside it, and fetch nothing.
 
 FOLDER/export.json says which files an export wrote, with their digests: a later export replaces those and no others.
 """
 
+import base64
 import hashlib
 import json
 import os
@@ -16,6 +20,7 @@ from palimpsest.explainer.code import code
 from palimpsest.explainer.server import EXAMPLES, STATIC, Library
 
 LIVE, EXPORTED = '<meta name="palimpsest" content="live"', '<meta name="palimpsest" content="export"'
+SCRIPT = "<script defer src="
 MANIFEST = "export.json"
 BEATS = (
     "decayed",
@@ -65,28 +70,32 @@ def export(
         page = site / "index.html"
         text = page.read_text(encoding="utf-8")
         assert LIVE in text, "the built page has lost its mark"
-        page.write_text(text.replace(LIVE, EXPORTED), encoding="utf-8")
-        data = site / "data"
-        data.mkdir()
+        assert SCRIPT in text, "the built page has lost its script"
+        data = f'<script defer src="./data.js"></script>\n    {SCRIPT}'
+        page.write_text(text.replace(LIVE, EXPORTED).replace(SCRIPT, data, 1), encoding="utf-8")
+        files = {"first.safetensors": (site / "first.safetensors").read_bytes()}
         heads = [(layer, head) for layer in model.watchable() for head in range(model.model.config.linear_num_heads)]
         total = len(sentences) * len(heads)
         for i, sentence in enumerate(sentences):
-            (data / f"order-{i}.safetensors").write_bytes(to_safetensors(scenes.order(model, sentence)))
-            (data / f"heads-{i}.safetensors").write_bytes(to_safetensors(scenes.heads(model, sentence)))
+            files[f"data/order-{i}.safetensors"] = to_safetensors(scenes.order(model, sentence))
+            files[f"data/answers-{i}.safetensors"] = to_safetensors(scenes.answers(model, sentence))
+            files[f"data/heads-{i}.safetensors"] = to_safetensors(scenes.heads(model, sentence))
             for j, (layer, head) in enumerate(heads):
                 scene = scenes.sentence(model, sentence, layer, head)
                 if j == 0:
-                    (data / f"next-{i}.json").write_text(json.dumps(scene["next"]), encoding="utf-8")
+                    files[f"data/next-{i}.json"] = json.dumps(scene["next"]).encode()
                 kept = {name: value for name, value in scene.items() if name not in BEATS}
-                (data / f"sentence-{i}-{layer}-{head}.safetensors").write_bytes(to_safetensors(kept))
+                files[f"data/sentence-{i}-{layer}-{head}.safetensors"] = to_safetensors(kept)
                 report(i * len(heads) + j + 1, total)
         for name in scenes.WORKED:
             kept = {k: x for k, x in scenes.worked(name).items() if k not in BEATS}
-            (data / f"worked-{name}.safetensors").write_bytes(to_safetensors(kept))
-        (data / "hybrid.safetensors").write_bytes(to_safetensors(scenes.hybrid()))
+            files[f"data/worked-{name}.safetensors"] = to_safetensors(kept)
+        files["data/hybrid.safetensors"] = to_safetensors(scenes.hybrid())
         about = library.about() | {"examples": list(sentences)}
-        (data / "about.json").write_text(json.dumps(about), encoding="utf-8")
-        (data / "code.json").write_text(json.dumps(code()), encoding="utf-8")
+        files["data/about.json"] = json.dumps(about).encode()
+        files["data/code.json"] = json.dumps(code()).encode()
+        packed = json.dumps({name: base64.b64encode(content).decode() for name, content in files.items()})
+        (site / "data.js").write_text(f"globalThis.PALIMPSEST = {packed};\n", encoding="utf-8")
         _replace(folder, site)
     except OSError as error:
         raise ValueError(f"{str(folder)!r} cannot be written ({error.strerror}); give another folder") from error

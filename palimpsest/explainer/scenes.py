@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import unicodedata
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,7 +23,7 @@ from torch import Tensor
 from palimpsest.layers.kimi_delta_attention import KimiDeltaAttention, RecurrenceInputs
 from palimpsest.layers.latent_attention import MultiHeadLatentAttention
 from palimpsest.models.kimi_linear.config import KimiLinearConfig
-from palimpsest.models.kimi_linear.model import KimiLinearForCausalLM
+from palimpsest.models.kimi_linear.model import CausalOutput, KimiLinearForCausalLM
 from palimpsest.models.kimi_linear.model_state import ModelState
 from palimpsest.ops import chunked, reference, variants
 from palimpsest.ops.trace import trace_memory
@@ -238,6 +239,39 @@ def _scroll(q: Tensor, k: Tensor, v: Tensor) -> Scene:
     return {"answer": answer[0, :, 0], "weights": scores.masked_fill(unseen, -torch.inf).softmax(-1)}
 
 
+# The model's own answer ----------------------------------------------------------------------------------------------
+
+MAX_ANSWER = 40  # tokens
+
+
+def answers(model: Watched, text: str) -> Scene:
+    """What the model says next, token by token; and, if the text ends in a question, what it would have said to it earlier.
+
+    Args:
+        text: such as "The door is red. Now the door is blue. What colour is the door?".
+
+    Returns:
+        question: the last sentence, if it asks; else "".
+        said: the continuation of the whole text, tokens with their chances.
+        earlier: for each sentence before the question, the answer after it: the state there, forked, reads the question.
+    """
+    _, ids = model.tokens(text)
+    sentences = re.findall(r"[^.?!]+[.?!]*", text.strip())
+    question = sentences[-1].strip() if len(sentences) > 1 and sentences[-1].endswith("?") else ""
+    earlier, state = [], None
+    for i, sentence in enumerate(sentences[:-1] if question else []):
+        state = model.read(sentence if i else sentence.lstrip(), state)
+        said = model.continued(model.read(f" {question}", state))
+        earlier.append(
+            {
+                "sentence": sentence.strip(),
+                "answer": "".join(token["text"] for token in said).replace("␣", " ").strip(),
+                "chance": min(token["chance"] for token in said),
+            }
+        )
+    return {"question": question, "said": model.continued(model.read(text, None)), "earlier": earlier}
+
+
 # Chunks --------------------------------------------------------------------------------------------------------------
 
 
@@ -338,7 +372,7 @@ def order(model: Watched, text: str) -> Scene:
 
 SCENES = {  # by the names that the page asks for
     **{"worked": worked, "sentence": sentence, "heads": heads, "touch": touch, "family": family},
-    **{"chunk": chunk_of_sentence, "hybrid": hybrid, "order": order},
+    **{"chunk": chunk_of_sentence, "hybrid": hybrid, "order": order, "answers": answers},
 }
 
 
@@ -427,6 +461,24 @@ class Watched:
             [{"text": self._label(i), "chance": p} for p, i in zip(values, indices)]
             for values, indices in zip(best.values.tolist(), best.indices.tolist())
         ]
+
+    def read(self, text: str, output: CausalOutput | None) -> CausalOutput:
+        """The model's output after it has read on; what it read before stays as it was."""
+        ids = torch.tensor([self.tokenizer.encode(text)])
+        with torch.no_grad():
+            return self.model(ids, state=None if output is None else output.state)
+
+    def continued(self, output: CausalOutput, most: int = MAX_ANSWER) -> list[dict]:
+        """The likeliest tokens from here on, up to the end of a sentence."""
+        said: list[dict] = []
+        while len(said) < most:
+            chance, token = output.logits[0, -1].softmax(-1).max(-1)
+            said.append({"text": self._label(int(token)), "chance": chance.item()})
+            if said[-1]["text"].endswith((".", "?", "!", "end", "\\n")):
+                break
+            with torch.no_grad():
+                output = self.model(token[None, None], state=output.state)
+        return said
 
     def last_output_moves(self, layer: int, ids: tuple[int, ...], other: tuple[int, ...]) -> float:
         block = self.model.model.layers[layer]

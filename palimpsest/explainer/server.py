@@ -32,8 +32,8 @@ MAX_CONNECTIONS = 128  # a browser opens six
 PATIENCE = 10.0  # seconds for a request to arrive
 EXAMPLES = (
     "The door is red. Now the door is blue. What colour is the door?",
+    "The door is red. The lamp is green. Now the door is blue. What colour is the lamp?",
     "Ada is in the garden. Then Ada is in the attic. Where is Ada?",
-    "Return the number of items in the list.",
 )
 HEADERS = (
     (

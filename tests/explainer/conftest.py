@@ -43,12 +43,9 @@ class Reader:
             lambda m: self.complaints.append(f"{m.type}: {m.text}") if m.type in ("error", "warning") else None,
         )
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on(
-            "request",
-            lambda r: (
-                self.complaints.append(f"left the site: {r.url}") if not r.url.startswith((url, "data:")) else None
-            ),
-        )
+        home = (url.rpartition("/")[0], "data:")
+        left = lambda r: r.url.startswith(home) or self.complaints.append(f"left the site: {r.url}")
+        self.page.on("request", left)
         self.page.goto(url)
         self.page.wait_for_selector("html[data-ready], html[data-failed]")
         self.settled()

@@ -1,5 +1,6 @@
 """The static site holds what the library computed, and is written whole or not at all."""
 
+import base64
 import hashlib
 import json
 import os
@@ -12,6 +13,14 @@ from palimpsest.explainer import scenes
 from palimpsest.explainer.export import export
 from palimpsest.explainer.scene_file import from_safetensors
 
+
+def inside(site: Path) -> dict[str, bytes]:
+    """The files in data.js, by their names."""
+    script = (site / "data.js").read_text()
+    packed = json.loads(script.removeprefix("globalThis.PALIMPSEST = ").rstrip(";\n"))
+    return {name: base64.b64decode(content) for name, content in packed.items()}
+
+
 SENTENCES = ("The door is red. Now the door is blue.",)
 
 
@@ -23,10 +32,10 @@ def test_the_site_is_whole(tmp_path, library):
     assert steps[-1] == (12, 12)
     assert all(file.is_file() for file in files)
     assert [p.name for p in tmp_path.iterdir()] == ["site"]  # nothing half-done is left beside it
-    about = json.loads((site / "data" / "about.json").read_text())
+    about = json.loads(inside(site)["data/about.json"])
     assert about["examples"] == list(SENTENCES)
     model = library.get()[1]
-    kept = from_safetensors((site / "data" / "sentence-0-2-1.safetensors").read_bytes())
+    kept = from_safetensors(inside(site)["data/sentence-0-2-1.safetensors"])
     expected = scenes.sentence(model, SENTENCES[0], 2, 1)
     for name in ("q", "k", "v", "alpha", "beta", "read", "final", "norms"):
         assert kept[name].dtype == torch.float64
@@ -39,7 +48,7 @@ def quick(monkeypatch, library):
     """Exports whose traces take no time: the files around them are what is tested."""
     calls = iter(range(1000))
     scene = lambda *arguments: {"next": [], "call": next(calls)}
-    for name in ("order", "heads", "sentence", "hybrid"):
+    for name in ("order", "answers", "heads", "sentence", "hybrid"):
         monkeypatch.setattr(scenes, name, scene)
     return lambda folder, sentences=SENTENCES: export(folder, library, sentences)
 
@@ -51,15 +60,15 @@ def contents(folder):
 def test_an_earlier_export_is_replaced(tmp_path, quick):
     site = tmp_path / "site"
     quick(site, (*SENTENCES, "Another one."))
-    before = contents(site)
+    before = inside(site)
     assert "data/order-1.safetensors" in before
     quick(site)
-    after = contents(site)
+    after = inside(site)
     assert before.keys() - after.keys() == {
-        "data/order-1.safetensors",
-        "data/heads-1.safetensors",
+        *(f"data/{name}-1.safetensors" for name in ("order", "answers", "heads")),
+        *(f"data/sentence-1-{layer}-{head}.safetensors" for layer in range(3) for head in range(4)),
         "data/next-1.json",
-    } | {f"data/sentence-1-{layer}-{head}.safetensors" for layer in range(3) for head in range(4)}
+    }
     assert before["data/hybrid.safetensors"] != after["data/hybrid.safetensors"]
     assert [p.name for p in tmp_path.iterdir()] == ["site"]
 
@@ -71,7 +80,7 @@ def foreign(site: Path, kind: str) -> None:
             (site / ".git").mkdir()
             (site / ".git" / "HEAD").write_text("ref: refs/heads/main")
         case "page of one's own":
-            (site / "data" / "mine.json").write_text("{}")
+            (site / "assets" / "mine.json").write_text("{}")
         case "changed":
             (site / "index.html").write_text("my own words")
         case "link":
@@ -130,7 +139,7 @@ def test_it_can_be_written_into_the_folder_one_is_in(tmp_path, quick, monkeypatc
     files = quick(Path("."))
     assert (Path.cwd() / "index.html").is_file()
     assert Path("index.html").is_file()
-    assert len(files) == len(contents(site)) > 30
+    assert len(files) == len(contents(site)) > 20
     assert [p.name for p in tmp_path.iterdir()] == ["site"]
 
 
@@ -150,7 +159,7 @@ def test_an_export_that_was_interrupted_can_be_made_again(tmp_path, quick, monke
         quick(site)
     assert [p.name for p in tmp_path.iterdir()] == ["site"]
     quick(site)
-    assert len(contents(site)) > 30
+    assert len(contents(site)) > 20
 
 
 def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path, library):

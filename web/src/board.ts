@@ -134,7 +134,6 @@ export class Board {
     this.drawMemory(context, frame, ratio);
     const lit = LIT[frame.beat];
     for (const name of Object.keys(NAMES) as Vector[]) {
-      context.globalAlpha = lit.includes(name) || !lit.length ? 1 : 0.32;
       this.drawVector(context, name, frame[name], lit.includes(name));
     }
     this.drawBeta(context, frame);
@@ -175,8 +174,7 @@ export class Board {
 
   private drawBeta(context: CanvasRenderingContext2D, frame: Frame): void {
     const lit = frame.beat === "erase" || frame.beat === "write";
-    context.globalAlpha = lit || frame.beat === "start" ? 1 : 0.32;
-    context.fillStyle = lit ? style.accent : style.ink;
+    context.fillStyle = lit ? style.accent : style.soft;
     context.textAlign = "center";
     context.textBaseline = "middle";
     const { v, held, q } = this.boxes;
@@ -211,7 +209,7 @@ export class Board {
       rounded(context, x, y, w, height, radius);
       if (values && cell >= 34 && Math.min(w, height) >= 30) number(context, values[i], x + w / 2, y + height / 2, Math.min(w, height) + 8, inkOn(values[i], most));
     }
-    context.fillStyle = lit ? style.accent : style.ink;
+    context.fillStyle = lit ? style.accent : style.soft;
     context.font = `${lit ? 600 : 500} 14px "Inter Variable", sans-serif`;
     context.textBaseline = "middle";
     if (upright) {

@@ -4,7 +4,7 @@ import { axisBottom, axisLeft } from "d3-axis";
 import { scaleLog } from "d3-scale";
 import { select } from "d3-selection";
 import { line } from "d3-shape";
-import { brief, byId, choice, count, formula, h, latest, slider, text } from "./dom.ts";
+import { brief, byId, bytes, choice, count, formula, h, latest, slider, text } from "./dom.ts";
 import { Heat } from "./heat.ts";
 import type { About, Family, FamilyArguments, Source } from "./source.ts";
 
@@ -22,6 +22,7 @@ export class FamilyFigure {
   private scene: Family | null = null;
   private moment = -1; // tokens seen; -1 for all
   private cards = new Map<string, { heat: Heat | null; scroll: HTMLElement; bars: HTMLElement; verdict: HTMLElement }>();
+  private stories: ReturnType<typeof choice>;
   private facts = h("div", { class: "facts", role: "group", "aria-label": "Facts, in order" });
   private message = h("p", { class: "message", role: "alert" });
   private source: Source;
@@ -30,11 +31,12 @@ export class FamilyFigure {
   constructor(source: Source, about: About) {
     this.source = source;
     const stories = Object.entries(about.stories.stories).map(([name, { title }]): [string, string] => [name, title]);
+    this.stories = choice("Story", stories, this.values.story, (story) => {
+      this.moment = -1;
+      this.change({ story });
+    });
     byId("family-story").append(
-      choice("Story", stories, this.values.story, (story) => {
-        this.moment = -1;
-        this.change({ story });
-      }),
+      this.stories,
       this.facts,
       this.message,
     );
@@ -51,7 +53,6 @@ export class FamilyFigure {
       byId("family-cards").append(card);
       this.cards.set(name, { heat, scroll, bars, verdict });
     }
-    this.size();
     this.ask();
   }
 
@@ -114,43 +115,11 @@ export class FamilyFigure {
     byId("family").dataset.moment = String(t);
   }
 
-  /** A scroll grows with the text, a whiteboard does not. One head of the released model: 128 x 128. */
-  private size(): void {
-    const [K, V] = [128, 128];
-    const says = h("p", { class: "story" });
-    const box = byId("family-size");
-    const chart = h("div", { class: "chart" });
-    let length = 1024;
-    const { element } = slider("Tokens read", { min: 0, max: 20, step: 0.25, value: 10, show: (x) => count(2 ** x) }, (x) => {
-      length = 2 ** x;
-      draw();
-    });
-    box.append(element, says, chart);
-    const draw = () => {
-      const width = chart.clientWidth;
-      if (!width) return;
-      const [height, margin] = [220, { left: 58, right: 16, top: 14, bottom: 38 }];
-      const x = scaleLog().base(2).domain([1, 2 ** 20]).range([margin.left, width - margin.right]);
-      const y = scaleLog().domain([100, 1e9]).range([height - margin.bottom, margin.top]);
-      const svg = select(chart).selectAll<SVGSVGElement, null>("svg").data([null]).join("svg");
-      svg.attr("viewBox", `0 0 ${width} ${height}`).attr("role", "img").attr("aria-label", `Numbers held by one head. After ${count(length)} tokens the scroll holds ${count((K + V) * length)}, the whiteboard ${count(K * V)}.`);
-      svg.html("");
-      const ticks = [1, 2 ** 5, 2 ** 10, 2 ** 15, 2 ** 20];
-      svg.append("g").attr("class", "axis").attr("transform", `translate(0,${height - margin.bottom})`).call(axisBottom(x).tickValues(ticks).tickFormat((n) => ["1", "32", "1K", "32K", "1M"][ticks.indexOf(Number(n))]).tickSizeOuter(0));
-      svg.append("g").attr("class", "axis").attr("transform", `translate(${margin.left},0)`).call(axisLeft(y).tickValues([1e3, 1e5, 1e7, 1e9]).tickSize(0).tickPadding(8).tickFormat((n) => ({ 3: "1 K", 5: "100 K", 7: "10 M", 9: "1 G" })[Math.round(Math.log10(Number(n)))] ?? ""));
-      svg.append("text").attr("class", "small").attr("x", (margin.left + width - margin.right) / 2).attr("y", height - 4).attr("text-anchor", "middle").text("tokens read");
-      const path = line<[number, number]>((p) => x(p[0]), (p) => y(p[1]));
-      svg.append("path").attr("class", "curve scroll-curve").attr("d", path([[1, K + V], [2 ** 20, (K + V) * 2 ** 20]]));
-      svg.append("path").attr("class", "curve").attr("d", path([[1, K * V], [2 ** 20, K * V]]));
-      svg.append("text").attr("class", "label soft").attr("x", x(2 ** 13)).attr("y", y((K + V) * 2 ** 13) - 12).attr("text-anchor", "end").text("scroll: keys and values");
-      svg.append("text").attr("class", "label accent").attr("x", width - margin.right).attr("y", y(K * V) + 18).attr("text-anchor", "end").text("whiteboard: 128 × 128");
-      svg.append("line").attr("class", "playhead").attr("x1", x(length)).attr("x2", x(length)).attr("y1", margin.top).attr("y2", height - margin.bottom);
-      for (const n of [(K + V) * length, K * V]) svg.append("circle").attr("class", "playhead").attr("cx", x(length)).attr("cy", y(n)).attr("r", 4.5);
-      const ratio = ((K + V) * length) / (K * V);
-      const word = ratio > 1 ? `${text(ratio, 3)} times as much as` : ratio === 1 ? "exactly as much as" : "less than";
-      says.textContent = `After ${count(length)} tokens one head’s scroll holds ${count((K + V) * length)} numbers, ${word} its whiteboard’s ${count(K * V)}. They are level at ${count((K * V) / (K + V))} tokens.`;
-    };
-    new ResizeObserver(draw).observe(chart);
+  /** Shows a story by its name. */
+  tell(story: string): void {
+    this.moment = -1;
+    this.stories.select(story);
+    this.change({ story });
   }
 }
 
@@ -162,4 +131,43 @@ function verdict(answer: ArrayLike<number>, names: string[]): string {
   const sum = order.reduce((s, [x]) => s + Math.abs(x), 0);
   if (first > 1.5 * Math.max(1, second)) return `It says ${name}, ${text(first, 2)} times over.`;
   return first / sum > 0.98 ? (first > 0.9 ? `It says ${name}.` : `It says ${name}, faintly.`) : `It says ${name}, with a trace of ${other}.`;
+}
+
+/** A scroll grows with the text, a board does not. One head of the released model: 128 x 128. */
+export function scrollAgainstBoard(): void {
+  const [K, V] = [128, 128];
+  const says = h("p", { class: "story" });
+  const box = byId("family-size");
+  const chart = h("div", { class: "chart" });
+  let length = 1024;
+  const { element } = slider("Tokens read", { min: 0, max: 20, step: 0.25, value: 10, show: (x) => count(2 ** x) }, (x) => {
+    length = 2 ** x;
+    draw();
+  });
+  box.append(element, says, chart);
+  const draw = () => {
+    const width = chart.clientWidth;
+    if (!width) return;
+    const [height, margin] = [220, { left: 58, right: 16, top: 14, bottom: 38 }];
+    const x = scaleLog().base(2).domain([1, 2 ** 20]).range([margin.left, width - margin.right]);
+    const y = scaleLog().domain([100, 1e9]).range([height - margin.bottom, margin.top]);
+    const svg = select(chart).selectAll<SVGSVGElement, null>("svg").data([null]).join("svg");
+    svg.attr("viewBox", `0 0 ${width} ${height}`).attr("role", "img").attr("aria-label", `Numbers held by one head. After ${count(length)} tokens the scroll holds ${count((K + V) * length)}, the whiteboard ${count(K * V)}.`);
+    svg.html("");
+    const ticks = [1, 2 ** 5, 2 ** 10, 2 ** 15, 2 ** 20];
+    svg.append("g").attr("class", "axis").attr("transform", `translate(0,${height - margin.bottom})`).call(axisBottom(x).tickValues(ticks).tickFormat((n) => ["1", "32", "1K", "32K", "1M"][ticks.indexOf(Number(n))]).tickSizeOuter(0));
+    svg.append("g").attr("class", "axis").attr("transform", `translate(${margin.left},0)`).call(axisLeft(y).tickValues([1e3, 1e5, 1e7, 1e9]).tickSize(0).tickPadding(8).tickFormat((n) => ({ 3: "1 K", 5: "100 K", 7: "10 M", 9: "1 G" })[Math.round(Math.log10(Number(n)))] ?? ""));
+    svg.append("text").attr("class", "small").attr("x", (margin.left + width - margin.right) / 2).attr("y", height - 4).attr("text-anchor", "middle").text("tokens read");
+    const path = line<[number, number]>((p) => x(p[0]), (p) => y(p[1]));
+    svg.append("path").attr("class", "curve scroll-curve").attr("d", path([[1, K + V], [2 ** 20, (K + V) * 2 ** 20]]));
+    svg.append("path").attr("class", "curve").attr("d", path([[1, K * V], [2 ** 20, K * V]]));
+    svg.append("text").attr("class", "label soft").attr("x", x(2 ** 13)).attr("y", y((K + V) * 2 ** 13) - 12).attr("text-anchor", "end").text("scroll: keys and values");
+    svg.append("text").attr("class", "label accent").attr("x", width - margin.right).attr("y", y(K * V) + 18).attr("text-anchor", "end").text("whiteboard: 128 × 128");
+    svg.append("line").attr("class", "playhead").attr("x1", x(length)).attr("x2", x(length)).attr("y1", margin.top).attr("y2", height - margin.bottom);
+    for (const n of [(K + V) * length, K * V]) svg.append("circle").attr("class", "playhead").attr("cx", x(length)).attr("cy", y(n)).attr("r", 4.5);
+    const ratio = ((K + V) * length) / (K * V);
+    const word = ratio > 1 ? `${text(ratio, 3)} times as much as` : ratio === 1 ? "exactly as much as" : "less than";
+    says.textContent = `After ${count(length)} tokens one head’s scroll holds ${count((K + V) * length)} numbers (${bytes(2 * (K + V) * length)} in 16 bits), ${word} its whiteboard’s ${count(K * V)} (${bytes(4 * K * V)} in 32 bits). To read so far it has compared ${count((length * (length + 1)) / 2)} pairs of tokens; the board was touched ${count(length)} times. They are level at ${count((K * V) / (K + V))} tokens.`;
+  };
+  new ResizeObserver(draw).observe(chart);
 }

@@ -174,6 +174,12 @@ export interface Order {
   latent: number | null;
 }
 
+export interface Answers {
+  question: string;
+  said: Guess[];
+  earlier: { sentence: string; answer: string; chance: number }[];
+}
+
 export interface Source {
   live: boolean;
   about(): Promise<About>;
@@ -186,6 +192,7 @@ export interface Source {
   chunk(a: ChunkArguments): Promise<Chunked>;
   hybrid(): Promise<Hybrid>;
   order(text: string): Promise<Order>;
+  answers(text: string): Promise<Answers>;
 }
 
 async function answer(response: Response): Promise<Response> {
@@ -196,7 +203,17 @@ async function answer(response: Response): Promise<Response> {
 
 /** The first picture on the page, a file of its own: it is there before anything else is. */
 export async function first(): Promise<Traced> {
+  if (exported) return fromSafetensors(inside("first.safetensors"));
   return fromSafetensors(await (await answer(await fetch("first.safetensors"))).arrayBuffer());
+}
+
+/** An exported page brings its files in data.js, as base64 by their names: a page opened from a folder may fetch none. */
+const exported = (globalThis as { PALIMPSEST?: Record<string, string> }).PALIMPSEST;
+
+function inside(name: string): ArrayBuffer {
+  const packed = exported?.[name];
+  if (packed === undefined) throw new Error(`This site has no ${name}; export it again.`);
+  return Uint8Array.from(atob(packed), (c) => c.charCodeAt(0)).buffer;
 }
 
 const unreachable = () => new Error("The server no longer answers; start palimpsest explain again and reload this page.");
@@ -225,25 +242,22 @@ export class Live implements Source {
   chunk = (a: ChunkArguments) => this.scene<Chunked>("chunk", a);
   hybrid = () => this.scene<Hybrid>("hybrid", {});
   order = (text: string) => this.scene<Order>("order", { text });
+  answers = (text: string) => this.scene<Answers>("answers", { text });
 }
 
 export class Exported implements Source {
   live = false;
   about = once(() => this.json<About>("data/about.json"));
   code = once(() => this.json<Record<string, Code>>("data/code.json"));
-  private files = new Map<string, Promise<unknown>>();
+  private files = new Map<string, unknown>();
 
-  private async json<T>(url: string): Promise<T> {
-    return (await answer(await fetch(url))).json();
+  private async json<T>(name: string): Promise<T> {
+    return JSON.parse(new TextDecoder().decode(inside(name)));
   }
 
-  private file<T>(url: string): Promise<T> {
-    let kept = this.files.get(url);
-    if (!kept) {
-      kept = fetch(url).then(answer).then((r) => r.arrayBuffer()).then((buffer) => fromSafetensors<T>(buffer));
-      this.files.set(url, kept);
-    }
-    return kept as Promise<T>;
+  private async file<T>(name: string): Promise<T> {
+    if (!this.files.has(name)) this.files.set(name, fromSafetensors(inside(name)));
+    return this.files.get(name) as T;
   }
 
   private async number(text: string): Promise<number> {
@@ -350,6 +364,7 @@ export class Exported implements Source {
   hybrid = () => this.file<Hybrid>("data/hybrid.safetensors");
   heads = async (text: string) => this.file<Heads>(`data/heads-${await this.number(text)}.safetensors`);
   order = async (text: string) => this.file<Order>(`data/order-${await this.number(text)}.safetensors`);
+  answers = async (text: string) => this.file<Answers>(`data/answers-${await this.number(text)}.safetensors`);
 }
 
 /** KDA's inputs in the core's terms. */

@@ -3,7 +3,7 @@
 import { scaleLinear } from "d3-scale";
 import { pointer, select } from "d3-selection";
 import { line } from "d3-shape";
-import { byId, h, latest, slider, text, vector } from "./dom.ts";
+import { byId, h, latest, percent, slider, text, vector } from "./dom.ts";
 import { Heat } from "./heat.ts";
 import type { Source, Touch, TouchArguments } from "./source.ts";
 import type { Tensor } from "./safetensors.ts";
@@ -77,10 +77,20 @@ export class TouchFigure {
     this.ask();
   }
 
+  /** What the sliders say now, in words: the explanation goes with the hand. */
+  private described(): string {
+    const { alpha, beta, angle, times, eraser } = this.values;
+    const off = Math.round(Math.abs(90 - angle));
+    const meets = off === 0 ? "The new key is the old one" : off === 90 ? "The new key is at right angles to the old one" : `The new key is ${off}° off the old one`;
+    const share = eraser ? (beta === 0 ? "nothing is wiped" : beta === 1 ? "what the memory holds along it is wiped whole" : beta < 1 ? `${Math.round(100 * beta)} % of what the memory holds along it is wiped` : `it is wiped ${text(beta, 3)} times over, so its sign changes`) : "nothing is wiped, the value is laid on top";
+    const fades = alpha[0] === 1 && alpha[1] === 1 ? "Nothing fades." : `Row 1 keeps ${percent(alpha[0])} a token, row 2 ${percent(alpha[1])}.`;
+    return `${meets}, and ${share}${times > 1 ? `, ${times} times` : ""}. ${fades}`;
+  }
+
   private change(change: Partial<TouchArguments>): void {
     this.values = { ...this.values, ...change };
     this.presets.forEach((button) => button.setAttribute("aria-pressed", "false"));
-    this.note.textContent = "";
+    this.note.textContent = this.described();
     this.ask();
   }
 
