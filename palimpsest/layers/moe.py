@@ -199,13 +199,14 @@ class MoE(nn.Module):
         self.total_load += self.last_load
 
 
-def update_router_bias(model: nn.Module, rate: float = 1e-3) -> None:
+@torch.no_grad()
+def update_router_bias(model: nn.Module, rate: float | Tensor = 1e-3) -> None:
     """Balance the experts of every MoE in model: those below the mean load rise in bias, those above sink.
 
     Call it after the optimiser's step. It uses the load since the last call, of all processes, and starts a new count.
 
     Args:
-        rate: how far a bias moves.
+        rate: how far a bias moves; a scalar on the model's device is not waited for.
 
     >>> moe = MoE(8, 16, num_experts=2, num_experts_per_token=1)
     >>> moe.total_load.copy_(torch.tensor([9, 1]))
@@ -214,11 +215,33 @@ def update_router_bias(model: nn.Module, rate: float = 1e-3) -> None:
     >>> moe.gate.e_score_correction_bias
     tensor([-0.5000,  0.5000])
     """
-    for moe in model.modules():
-        if isinstance(moe, MoE):
-            load_E = moe.total_load.clone()
-            if dist.is_available() and dist.is_initialized():
-                dist.all_reduce(load_E)
-            load_E = load_E.float()
-            moe.gate.e_score_correction_bias += rate * torch.sign(load_E.mean() - load_E)
-            moe.total_load.zero_()
+    for moes in _alike(model):
+        load_LE = torch.stack([moe.total_load for moe in moes])
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(load_LE)
+        load_LE = load_LE.float()
+        moves = rate * torch.sign(load_LE.mean(1, keepdim=True) - load_LE)
+        torch._foreach_add_([moe.gate.e_score_correction_bias for moe in moes], [*moves])
+        torch._foreach_zero_([moe.total_load for moe in moes])
+
+
+def busiest_shares(model: nn.Module) -> Tensor:
+    """For each MoE in model, the busiest expert's tokens over the mean since the last `update_router_bias`, [layers].
+
+    >>> moe = MoE(8, 16, num_experts=2, num_experts_per_token=1)
+    >>> moe.total_load.copy_(torch.tensor([9, 1]))
+    tensor([9, 1])
+    >>> busiest_shares(moe)
+    tensor([1.8000])
+    """
+    loads = [torch.stack([moe.total_load for moe in moes]).float() for moes in _alike(model)]
+    return torch.cat([load.amax(1) / load.mean(1).clamp(min=1e-9) for load in loads]) if loads else torch.zeros(0)
+
+
+def _alike(model: nn.Module) -> list[list[MoE]]:
+    """The MoEs of a model, those with as many experts together: one stack of loads, few launches."""
+    groups: dict[int, list[MoE]] = {}
+    for module in model.modules():
+        if isinstance(module, MoE):
+            groups.setdefault(len(module.total_load), []).append(module)
+    return list(groups.values())

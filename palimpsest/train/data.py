@@ -11,7 +11,9 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,8 +41,17 @@ class Batch(NamedTuple):
     weight: float  # this part's predictions over those of an average part of the step
 
     def to(self, device: torch.device) -> "Batch":
-        borders = None if self.cu_seqlens is None else self.cu_seqlens.to(device)
-        return Batch(self.tokens.to(device), self.labels.to(device), borders, self.weight)
+        """On a device; pinned tensors are copied there while the host goes on."""
+        return self._map(lambda x: x.to(device, non_blocking=True))
+
+    def pinned(self) -> "Batch":
+        """In host memory that a GPU copies from by itself."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        tokens = change(self.tokens)
+        labels = tokens if self.labels is self.tokens else change(self.labels)
+        return Batch(tokens, labels, None if self.cu_seqlens is None else change(self.cu_seqlens), self.weight)
 
 
 class Corpus:
@@ -131,6 +142,26 @@ class Corpus:
             cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
             return Batch(tokens, tokens, cu_seqlens, weight)
         return Batch(*pad([tokens for tokens, _ in rows]), cu_seqlens=None, weight=weight)
+
+
+def steps_ahead(
+    corpus: Corpus, first: int, process: int, num_processes: int, *, pin: bool
+) -> Generator[tuple[list[Batch], int], None, None]:
+    """`corpus.step` from step `first` on, without end, each prepared while the one before is computed.
+
+    Args:
+        pin: put tensors where a GPU copies from by itself.
+    """
+
+    def prepare(step: int) -> tuple[list[Batch], int]:
+        parts, num_tokens = corpus.step(step, process, num_processes)
+        return [part.pinned() for part in parts] if pin else parts, num_tokens
+
+    with ThreadPoolExecutor(1) as worker:
+        following = worker.submit(prepare, first)
+        for step in count(first + 1):
+            now, following = following, worker.submit(prepare, step)
+            yield now.result()
 
 
 class Piece(NamedTuple):
