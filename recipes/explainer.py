@@ -1,21 +1,19 @@
-"""The small model that the explainer ships: it reads short stories, and its memories can be watched.
+"""The small model that the explainer ships: it reads bytes, and its memories can be watched.
 
     palimpsest train recipes/explainer.py --out runs/explainer
 
-In the stories things change, so that to go on well a head must erase what it wrote: "The door is red. Now the door is
-blue. What colour is the door? The door is blue." Four fifths of the text are such stories, a fifth are the docstrings of
-the Python standard library; both are made here, from this interpreter's own library and from a seed. So is the
-tokenizer, 1,024 pieces of bytes, in which every word of the stories is one token.
+Half of its text are the docstrings of the Python standard library, the other half short stories in which things change,
+so that to go on well a head must erase what it wrote: "The door is red. Now the door is blue. What is the door?".
+Both are made here, from this interpreter's own library and from a seed.
 """
 
 import ast
 import random
-import re
 import sysconfig
 from pathlib import Path
 
 from palimpsest.models.kimi_linear import KimiLinearConfig
-from palimpsest.train import Data, Evaluate, Optim, Output, Recipe, Schedule, TextFiles
+from palimpsest.train import Data, Evaluate, Keep, Optim, Recipe, Schedule, TextFiles
 
 TEXT = Path("runs/explainer-text")
 THINGS = "door lamp boat kite coat gate roof flag ring book bell cart drum tent sail rope".split()
@@ -24,26 +22,24 @@ NAMES = "Ada Ben Cleo Dan Eva Finn Gus Hana Ivo Juno Kai Lena Mara Nils Olga Pia
 PLACES = "garden kitchen attic cellar market library forest station".split()
 
 
-def story(chance: random.Random, things: list[str] = THINGS) -> str:
-    """A few facts, some of them overwritten, and questions that ask for the last word on each, at last about all."""
+def story(chance: random.Random) -> str:
+    """A few facts, some of them overwritten, and between them questions that ask for the last word on each."""
     if chance.random() < 0.6:
-        subjects = [f"the {thing}" for thing in chance.sample(things, chance.randint(1, 3))]
+        subjects = [f"the {thing}" for thing in chance.sample(THINGS, chance.randint(1, 3))]
         values, asks = COLOURS, "what colour is"
     else:
         subjects = chance.sample(NAMES, chance.randint(1, 3))
         values, asks = [f"in the {place}" for place in PLACES], "where is"
     now = {subject: chance.choice(values) for subject in subjects}
     sentences = [f"{subject} is {value}." for subject, value in now.items()]
-    answer = lambda subject: [f"{asks} {subject}?", f"{subject} is {now[subject]}."]
-    for _ in range(chance.randint(0, 2 * len(subjects))):
+    for _ in range(chance.randint(2, 4)):
         subject = chance.choice(subjects)
-        if chance.random() < 0.7:
+        if chance.random() < 0.5:
             now[subject] = chance.choice([value for value in values if value != now[subject]])
             sentences.append(f"{chance.choice(('now', 'then', 'later'))} {subject} is {now[subject]}.")
-        else:
-            sentences += answer(subject)
-    for subject in chance.sample(subjects, len(subjects)):
-        sentences += answer(subject)
+        subject = chance.choice(subjects)
+        question = [f"{asks} {subject}?"] if chance.random() < 0.5 else []
+        sentences += [*question, f"{subject} is {now[subject]}."]
     return " ".join(s[0].upper() + s[1:] for s in sentences)
 
 
@@ -63,35 +59,23 @@ def docstrings() -> list[str]:
 
 
 def write_text(folder: Path, seed: int = 0) -> None:
-    """Docstrings, and four times as many bytes of stories, in files of some 64 kB; and the tokenizer made of them."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
+    """Docstrings, and twice as many bytes of stories, in files of some 64 kB."""
     chance = random.Random(seed)
     prose = docstrings()
-    others = sorted({word for text in prose for word in re.findall(r"\b[a-z]{3,9}\b", text)} - set(THINGS + COLOURS))
-    size, stories = 4 * sum(map(len, prose)), []
-    while size > 0:  # every fifth story is about other things, so that a word never seen is a subject, too
-        stories.append(story(chance, chance.sample(others, 3) if chance.random() < 0.2 else THINGS))
+    size, stories = 2 * sum(map(len, prose)), []
+    while size > 0:
+        stories.append(story(chance))
         size -= len(stories[-1])
-    (folder / "text").mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for name, texts in (("docstrings", prose), ("stories", stories)):
         chance.shuffle(texts)
         whole = "\n\n".join(texts)
         for i in range(0, len(whole), 1 << 16):
-            (folder / "text" / f"{name}-{i >> 16:03}.txt").write_text(whole[i : i + (1 << 16)], encoding="utf-8")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        [*stories[: len(stories) // 8], *prose],
-        trainers.BpeTrainer(vocab_size=1024, initial_alphabet=alphabet, show_progress=False),
-    )
-    tokenizer.save(str(folder / "tokenizer.json"))
+            (folder / f"{name}-{i >> 16:03}.txt").write_text(whole[i : i + (1 << 16)], encoding="utf-8")
 
 
 def recipe() -> Recipe:
-    if not (TEXT / "tokenizer.json").is_file():
+    if not TEXT.is_dir():
         write_text(TEXT)
     return Recipe(
         model=KimiLinearConfig.tiny(
@@ -106,19 +90,12 @@ def recipe() -> Recipe:
             qk_rope_head_dim=8,
             v_head_dim=16,
             num_experts=0,
-            vocab_size=1024,
-            eos_token_id=None,
             tie_word_embeddings=True,
         ),
-        data=Data(
-            source=TextFiles(paths=(str(TEXT / "text"),)),
-            tokenizer=str(TEXT / "tokenizer.json"),
-            sequence_length=128,
-            batch_size=24,
-        ),
-        steps=2400,
+        data=Data(source=TextFiles(paths=(str(TEXT),)), sequence_length=192, batch_size=24),
+        steps=1800,
         optim=Optim(),
         schedule=Schedule(warmup=0.02, decay=0.4),
         evaluate=Evaluate(every=600, max_bytes=32768, final_max_bytes=1 << 17),
-        output=Output(checkpoint_every=300, log_every=20),
+        keep=Keep(checkpoint_every=300, log_every=20),
     )
