@@ -97,6 +97,10 @@ TABLES: dict[str, Table] = {
     "kda_from_logits": Table(_rows(*_LOGITS)),
     "kda_from_logits, gated": Table(_rows(*_LOGITS, *_PARAMETERS)),
     "trace": Table(_rows(_DECAY, _BETA)),
+    "trace_memory": Table(
+        (Row("q", "B T H K"), Row("k", "B T H K"), Row("write", "B T HV V"), Row("erase", "B T HV K"), _DECAY)
+        + (Row("state", "B HV K V", optional=True),)
+    ),
     "kda_step_": Table(_STEP, _ONE_TOKEN),
     # the doors of kernels
     "cpu_forward": Table(_C, **_C_HOLDS),
@@ -134,6 +138,20 @@ def _dtypes(row: Row, q_dtype: torch.dtype) -> tuple[torch.dtype, ...]:
     if isinstance(row.dtypes, tuple):
         return row.dtypes
     return (q_dtype,) if row.dtypes == Q else (state_dtype(q_dtype),)
+
+
+def expect_floats(name: str, x: Tensor, device: torch.device | None = None) -> None:
+    """Raise unless x is a dense tensor of real floating point numbers, on this device if one is given."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is {_kind(x)}; it must be a torch.Tensor")
+    if x.dtype not in FLOATS or x.layout is not torch.strided:
+        raise ValueError(f"{name} is {x.dtype} with the layout {x.layout}; it must be dense, and {_or(FLOATS)}")
+    if device is not None and x.device != device:
+        raise ValueError(f"{name} is on {x.device}; it must be on {device}, as the others")
+
+
+def _kind(x) -> str:
+    return "None" if x is None else f"a {type(x).__name__}"
 
 
 def state_dtype(q_dtype: torch.dtype) -> torch.dtype:
@@ -214,9 +232,7 @@ def _walk(op: str, tensors: Sequence[Tensor | None], cu_seqlens: Tensor | None, 
     for row in table.rows:
         x = named[row.name]
         if not isinstance(x, Tensor) and not (x is None and row.optional):
-            raise TypeError(
-                f"{row.name} is {'None' if x is None else f'a {type(x).__name__}'}; it must be a torch.Tensor"
-            )
+            raise TypeError(f"{row.name} is {_kind(x)}; it must be a torch.Tensor")
         if x is not None and x.layout != torch.strided:
             raise ValueError(f"{row.name} has the layout {x.layout}; pass a dense tensor: {row.name}.to_dense()")
     q_row, _, v_row, *_ = table.rows

@@ -9,13 +9,14 @@ does not survive bf16, which rounds it to 1.
 Letters as in reference.py. Source: Kimi Linear, arXiv:2510.26692.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from palimpsest.ops.arguments import state_dtype
+from palimpsest.ops.arguments import expect_floats, state_dtype
 
 
 def softplus_decay(logits: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tensor:
@@ -86,8 +87,8 @@ class SigmoidDecay:
     name = "sigmoid"
 
     def __post_init__(self):
-        if not self.floor < 0:
-            raise ValueError(f"floor is {self.floor}; a log-decay bound must be negative, for example -5.0")
+        if not isinstance(self.floor, (int, float)) or not -math.inf < self.floor < 0:
+            raise ValueError(f"floor is {self.floor!r}; a log-decay bound must be a negative number, for example -5.0")
 
     def __call__(self, logits: Tensor) -> Tensor:
         return sigmoid_decay(logits, self.A_log, self.dt_bias, self.floor)
@@ -106,13 +107,18 @@ def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     >>> l2norm(torch.tensor([3.0, 4.0]), eps=0.0)
     tensor([0.6000, 0.8000])
     """
+    expect_floats("x", x)
     wide = x.to(state_dtype(x.dtype))
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 def _parameters(logits: Tensor, A_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    expect_floats("logits", logits)
+    if logits.ndim < 2:
+        raise ValueError(f"logits has shape {tuple(logits.shape)}; it must be [..., H, K]")
     H, K = logits.shape[-2:]
     for name, parameter, size in (("A_log", A_log, H), ("dt_bias", dt_bias, H * K)):
+        expect_floats(name, parameter, logits.device)
         if parameter.numel() != size:
             raise ValueError(
                 f"{name} has {parameter.numel()} elements; logits of shape {tuple(logits.shape)} ask for {size}"

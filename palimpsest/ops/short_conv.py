@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from palimpsest.ops.arguments import expect_floats
 from palimpsest.ops.packing import check_cu_seqlens
 
 
@@ -33,17 +34,24 @@ def short_conv(
     >>> y.flatten().tolist(), state.shape
     ([1.0, 2.0, 3.0], torch.Size([1, 1, 3]))
     """
+    expect_floats("x", x)
+    expect_floats("weight", weight, x.device)
+    if x.ndim != 3:
+        raise ValueError(f"x has shape {tuple(x.shape)}; it must be [B, T, D]")
     B, T, D = x.shape
-    W = weight.shape[-1]
-    if tuple(weight.shape) != (D, 1, W):
+    W = weight.shape[-1] if weight.ndim else 0
+    if W < 1 or tuple(weight.shape) != (D, 1, W):
         raise ValueError(f"weight has shape {tuple(weight.shape)}; x of shape {tuple(x.shape)} asks for ({D}, 1, taps)")
     N = B
     if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, B, T)
+        check_cu_seqlens(cu_seqlens, B, T, x.device)
         N = len(cu_seqlens) - 1
     state = x.new_zeros(N, D, W - 1) if state is None else state
+    expect_floats("state", state, x.device)
     if tuple(state.shape) != (N, D, W - 1):
         raise ValueError(f"state has shape {tuple(state.shape)}; x and weight ask for {(N, D, W - 1)}")
+    if not x.dtype == weight.dtype == state.dtype:
+        raise ValueError(f"x is {x.dtype}, weight {weight.dtype} and state {state.dtype}; they must share one dtype")
 
     if T == 0:
         return x.clone(), state.clone()
@@ -162,6 +170,22 @@ def _last_inputs(x: Tensor, state: Tensor, borders: Tensor) -> Tensor:
 
 def short_conv_step_(x: Tensor, weight: Tensor, state: Tensor) -> Tensor:
     """One token, x [B, D]; the state [B, D, W - 1] is moved on in place. Returns y [B, D]. No gradient."""
+    for name, tensor in (("x", x), ("weight", weight), ("state", state)):
+        expect_floats(name, tensor)
+    if (
+        weight.ndim != 3
+        or x.ndim != 2
+        or state.shape != (*x.shape, weight.shape[2] - 1)
+        or weight.shape[:2] != (x.shape[1], 1)
+    ):
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}, weight {tuple(weight.shape)} and state {tuple(state.shape)}; "
+            "they must be [B, D], [D, 1, W] and [B, D, W - 1]"
+        )
+    if not x.device == weight.device == state.device:
+        raise ValueError(
+            f"x is on {x.device}, weight on {weight.device} and state on {state.device}; they must be on one"
+        )
     window = torch.cat((state, x[..., None]), -1)
     state.copy_(window[..., 1:])
     return (window * weight[:, 0]).sum(-1)

@@ -8,6 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, einsum
 
+from palimpsest.ops import arguments
+from palimpsest.ops.arguments import state_dtype
+
 
 class Trace(NamedTuple):
     """The stages of every token. B sequences, T tokens, H heads, K key channels, V value channels.
@@ -60,7 +63,10 @@ def trace(
     >>> [stage[0, 0, 0].tolist() for stage in stages[:3]]
     [[[10.0, 10.0], [1.0, 1.0]], [[10.0, 10.0], [0.0, 0.0]], [[10.0, 10.0], [5.0, 5.0]]]
     """
-    beta = beta[..., None]
+    arguments.check("trace", (q, k, v, log_decay, beta, state))
+    _expect_one_head_each(q, v)
+    wide = state_dtype(q.dtype)
+    q, k, v, log_decay, beta = (x.to(wide) for x in (q, k, v, log_decay, beta[..., None]))
     q = q * (q.shape[-1] ** -0.5 if scale is None else scale)
     return trace_memory(q, k, beta * k, beta * v, log_decay, state)
 
@@ -69,6 +75,11 @@ def trace_memory(
     q: Tensor, k: Tensor, erase: Tensor, write: Tensor, log_decay: Tensor, state: Tensor | None = None
 ) -> Trace:
     """Trace any member of the family by what it erases and writes. Arguments as reference.delta_memory."""
+    arguments.check("trace_memory", (q, k, write, erase, log_decay, state))
+    _expect_one_head_each(q, write)
+    wide = state_dtype(q.dtype)
+    q, k, erase, write, log_decay = (x.to(wide) for x in (q, k, erase, write, log_decay))
+    state = None if state is None else state.to(wide)
     B, T, H, K = q.shape
     S_BHKV = write.new_zeros(B, H, K, write.shape[-1]) if state is None else state
     stages = []
@@ -81,3 +92,10 @@ def trace_memory(
     if not stages:
         raise ValueError("q has no tokens; a trace needs at least one")
     return Trace(*(torch.stack(stage, 1) for stage in zip(*stages)))
+
+
+def _expect_one_head_each(q: Tensor, v: Tensor) -> None:
+    if q.shape[2] != v.shape[2]:
+        raise ValueError(
+            f"q has {q.shape[2]} heads and v {v.shape[2]}; repeat those of q and k: a trace takes one each"
+        )

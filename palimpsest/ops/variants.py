@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.ops import arguments
-from palimpsest.ops.arguments import state_dtype
+from palimpsest.ops.arguments import expect_floats, state_dtype
 from palimpsest.ops.backends import Backend, Op, Problem, choose, within_a_transform
 from palimpsest.ops.gates import SigmoidDecay, SoftplusDecay, l2norm
 
@@ -321,6 +321,8 @@ def linear_attention(
 
 
 def _features(feature_map: Callable[[Tensor], Tensor], name: str, x: Tensor) -> Tensor:
+    if not callable(feature_map):
+        raise TypeError(f"feature_map is a {type(feature_map).__name__}; it must be a function of a torch.Tensor")
     features = feature_map(x)
     if not isinstance(features, Tensor):
         raise TypeError(f"feature_map made a {type(features).__name__} of {name}; it must return a torch.Tensor")
@@ -430,8 +432,9 @@ def _kv_cache(state: tuple[Tensor, Tensor], k: Tensor, v: Tensor) -> tuple[Tenso
             raise ValueError(
                 f"{name} has shape {tuple(x.shape)}; q and v ask for [B, S, heads, channels], here {shape}"
             )
-        if x.dtype != like.dtype or x.device != like.device:
-            raise ValueError(f"{name} is {x.dtype} on {x.device}; q and v are {like.dtype} on {like.device}")
+        expect_floats(name, x, like.device)
+        if x.dtype != like.dtype:
+            raise ValueError(f"{name} is {x.dtype}; with q and v in {like.dtype} it must be the same")
     return state[0], state[1]
 
 

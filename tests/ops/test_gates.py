@@ -63,5 +63,5 @@ def test_from_logits_is_normalise_gate_kda(kind):
 def test_bad_parameters_are_named():
     with pytest.raises(ValueError, match=r"dt_bias has 7 elements; logits of shape \(1, 1, 2, 4\) ask for 8"):
         gates.softplus_decay(torch.zeros(1, 1, 2, 4), torch.zeros(2), torch.zeros(7))
-    with pytest.raises(ValueError, match="floor is 5.0; a log-decay bound must be negative"):
+    with pytest.raises(ValueError, match="floor is 5.0; a log-decay bound must be a negative number"):
         gates.SigmoidDecay(torch.zeros(1), torch.zeros(1), floor=5.0)

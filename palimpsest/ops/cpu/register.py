@@ -151,7 +151,11 @@ def _(q, k, v, log_decay, beta, state, scale):
 
 
 def _step_now(q, k, v, log_decay, beta, state, scale):
-    arguments.check("cpu_step", (q, k, v, log_decay, beta, state))
+    tensors = (q, k, v, log_decay, beta, state)
+    arguments.check("cpu_step", tensors)
+    for x in tensors:
+        if x.is_neg():  # a view that says "times -1": torch works it out on the way to an operator
+            return _step(*tensors, scale)
     q, k, v = _supported(q).contiguous(), _supported(k).contiguous(), _supported(v).contiguous()
     log_decay, beta = _supported(log_decay).contiguous(), _supported(beta).contiguous()
     B, HV, K, V = state.shape
@@ -192,8 +196,8 @@ def kda_from_logits(q, k, v, decay_logits, beta_logits, gate, state, scale, cu_s
 
 
 def step(q, k, v, log_decay, beta, state, scale):
-    if torch.compiler.is_compiling() or any(x.is_neg() for x in (q, k, v, log_decay, beta, state)):
-        return _step(q, k, v, log_decay, beta, state, scale).to(v.dtype)  # torch negates those views on the way
+    if torch.compiler.is_compiling():
+        return _step(q, k, v, log_decay, beta, state, scale).to(v.dtype)
     out = _step_now(q, k, v, log_decay, beta, state, scale)  # an operator's dispatch costs as much as the step
     if not state.is_inference():
         increment_version(state)  # as the operator does: autograd sees that a tensor which it has kept was edited
@@ -219,7 +223,8 @@ def _run(q, k, value, log_decay, erase, beta, state, scale, cu_seqlens, gate=Non
 def _check_call(op: str, inputs, cu_seqlens, gate: str, gradients=()) -> None:
     """The operators' own door: they can be called by anybody."""
     q, _, _, _, erase, beta, state, A_log, dt_bias = inputs
-    kept = _kept(q, state) if gradients else 0
+    whole = isinstance(q, Tensor) and isinstance(state, Tensor) and q.ndim == state.ndim == 4
+    kept = _kept(q, state) if gradients and whole else 0
     arguments.check(op, (*inputs, *gradients), cu_seqlens, kept)
     if (erase is None) == (beta is None):
         raise ValueError("erase and beta came both, or neither; give one of them")

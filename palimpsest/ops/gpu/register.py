@@ -93,7 +93,7 @@ def _step_(q, k, v, log_decay, beta, state, scale):
 def _check_memory(x: MemoryArguments, *gradients: Tensor | None) -> None:
     """The operators' own door: they can be called by anybody."""
     op = "gpu_delta_memory_backward" if gradients else "gpu_delta_memory"
-    vectors = x.erase.ndim == 4
+    vectors = isinstance(x.erase, Tensor) and x.erase.ndim == 4
     inputs = (x.q, x.k, x.v, x.log_decay, x.erase, x.state, x.A_log, x.dt_bias)
     check(f"{op}, vectors" if vectors else op, (*inputs, *gradients), x.cu_seqlens)
     gated = x.gate != 0
