@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from palimpsest.checks import shown as shown_in_words
 from palimpsest.layers.kimi_delta_attention import KimiDeltaAttention, RecurrenceInputs
 from palimpsest.layers.latent_attention import MultiHeadLatentAttention
 from palimpsest.models.kimi_linear.config import KimiLinearConfig
@@ -556,7 +557,7 @@ def _largest(x: Tensor) -> float:
 
 def _one_of(name: str, value: str, choices: dict) -> Any:
     if value not in choices:
-        raise ValueError(f"The {name} is {value!r}; choose one of {', '.join(choices)}.")
+        raise ValueError(f"The {name} is {shown_in_words(value)}; choose one of {', '.join(choices)}.")
     return choices[value]
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from palimpsest.checks import check
+from palimpsest.checks import check, check_fields
 from palimpsest.layers.options import CHOICES, MixerOptions
 from palimpsest.models.kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
 from palimpsest.models.kimi_linear.config import LATENT_TYPES, read_layer_types
@@ -45,7 +45,7 @@ class ModelVariant:
         for part in self.parts:
             near = difflib.get_close_matches(part, known, n=1, cutoff=0.4) or [", ".join(known)]
             check(part in known, f"contestant {self.name!r} changes part {part!r}; did you mean {near[0]}?")
-        MixerOptions(**self.parts)
+        check_fields(MixerOptions(**self.parts), f"contestant {self.name!r}: ")
         object.__setattr__(self, "parts", MappingProxyType(dict(self.parts)))
 
     def __reduce__(self):  # a read-only mapping does not travel to other processes by itself
@@ -126,6 +126,7 @@ class Size:
     mlp: int = 128
 
     def __post_init__(self):
+        check_fields(self, "size: ")
         for name, value in asdict(self).items():
             check(value >= 1, f"size: {name} is {value}; give at least 1")
 

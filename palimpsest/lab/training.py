@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from palimpsest.checks import check
+from palimpsest.checks import check, check_fields
 from palimpsest.files import replacing
 from palimpsest.lab.framework.experiment import InterruptedSweep, Progress, Row
 from palimpsest.lab.model_variants import ModelVariant, Size, build, config, count_parameters, state_numbers
@@ -97,13 +97,11 @@ class Training:
         check(len(self.train) >= 1, "training: train is empty; give at least one task")
         sizes = {t.vocab_size for t in (*self.train, *self.asked)}
         check(len(sizes) == 1, f"training: the tasks have vocabularies of {sorted(sizes)}; give them one")
+        check_fields(self, "training: ")
         for name in ("lr", "steps", "evaluate_every", "test_batches", "stop_at"):
             check(getattr(self, name) > 0, f"training: {name} is {getattr(self, name)}; give more than 0")
-        for name in ("seed", "steps", "tokens_per_step", "evaluate_every", "test_batches"):
-            value = getattr(self, name)
-            check(
-                isinstance(value, int) and value >= 0, f"training: {name} is {value!r}; give a whole number, 0 or more"
-            )
+        for name in ("seed", "weight_decay", "warmup", "decay"):
+            check(getattr(self, name) >= 0, f"training: {name} is {getattr(self, name)}; give 0 or more")
         longest = max(t.length for t in self.train)
         check(
             self.tokens_per_step >= longest,

@@ -9,7 +9,8 @@ import torch
 
 from palimpsest.lab.framework.experiment import InterruptedSweep
 from palimpsest.lab.framework.results import from_json, to_json
-from palimpsest.lab.measure.state_quantization import StoredState
+from palimpsest.lab.measure.context_cost import Cache, Decode, Prefill
+from palimpsest.lab.measure.state_quantization import Drift, StoredState
 from palimpsest.lab.measure.transition_spectra import Spectra
 from palimpsest.lab.model_variants import MODEL_VARIANTS, Size, build
 from palimpsest.lab.tasks import IGNORED, MQAR, Key, Needle, Palindrome, Stack, Text
@@ -150,7 +151,7 @@ BAD = {
     "no task": ({"train": ()}, "train is empty"),
     "two vocabularies": ({"tests": (MQAR(length=16, vocab_size=32, pairs=3),)}, r"vocabularies of \[16, 32\]"),
     "no steps": ({"steps": 0}, "steps is 0"),
-    "half a step": ({"steps": 2.5}, "steps is 2.5; give a whole number"),
+    "half a step": ({"steps": 2.5}, "steps is 2.5; it must be a whole number"),
     "seed": ({"seed": -1}, "seed is -1"),
     "one task for several": ({"train": POINT.train[0]}, "give a tuple of tasks"),
     "a name for a contestant": ({"who": "kda"}, "give a ModelVariant"),
@@ -210,3 +211,25 @@ def test_what_a_trained_model_is_looked_at_is_of_the_test_split(monkeypatch):
     assert measured["rows"][0]["accuracy"] == 0.0
     assert drawn[-1].split == "test"
     assert {key.step for key in drawn if key.split == "train"} == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("point", "sentence"),
+    [
+        (replace(POINT, seed=True), "seed is True"),
+        (replace(POINT, lr=math.inf), "lr is inf"),
+        (replace(POINT, warmup=-1.0), "warmup is -1.0; give 0 or more"),
+        (Spectra(training=POINT, sequences=1.5), "sequences is 1.5"),  # type: ignore[arg-type]
+        (Drift(format="int8", heads=0), "heads is 0"),
+        (Drift(format="int8", seed=-1), "seed is -1"),
+        (StoredState(training=POINT, tests=POINT.train, batch_size=0), "batch_size is 0"),
+        (Decode(layer=3), "layer is 3; it must be a text"),  # type: ignore[arg-type]
+        (Decode(layer="kda", rounds=0), "rounds is 0"),
+        (Decode(layer="kda", steps=0), "steps is 0"),
+        (Prefill(layer="kda", backend="cdua"), "backend is 'cdua'; choose one of auto, "),
+        (Cache(pattern="K", contexts=()), "give at least one"),
+    ],
+)
+def test_fields_of_a_wrong_kind_or_range_are_refused_before_anything_runs(point, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        point.prepare()

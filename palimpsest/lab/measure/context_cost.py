@@ -11,13 +11,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from palimpsest.checks import check
+from palimpsest.checks import check, check_fields
 from palimpsest.lab.framework.experiment import Progress, Row
 from palimpsest.lab.model_variants import ModelVariant
 from palimpsest.layers.kimi_delta_attention import KimiDeltaAttention
@@ -26,6 +26,7 @@ from palimpsest.layers.layer_state import KDAState, LatentState
 from palimpsest.layers.options import MixerOptions
 from palimpsest.models.kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
 from palimpsest.models.kimi_linear.model_state import ModelState
+from palimpsest.ops import backends
 from palimpsest.ops.gates import l2norm
 from palimpsest.ops.variants import dplr, kda
 
@@ -74,7 +75,41 @@ class SoftmaxAttention(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Decode:
+class _Timed:
+    """What the points that take times have in common."""
+
+    what: ClassVar[str]
+    operations: ClassVar[tuple[str, ...]] = ()  # that may stand in place of a layer
+    layer: str
+    shape: Shape = SMALL
+    contexts: tuple[int, ...] = (1024, 4096)
+    rounds: int = 3
+
+    def label(self) -> Row:
+        return {"what": self.what, "layer": self.layer, "hidden_size": self.shape.hidden_size}
+
+    def to_dict(self) -> Row:
+        return {"kind": self.what, "what": self.what, **vars(self), "shape": asdict(self.shape)}
+
+    def prepare(self) -> None:
+        check_fields(self, f"{self.what}: ")
+        known = (*LAYERS, *self.operations)
+        check(
+            self.layer in known or self.layer.isupper(),
+            f"layer {self.layer!r} is unknown; choose one of {', '.join(known)}, or a pattern such as KKKM",
+        )
+        if self.layer.isupper():
+            ModelVariant(self.layer, self.layer)
+        _check_contexts(self.contexts)
+        check(self.rounds >= 1, f"{self.what}: rounds is {self.rounds}; give at least 1")
+
+
+def _check_contexts(contexts: tuple[int, ...]) -> None:
+    check(min(contexts, default=0) >= 1, f"cost: contexts are {contexts}; give at least one of 1 token or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decode(_Timed):
     """A point: the time of one more token when so many are held, and the bytes that hold them.
 
     Contexts are measured in turn, round after round, and the fastest round counts: what else the machine does then
@@ -85,31 +120,15 @@ class Decode:
         shape: of the layer. contexts: tokens held. rounds, steps: of the measurement. batch_size: B.
     """
 
-    layer: str
-    shape: Shape = SMALL
-    contexts: tuple[int, ...] = (1024, 4096)
+    what: ClassVar[str] = "decode"
     rounds: int = 5
     steps: int = 20
     batch_size: int = 1
-    what: str = "decode"
-
-    def label(self) -> Row:
-        return {"what": self.what, "layer": self.layer, "hidden_size": self.shape.hidden_size}
-
-    def to_dict(self) -> Row:
-        return {"kind": self.what, **vars(self), "shape": asdict(self.shape)}
 
     def prepare(self) -> None:
-        check(
-            self.layer in LAYERS or self.layer.isupper(),
-            f"layer {self.layer!r} is unknown; choose one of {', '.join(LAYERS)}, or a pattern such as KKKM",
-        )
-        if self.layer.isupper():
-            ModelVariant(self.layer, self.layer)
-        check(
-            min(self.contexts, default=0) >= 1,
-            f"cost: contexts are {self.contexts}; give at least one of 1 token or more",
-        )
+        super().prepare()
+        for name in ("steps", "batch_size"):
+            check(getattr(self, name) >= 1, f"decode: {name} is {getattr(self, name)}; give at least 1")
 
     def work(self) -> float:
         return 1.0 + sum(self.contexts) / 1e6
@@ -152,37 +171,20 @@ class Decode:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prefill:
+class Prefill(_Timed):
     """A point: the time to read a prompt, and on a GPU the memory that takes at most, against its length.
 
     Attributes as of Decode, and layer may be an operation alone, "op kda" or "op dplr"; backend: of the operation.
     """
 
-    layer: str
-    shape: Shape = SMALL
-    contexts: tuple[int, ...] = (1024, 4096)
-    rounds: int = 3
+    what: ClassVar[str] = "prefill"
+    operations: ClassVar[tuple[str, ...]] = ("op kda", "op dplr")
     backend: str = "auto"
-    what: str = "prefill"
-
-    def label(self) -> Row:
-        return {"what": self.what, "layer": self.layer, "hidden_size": self.shape.hidden_size}
-
-    def to_dict(self) -> Row:
-        return {"kind": self.what, **vars(self), "shape": asdict(self.shape)}
 
     def prepare(self) -> None:
-        known = (*LAYERS, "op kda", "op dplr")
-        check(
-            self.layer in known or self.layer.isupper(),
-            f"layer {self.layer!r} is unknown; choose one of {', '.join(known)}, or a pattern such as KKKM",
-        )
-        if self.layer.isupper():
-            ModelVariant(self.layer, self.layer)
-        check(
-            min(self.contexts, default=0) >= 1,
-            f"cost: contexts are {self.contexts}; give at least one of 1 token or more",
-        )
+        super().prepare()
+        known = ("auto", *backends.names())
+        check(self.backend in known, f"prefill: backend is {self.backend!r}; choose one of {', '.join(known)}")
 
     def work(self) -> float:
         return sum(self.contexts) / 2000 * self.shape.hidden_size / 256
@@ -368,7 +370,9 @@ class Cache:
         return {"kind": "cache", **vars(self), "shape": asdict(self.shape)}
 
     def prepare(self) -> None:
+        check_fields(self, "cache: ")
         ModelVariant(self.pattern, self.pattern)
+        _check_contexts(self.contexts)
 
     def work(self) -> float:
         return 1.0

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from palimpsest.checks import check
+from palimpsest.checks import check, check_fields
 
 KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8": torch.float8_e4m3fn, "int8": torch.int8}
 LARGEST = {"float8": 448.0, "int8": 127.0}
@@ -47,6 +47,7 @@ class Format:
     feedback: bool = False
 
     def __post_init__(self):
+        check_fields(self, "format: ")
         check(self.kind in KINDS, f"format kind is {self.kind!r}; choose one of {', '.join(KINDS)}")
         check(not self.feedback or self.kind == "int8", f"feedback is for int8; format kind is {self.kind!r}")
         check(

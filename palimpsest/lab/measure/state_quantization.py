@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from palimpsest.checks import check
+from palimpsest.checks import check, check_fields
 from palimpsest.lab.framework.experiment import Progress, Row
 from palimpsest.lab.measure.state_formats import FORMATS, Format
 from palimpsest.lab.tasks.task import Task
@@ -64,13 +64,17 @@ class Drift:
         return {"kind": "drift", **vars(self)}
 
     def prepare(self) -> None:
+        check_fields(self, "drift: ")
         check(self.format in FORMATS, f"format {self.format!r} is unknown; choose one of {', '.join(FORMATS)}")
         check(
             self.timescale in TIMESCALES,
             f"timescale {self.timescale!r} is unknown; choose one of {', '.join(TIMESCALES)}",
         )
         check(self.tokens >= 16, f"drift: tokens is {self.tokens}; give at least 16")
-        check(self.channels % 2 == 0, f"drift: channels is {self.channels}; give an even number")
+        check(self.heads >= 1, f"drift: heads is {self.heads}; give at least 1")
+        even = self.channels >= 2 and self.channels % 2 == 0
+        check(even, f"drift: channels is {self.channels}; give an even number of at least 2")
+        check(self.seed >= 0, f"drift: seed is {self.seed}; give 0 or more")
 
     def work(self) -> float:
         return self.tokens / 2000
@@ -149,6 +153,8 @@ class StoredState:
         }
 
     def prepare(self) -> None:
+        check_fields(self, "stored state: ")
+        check(self.batch_size >= 1, f"stored state: batch_size is {self.batch_size}; give at least 1")
         replace(self.training, tests=self.tests).prepare()
 
     def work(self) -> float:

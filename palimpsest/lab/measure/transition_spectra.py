@@ -17,7 +17,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from palimpsest.checks import check
+from palimpsest.checks import check, check_fields
 from palimpsest.lab.framework.experiment import Progress, Row
 from palimpsest.lab.tasks.task import Key
 from palimpsest.lab.training import TEST_SEED, Training, learn
@@ -167,6 +167,7 @@ class Spectra:
         return {"kind": "spectra", "training": self.training.to_dict(), "sequences": self.sequences}
 
     def prepare(self) -> None:
+        check_fields(self, "spectra: ")
         check(self.sequences >= 1, f"spectra: sequences is {self.sequences}; give at least 1")
         self.training.prepare()
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from palimpsest.checks import shown
 from palimpsest.layers.options import MixerOptions
 
 LETTERS = {
@@ -224,7 +225,7 @@ def read_layer_types(pattern: str | Iterable[str]) -> tuple[str, ...]:
         if unknown:
             known = ", ".join(f"{letter} ({name})" for letter, name in LETTERS.items())
             raise ValueError(
-                f"layer_types {pattern!r} has unknown letters {', '.join(unknown)}; the letters are {known}"
+                f"layer_types {shown(pattern)} has unknown letters {', '.join(unknown)}; the letters are {known}"
             )
         pattern = [LETTERS[letter] for letter in pattern]
     names = tuple(pattern)
