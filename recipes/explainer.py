@@ -13,7 +13,7 @@ import sysconfig
 from pathlib import Path
 
 from palimpsest.models.kimi_linear import KimiLinearConfig
-from palimpsest.train import Data, Evaluate, Keep, Optim, Recipe, Schedule, TextFiles
+from palimpsest.train import Data, Evaluate, Optim, Output, Recipe, Schedule, TextFiles
 
 TEXT = Path("runs/explainer-text")
 THINGS = "door lamp boat kite coat gate roof flag ring book bell cart drum tent sail rope".split()
@@ -97,5 +97,5 @@ def recipe() -> Recipe:
         optim=Optim(),
         schedule=Schedule(warmup=0.02, decay=0.4),
         evaluate=Evaluate(every=600, max_bytes=32768, final_max_bytes=1 << 17),
-        keep=Keep(checkpoint_every=300, log_every=20),
+        output=Output(checkpoint_every=300, log_every=20),
     )
