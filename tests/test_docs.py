@@ -34,6 +34,18 @@ def test_docstring_examples(module, tmp_path, monkeypatch):
     assert not failed
 
 
+def test_the_glossary_names_what_exists():
+    """The first column of its last table: files and folders of the package."""
+    table = (ROOT / "docs" / "concepts.md").read_text().split("## Files of the main path")[1]
+    rows = re.findall(r"^\| `([\w/.]+)` \|(.*)\|$", table, re.MULTILINE)
+    assert len(rows) > 10
+    for place, words in rows:
+        assert (ROOT / "palimpsest" / place).exists(), place
+        if place.endswith("/"):
+            for name in re.findall(r"`([\w.]+\.\w+)`", words):
+                assert (ROOT / "palimpsest" / place / name).exists(), f"{place}{name}"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_a_page_runs_and_its_links_lead_somewhere(page, tmp_path, monkeypatch):
     text = page.read_text()

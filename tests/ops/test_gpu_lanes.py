@@ -380,7 +380,19 @@ def test_the_shipped_code_is_that_of_these_sources():
         assert archive.read("digest").decode() == precompile.digest(), (
             "run python -m palimpsest.ops.gpu.hopper.precompile"
         )
-        assert set(archive.namelist()) == {"digest", *precompile.variants()}
+        assert set(archive.namelist()) == {"digest", "compiler", *precompile.variants()}
+
+
+@pytest.mark.skipif(precompile.compiler() is None, reason="there is no nvcc to compile the kernels anew")
+def test_the_machine_code_is_made_of_these_sources(monkeypatch):
+    """One of each file: all of them are compared by `precompile --check`."""
+    some = ["intra_chunk_0_bf16_64", "inter_chunk_fp16_64", "gradient_1_bf16_64"]
+    if precompile.compiler() != precompile.shipped("compiler").decode():
+        assert all(precompile.compile_all(some).values())  # other bytes, but they compile
+        return
+    assert precompile.differences(some) == []
+    monkeypatch.setattr(precompile, "shipped", lambda name: b"other machine code")
+    assert precompile.differences(some[:1]) == some[:1]
 
 
 @pytest.mark.parametrize("K", [64, 128])

@@ -1,14 +1,21 @@
 """Compile the Hopper kernels and pack their machine code; needs nvcc 12.8 or later.
 
-    python -m palimpsest.ops.gpu.hopper.precompile
+    python -m palimpsest.ops.gpu.hopper.precompile            make sm_90a.zip, and say with which compiler
+    python -m palimpsest.ops.gpu.hopper.precompile --check    compile anew and compare with sm_90a.zip, which stays as it is
 
-Every specialisation is one file; `digest` ties the archive to the sources, and a test holds them together.
+Every specialisation is one file. `digest` ties the archive to the sources, `compiler` says what made it; the same
+compiler makes the same bytes.
 """
 
+import argparse
 import hashlib
+import re
+import shutil
 import subprocess
+import sys
 import tempfile
 import zipfile
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -38,6 +45,16 @@ def digest() -> str:
     return text.hexdigest()
 
 
+def compiler() -> str | None:
+    """The compiler on PATH, "nvcc 13.0.88"; None if there is none."""
+    if shutil.which(COMMAND[0]) is None:
+        return None
+    found = re.search(
+        r"release [^,]*, V(\S+)", subprocess.run([COMMAND[0], "--version"], capture_output=True, text=True).stdout
+    )
+    return f"nvcc {found[1]}" if found else None
+
+
 def compile_one(source: str, definitions: list[str]) -> tuple[bytes, str]:
     """The machine code of one specialisation, and what the assembler says of its registers."""
     with tempfile.TemporaryDirectory() as folder:
@@ -49,15 +66,52 @@ def compile_one(source: str, definitions: list[str]) -> tuple[bytes, str]:
         return out.read_bytes(), done.stderr
 
 
-def main() -> None:
-    names = variants()
+def compile_all(names: Iterable[str]) -> dict[str, bytes]:
+    """The machine code of the named specialisations."""
+    wanted = {name: variants()[name] for name in names}
     with ThreadPoolExecutor() as pool:
-        codes = dict(zip(names, pool.map(lambda v: compile_one(*v)[0], names.values())))
+        return dict(zip(wanted, pool.map(lambda x: compile_one(*x)[0], wanted.values())))
+
+
+def write() -> None:
+    """Compile everything and write the archive."""
+    entries = {"digest": digest().encode(), "compiler": str(compiler()).encode(), **compile_all(variants())}
     with zipfile.ZipFile(ARCHIVE, "w", zipfile.ZIP_LZMA) as archive:
-        for name, code in {"digest": digest().encode(), **codes}.items():
+        for name, content in entries.items():
             entry = zipfile.ZipInfo(name)  # no date: the same sources make the same file
-            archive.writestr(entry, code, compress_type=zipfile.ZIP_LZMA)
+            archive.writestr(entry, content, compress_type=zipfile.ZIP_LZMA)
+
+
+def shipped(name: str) -> bytes:
+    """An entry of the archive."""
+    with zipfile.ZipFile(ARCHIVE) as archive:
+        return archive.read(name)
+
+
+def differences(names: Iterable[str]) -> list[str]:
+    """Those of the named specialisations whose machine code is not, byte for byte, what the archive has."""
+    return [name for name, code in compile_all(names).items() if code != shipped(name)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m palimpsest.ops.gpu.hopper.precompile", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="compare with the archive instead of writing it")
+    check, found = parser.parse_args().check, compiler()
+    if found is None:
+        raise SystemExit("nvcc is not on PATH; it comes with CUDA 12.8 and later")
+    if not check:
+        write()
+        sys.stdout.write(f"{ARCHIVE.name}: {len(variants())} files, compiled with {found}\n")
+        return 0
+    made_with = shipped("compiler").decode()
+    if found != made_with:
+        raise SystemExit(
+            f"{ARCHIVE.name} was made with {made_with}, and this is {found}: their bytes cannot be compared"
+        )
+    different = differences(variants())
+    sys.stdout.write(f"{len(variants())} files, {len(different)} differ from {ARCHIVE.name} {' '.join(different)}\n")
+    return int(bool(different))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
