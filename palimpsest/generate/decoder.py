@@ -17,6 +17,7 @@ from palimpsest.models.kimi_linear.model_state import ModelState, NonFinite
 from palimpsest.models.kimi_linear.nonfinite import Fault, NonFiniteError, read_until_fault
 
 CHECK_EVERY = 64  # steps between two checks of the whole state; the logits are checked at every one
+SESSION_CHECK_EVERY = 256  # the same in a session, where a check copies the whole state and waits for it
 MOST_TOGETHER = 16384  # tokens read in one call, so that many long prompts need no more memory than a few
 FIRST_ROOM = 4096  # tokens that a session has room for beyond those read; the next has as many as were read, or more
 
@@ -244,7 +245,7 @@ class SessionDecoder(Decoder):
         for row, since, new in zip(self.rows, self._since, tokens, strict=True):
             since.extend(new)
             self.positions[row] += len(new)
-        if max(map(len, self._since)) >= CHECK_EVERY:
+        if max(map(len, self._since)) >= SESSION_CHECK_EVERY:
             self._check()
 
     def _open(self, sampling: Sampling, seeds: list[int]) -> None:

@@ -26,6 +26,7 @@ from palimpsest.models.kimi_linear.state_file import check_state
 from palimpsest.text import TextPieces, Tokenizer
 
 Reason = Literal["length", "end", "stop", "nonfinite"]
+WORTH_A_GRAPH = 16  # tokens: recording a graph takes about as long as so many launched one by one
 Draft = Callable[[Sequence[int]], Sequence[int]]
 
 
@@ -112,7 +113,8 @@ def generate(
         draft: guesses the tokens to come, such as `prompt_lookup`; one sequence only. Wrong guesses cost time; the
             tokens stay what they are without it.
         history: checkpoints to go back to; one sequence only, which continues from `history.latest`.
-        graph: choose and read each token by CUDA graphs at fixed addresses; None: where that is possible and pays.
+        graph: choose and read each token by CUDA graphs at fixed addresses; by default on a GPU, for 16 tokens or more
+            without draft and history.
 
     Raises:
         ValueError: an argument that does not fit, named in one sentence.
@@ -194,7 +196,9 @@ def stream(
         end_tokens = () if end_token is None else (end_token,)
 
     _check_graph(model, graph, draft, history)
-    decoder = _decoder(model, start, max_new_tokens, on_nonfinite == "stop", history, graph or False)
+    if graph is None:
+        graph = draft is None and history is None and max_new_tokens >= WORTH_A_GRAPH and model.device.type == "cuda"
+    decoder = _decoder(model, start, max_new_tokens, on_nonfinite == "stop", history, graph)
     writers = [_Writer(i, max_new_tokens, tokenizer, stop, end_tokens) for i in range(count)]
     return _run(decoder, rows, prefill_chunk, writers, sampling, seeds, draft)
 

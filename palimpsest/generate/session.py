@@ -82,8 +82,8 @@ class DecodeSession:
         self._arrived = torch.cuda.Event() if device.type == "cuda" else None
         self._choose, self._read = self._choose_, self._read_
         if graph:
-            self._choose, self._read = _captured(self._choose_), _captured(self._read_)
-            self._load_(start)  # capturing runs the steps, too
+            self._choose, self._read = (_captured(body) for body in (self._choose_, self._read_))
+            self._load_(start)  # the steps have run, too
 
     @property
     def batch_size(self) -> int:
@@ -145,14 +145,15 @@ class DecodeSession:
 
 
 def _captured(body: Callable[[], None]) -> Callable[[], None]:
-    """body as a CUDA graph: run before, so that libraries and kernels have what they make once, then recorded."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
+    """body as a CUDA graph: run once, so that libraries and kernels have what they make at first use, then recorded."""
+    graph, current, side = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(current)
     with torch.cuda.stream(side):
-        for _ in range(2):
-            body()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         body()
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            body()
+        finally:
+            graph.capture_end()
+    current.wait_stream(side)
     return graph.replay

@@ -33,14 +33,11 @@ ON_CPU: dict[
     str, Callable
 ] = {}  # compiled functions, by the name of what they compute; None says: not for these tensors
 GATHERED_PAIRS = 16
-ON_GPU = False  # whether "auto" takes the kernels
 MOST_TOKENS = 64  # beyond, products of whole matrices are faster
 
 
 def refusal(x: Tensor, most: int | None = None) -> str | None:
     """Why the kernels cannot take x, of `most` rows at most, as a sentence; None if they can."""
-    if not ON_GPU:
-        return "has not been tried on a GPU; name it, form='triton', to do so"
     if not x.is_cuda:
         return f"needs a CUDA device; the tensors are on {x.device}"
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):

@@ -77,10 +77,14 @@ def up_tile(
         d = start + tl.arange(0, BLOCK_D)
         in_ND = in_N[:, None] & (d < D)[None, :]
         x_DM = tl.load(x + x_at + d[:, None], mask=(d < D)[:, None] & in_M[None, :], other=0.0)
-        gate_NM = tl.dot(
-            tl.load(gate + w_at + d[None, :], mask=in_ND, other=0.0), x_DM, gate_NM, input_precision=PRECISION
-        )
-        up_NM = tl.dot(tl.load(up + w_at + d[None, :], mask=in_ND, other=0.0), x_DM, up_NM, input_precision=PRECISION)
+        gate_ND = tl.load(gate + w_at + d[None, :], mask=in_ND, other=0.0)
+        up_ND = tl.load(up + w_at + d[None, :], mask=in_ND, other=0.0)
+        if PRECISION == "ieee":  # a sum of short sums errs less than a long one
+            gate_NM += tl.dot(gate_ND, x_DM, input_precision=PRECISION)
+            up_NM += tl.dot(up_ND, x_DM, input_precision=PRECISION)
+        else:
+            gate_NM = tl.dot(gate_ND, x_DM, gate_NM, input_precision=PRECISION)
+            up_NM = tl.dot(up_ND, x_DM, up_NM, input_precision=PRECISION)
     h_NM = gate_NM * sigmoid(gate_NM) * up_NM
     tl.store(
         h + to_M.to(tl.int64)[None, :] * WIDTH + n[:, None], h_NM.to(h.dtype.element_ty),

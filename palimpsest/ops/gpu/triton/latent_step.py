@@ -198,7 +198,7 @@ def split(
     wide = q.dtype == torch.float32
     block_m, block_s = (16 if T * H <= 16 else 32), (16 if wide else 32)
     tiles = B * triton.cdiv(T * H, block_m)
-    splits = splits or max(1, min(64, triton.cdiv(264, tiles), triton.cdiv(S, 2 * block_s)))
+    splits = splits or max(1, min(128, triton.cdiv(264, tiles), triton.cdiv(S, 2 * block_s)))
     largest, total = (q.new_empty(B, T * H, splits, dtype=torch.float32) for _ in range(2))
     read = q.new_empty(B, T * H, splits, R, dtype=torch.float32)
     block_r = max(16, triton.next_power_of_2(R))

@@ -29,7 +29,10 @@ def weight_rows_times_tokens(
         d = start + tl.arange(0, BLOCK_D)
         w_ND = tl.load(w + w_at + d[None, :], mask=in_N[:, None] & (d < D)[None, :], other=0.0)
         x_DM = tl.load(x + x_at + d[:, None], mask=(d < D)[:, None] & in_M[None, :], other=0.0)
-        acc_NM = tl.dot(w_ND, x_DM, acc_NM, input_precision=PRECISION)
+        if PRECISION == "ieee":  # a sum of short sums errs less than a long one
+            acc_NM += tl.dot(w_ND, x_DM, input_precision=PRECISION)
+        else:
+            acc_NM = tl.dot(w_ND, x_DM, acc_NM, input_precision=PRECISION)
     return acc_NM
 
 
@@ -91,9 +94,9 @@ def project(xs: list[Tensor], weights: list[Tensor], dtype: torch.dtype) -> list
 def launch(outputs: int, D: int, N: int, dtype: torch.dtype) -> dict:
     """Tiles small enough that every multiprocessor has some, and no smaller."""
     wide = dtype == torch.float32
-    block_n = 64 if outputs >= 8192 else 32 if outputs >= 4096 else 16
+    block_n = 64 if outputs >= 8192 else 32 if outputs >= 2048 else 16
     return dict(
         BLOCK_N=block_n, BLOCK_M=min(64, max(16, triton.next_power_of_2(N))),
-        BLOCK_D=min(64 if wide else 256 if block_n == 16 else 128, max(16, triton.next_power_of_2(D))),
-        PRECISION="ieee" if wide else "tf32", num_warps=4, num_stages=2 if wide else 4,
+        BLOCK_D=min(64 if wide else 128, max(16, triton.next_power_of_2(D))),
+        PRECISION="ieee" if wide else "tf32", num_warps=4, num_stages=2 if wide else 5 if block_n < 64 and D > 256 else 4,
     )  # fmt: skip
