@@ -150,6 +150,17 @@ def expect_floats(name: str, x: Tensor, device: torch.device | None = None) -> N
         raise ValueError(f"{name} is on {x.device}; it must be on {device}, as the others")
 
 
+def scale_of(scale: float | None, q: Tensor) -> float:
+    """What multiplies q: 1 / sqrt(K) if None; a TypeError or ValueError unless it is a finite number."""
+    if scale is None:
+        return q.shape[-1] ** -0.5
+    if not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"scale is a {type(scale).__name__}; it must be a number: multiply q by a tensor yourself")
+    if isinstance(scale, float) and not math.isfinite(scale):
+        raise ValueError(f"scale is {scale}; it must be a finite number")
+    return scale
+
+
 def _kind(x) -> str:
     return "None" if x is None else f"a {type(x).__name__}"
 
@@ -217,7 +228,7 @@ def _fits(op: str, tensors: Sequence[Tensor | None], cu_seqlens: Tensor | None, 
                 or x.dtype not in dtypes
                 or not (x.is_cpu if on_cpu else x.device == device)
                 or x.layout is not STRIDED
-                or (in_place and not x.is_contiguous())
+                or (in_place and (not x.is_contiguous() or x.is_neg()))
             ):
                 return False
     except AttributeError:  # no tensor
@@ -290,6 +301,10 @@ def _walk(op: str, tensors: Sequence[Tensor | None], cu_seqlens: Tensor | None, 
         if row.in_place and not x.is_contiguous():
             raise ValueError(
                 f"{row.name} is not contiguous; it is edited in place, so pass {row.name}.contiguous() and keep that"
+            )
+        if row.in_place and not torch.compiler.is_compiling() and x.is_neg():
+            raise ValueError(
+                f"{row.name} is a view yet to be negated; it is edited in place, so pass {row.name}.resolve_neg() and keep that"
             )
 
 

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from palimpsest.ops.arguments import state_dtype
+from palimpsest.ops.backends import within_a_transform
 from palimpsest.ops.gates import SigmoidDecay, SoftplusDecay, l2norm
 
 Form = Literal["auto", "torch", "triton", "cpu"]
@@ -75,7 +76,9 @@ def fused(x: Tensor, form: Form = "auto", most: int | None = None) -> bool:
 
 def compiled(x: Tensor, form: Form = "auto") -> bool:
     """Whether a call on x is for the compiled functions of a CPU, which have no gradient."""
-    return x.is_cpu and form in ("auto", "cpu") and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if not x.is_cpu or form not in ("auto", "cpu") or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return not within_a_transform()  # tangents and batches of torch.func go through torch
 
 
 def project(

@@ -67,7 +67,7 @@ def trace(
     _expect_one_head_each(q, v)
     wide = state_dtype(q.dtype)
     q, k, v, log_decay, beta = (x.to(wide) for x in (q, k, v, log_decay, beta[..., None]))
-    q = q * (q.shape[-1] ** -0.5 if scale is None else scale)
+    q = q * arguments.scale_of(scale, q)
     return trace_memory(q, k, beta * k, beta * v, log_decay, state)
 
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.ops import arguments
-from palimpsest.ops.arguments import expect_floats, state_dtype
+from palimpsest.ops.arguments import expect_floats, scale_of, state_dtype
 from palimpsest.ops.backends import Backend, Op, Problem, choose, within_a_transform
 from palimpsest.ops.gates import SigmoidDecay, SoftplusDecay, l2norm
 
@@ -418,7 +418,7 @@ def softmax_lookup(
     problem = _problem("lookup", "softmax_lookup", q, v, cu_seqlens, (q, k, v, keys, values))
     run = choose(problem, backend).lookup
     assert run is not None
-    output = run(q, k, v, keys, values, _scale(scale, q), cu_seqlens)
+    output = run(q, k, v, keys, values, scale_of(scale, q), cu_seqlens)
     return output, (torch.cat((keys, k), 1), torch.cat((values, v), 1))
 
 
@@ -493,7 +493,7 @@ def kda_from_logits(
         able = beta_max == 1.0 and chosen.refusal(problem) is None
         whole = chosen.kda_from_logits if able else None
         if whole:  # the backend that runs KDA takes the logits, too
-            scale = _scale(scale, q)
+            scale = scale_of(scale, q)
             state = _begin(state, chosen, v, q.shape[-1], cu_seqlens)
             return DeltaOutput(*whole(*tensors, gate, state, scale, cu_seqlens))
     beta = beta_max * beta_logits.to(state_dtype(v.dtype)).sigmoid()
@@ -547,7 +547,7 @@ def kda_step_(
     )  # fmt: skip
     step = choose(problem, backend).step
     assert step is not None
-    scale = _scale(scale, q)
+    scale = scale_of(scale, q)
     if not torch.is_grad_enabled():  # a step takes microseconds, and so does entering no_grad
         return step(*tensors, scale)
     with torch.no_grad():
@@ -576,7 +576,7 @@ def _run(
     backend: str,
 ) -> DeltaOutput:
     chosen, state = _start(op, variant, tensors, values, state, cu_seqlens, backend)
-    return DeltaOutput(*getattr(chosen, op)(*tensors, state, _scale(scale, tensors[0]), cu_seqlens))
+    return DeltaOutput(*getattr(chosen, op)(*tensors, state, scale_of(scale, tensors[0]), cu_seqlens))
 
 
 def _start(
@@ -592,16 +592,6 @@ def _start(
     q = tensors[0]
     chosen = choose(_problem(op, variant, q, values, cu_seqlens, (*tensors, state)), backend)
     return chosen, _begin(state, chosen, values, q.shape[-1], cu_seqlens)
-
-
-def _scale(scale: float | None, q: Tensor) -> float:
-    if scale is None:
-        return q.shape[-1] ** -0.5
-    if not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt)):
-        raise TypeError(f"scale is a {type(scale).__name__}; it must be a number: multiply q by a tensor yourself")
-    if isinstance(scale, float) and not math.isfinite(scale):
-        raise ValueError(f"scale is {scale}; it must be a finite number")
-    return scale
 
 
 def _problem(

@@ -5,17 +5,22 @@ of them. Here a few hundred are drawn. `python -m pytest tests/ops/test_calls.py
 """
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import example, given, note, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 
 from benchmarks.faults.bad_calls import DOORS, FUNCTIONS, Draw, bad_operator_calls, outcome, spoiled
-from palimpsest import backends
+from palimpsest import backends, gates, kda, kda_from_logits, kda_step_
 from palimpsest.ops import arguments
 from palimpsest.ops.arguments import TABLES
-from palimpsest.ops.cpu import register
+from palimpsest.ops.cpu import jit, register
 from palimpsest.ops.gpu import register as gpu
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -173,3 +178,166 @@ def test_every_door_checks_before_anything_else(door, monkeypatch):
     if door.startswith("gpu"):
         with pytest.raises(ReachedError):  # not the fakes alone
             call({n: x if x is None else torch.zeros(x.shape) for n, x in right.items()})
+
+
+# ---- under the sanitizers ----
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory):
+    """A command that calls the C kernels from Python, with every address watched."""
+    if jit.refusal() is not None or sys.platform != "linux":
+        pytest.skip("needs the C kernels, and a Linux loader")
+    library = tmp_path_factory.mktemp("sanitized") / "delta_memory.so"
+    flags = ("-std=gnu11", "-shared", "-fPIC", "-g", "-O1", "-march=native", "-fopenmp", "-lm")
+    watch = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    compiler = jit.find_compiler()
+    if subprocess.run([compiler, *flags, *watch, jit.SOURCE, "-o", library], capture_output=True).returncode:
+        pytest.skip("this compiler has no sanitizers")
+    find = lambda name: subprocess.run(
+        [compiler, f"-print-file-name={name}"], capture_output=True, text=True
+    ).stdout.strip()
+    runtimes = [find("libasan.so"), find("libstdc++.so")]
+    if not all(Path(x).is_absolute() for x in runtimes):
+        pytest.skip("this compiler's sanitizers cannot be loaded before Python")
+    env = {**os.environ, "LD_PRELOAD": " ".join(runtimes), "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-m", "tests.ops.sanitized_calls", library]
+    return lambda what: subprocess.run(
+        [*command, what], env=env, cwd=Path(__file__).parents[2], capture_output=True, text=True
+    )
+
+
+def test_the_sanitizers_find_nothing_in_calls_right_and_wrong(sanitized):
+    run = sanitized("calls")
+    assert run.returncode == 0, run.stderr
+    right, wrong = (int(word) for word in run.stdout.split() if word.isdigit())
+    assert right > 200
+    assert wrong > 800
+
+
+def test_the_sanitizers_would_see_a_call_that_nobody_checked(sanitized):
+    run = sanitized("without checks")
+    assert run.returncode != 0
+    assert "heap-buffer-overflow" in run.stderr
+
+
+# ---- found once ----
+
+
+def kda_inputs(T=20, H=2, K=8, V=8, B=1):
+    draw = Draw(B=B, T=T, H=H, G=H, K=K, V=V)
+    return [FUNCTIONS["kda"].draw(draw)[name] for name in ("q", "k", "v", "log_decay", "beta", "state")]
+
+
+@pytest.mark.parametrize("numbers", [2, 4, 8, 15, 17, 32])
+@pytest.mark.parametrize("backend", ["auto", "chunked"])
+def test_a_gates_parameters_have_their_sizes(backend, numbers):
+    x = torch.randn(1, 5, 2, 8)
+    for gate in (
+        gates.SoftplusDecay(torch.zeros(2), torch.zeros(numbers)),
+        gates.SigmoidDecay(torch.zeros(2), torch.zeros(numbers)),
+    ):
+        with pytest.raises(ValueError, match=f"dt_bias has {numbers} numbers, .*ask for 16"):
+            kda_from_logits(x, x, x, x, x[..., 0], gate=gate, backend=backend)
+    with pytest.raises(ValueError, match="A_log has 3 numbers"):
+        kda_from_logits(
+            x, x, x, x, x[..., 0], gate=gates.SoftplusDecay(torch.zeros(3), torch.zeros(16)), backend=backend
+        )
+
+
+TRANSFORMS = {
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1],
+    "jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
+    "grad": lambda f, x: torch.func.grad(lambda x: f(x).sum())(x),
+    "hessian": lambda f, x: torch.func.hessian(lambda x: f(x).square().sum())(x),
+    "vmap": lambda f, x: torch.func.vmap(f)(torch.stack((x, 2 * x))),
+    "a gradient of each": lambda f, x: torch.func.vmap(torch.func.grad(lambda x: f(x).sum()))(torch.stack((x, 2 * x))),
+}
+
+
+# torch itself, at its first forward-mode derivative
+OLD_JIT = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+
+
+@OLD_JIT
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_derivatives_of_torch_func_are_those_of_the_torch_form(transform):
+    """They were silently 0 through the C kernel, which knows no tangents."""
+    q, k, v, g, b, state = kda_inputs(T=5, H=1, K=3, V=2)
+    run = lambda backend: TRANSFORMS[transform](lambda v: kda(q, k, v, g, b, state=state, backend=backend).output, v)
+    found = run("auto")
+    torch.testing.assert_close(found, run("chunked"))
+    assert found.abs().max() > 0
+    if backends.names()[-3] == "cpu" and jit.refusal() is None:
+        with pytest.raises(
+            ValueError, match="backend 'cpu' cannot run this call: it has no rule for torch.func .*chunked"
+        ):
+            run("cpu")
+
+
+@OLD_JIT
+def test_dual_numbers_keep_their_tangents():
+    q, k, v, g, b, _ = kda_inputs()
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(v, torch.ones_like(v))
+        found = [forward_ad.unpack_dual(kda(q, k, dual, g, b, backend=x).output).tangent for x in ("auto", "chunked")]
+    torch.testing.assert_close(*found)
+
+
+@OLD_JIT
+def test_a_compiled_jvp_is_right_too():
+    q, k, v, g, b, _ = kda_inputs(T=4, H=1)
+    f = lambda v: torch.func.jvp(lambda v: kda(q, k, v, g, b).output, (v,), (torch.ones_like(v),))[1]
+    torch.testing.assert_close(torch.compile(f, backend="aot_eager")(v), f(v))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "chunked"])
+def test_without_tokens_the_state_is_given_back_as_another_tensor(backend):
+    *inputs, state = kda_inputs(T=0)
+    after = kda(*inputs, state=state, backend=backend).state
+    assert torch.equal(after, state)
+    after.zero_()
+    assert state.abs().sum() > 0
+
+
+def test_autograd_hears_that_a_step_edited_a_state_that_it_kept():
+    """Gradients of what was computed from the old memory would be silently those of the new one."""
+    q, k, v, g, b, state = kda_inputs()
+    loss = kda(q.requires_grad_(), k, v, g, b, state=state).output.sum()
+    with torch.no_grad():
+        kda_step_(*(x[:, 0] for x in (q, k, v, g, b)), state)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("changed", range(5))
+def test_a_view_that_is_still_to_be_negated_is_read_negated(changed):
+    *tokens, state = kda_inputs(T=1)
+    inputs, memory, other = [x[:, 0] for x in tokens], state.clone(), state.clone()
+    expected = kda_step_(*inputs, memory)
+    inputs[changed] = torch._neg_view(-inputs[changed])
+    assert torch.equal(kda_step_(*inputs, other), expected)
+    assert torch.equal(other, memory)
+    with pytest.raises(ValueError, match="state is a view yet to be negated"):
+        kda_step_(*inputs, torch._neg_view(state))
+
+
+@pytest.mark.parametrize("backend", ["auto", "chunked"])
+@pytest.mark.parametrize("kind", [gates.SoftplusDecay, gates.SigmoidDecay])
+def test_far_logits_and_rates_are_finite_decays(backend, kind):
+    """+inf forgets at once, or as much as the floor lets; a rate that overflows makes a step of the sigmoid."""
+    q, k, v, *_ = kda_inputs()
+    for A_log, logit in ((0.0, torch.inf), (90.0, 0.5), (90.0, torch.inf), (88.0, -0.5), (200.0, 3.0)):
+        logits = torch.full_like(q, -1.0)
+        logits[:, 5] = logit
+        gate = kind(torch.full((2,), A_log), torch.zeros(2, 8))
+        found = kda_from_logits(q, k, v, logits, q[..., 0], gate=gate, backend=backend)
+        wide = kind(gate.A_log.double(), gate.dt_bias.double())
+        truth = kda_from_logits(*(x.double() for x in (q, k, v, logits, q[..., 0])), gate=wide, backend="reference")
+        torch.testing.assert_close(found.output.double(), truth.output, rtol=1e-4, atol=1e-5)
+
+
+def test_sizes_beyond_what_a_launch_can_count_are_refused():
+    x = torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16, device="meta").expand(1, 2**31, 1, 64)
+    with pytest.raises(ValueError, match="more than one launch can count: cut the batch"):
+        torch.ops.palimpsest_gpu.linear_memory(x, x, x, None, 1.0, None)

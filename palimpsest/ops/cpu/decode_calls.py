@@ -9,6 +9,7 @@ from ctypes import c_double, c_int64, c_void_p
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from palimpsest.ops.cpu import jit
 from palimpsest.ops.cpu.register import MAX_K
@@ -34,18 +35,18 @@ def memory_layer_step_(
     q, k, v, weights, windows, decay, A_log, dt_bias, beta, gate, norm, state, eps, beta_max, kind, floor, silu
 ) -> Tensor | None:
     """One token through a KDA layer in place, as ops/decode.py says; None if this is not for the kernel."""
+    if state.ndim != 4 or len(weights) != 3 or len(windows) != 3 or weights[0].ndim != 3:
+        return None
     B, H, K, V = state.shape
     D, W, dtype, wide = H * K, weights[0].shape[-1], q.dtype, weights[0].dtype
     kept = torch.float32, torch.bfloat16
     if dtype not in kept or wide not in kept or K != V or K > MAX_K or not 2 <= W <= MAX_TAPS or jit.refusal():
         return None
     for x, shape in ((q, (B, D)), (k, (B, D)), (v, (B, D)), (decay, (B, D)), (gate, (B, D)), (beta, (B, H))):
-        if x.shape != shape or x.dtype is not dtype or not x.is_contiguous() or not x.is_cpu:
+        if not _is(x, shape, dtype):
             return None
     for weight, window in zip(weights, windows, strict=True):
-        if (weight.shape, window.shape, weight.dtype, window.dtype) != ((D, 1, W), (B, D, W - 1), wide, dtype):
-            return None
-        if not weight.is_contiguous() or not window.is_contiguous() or not window.is_cpu or not weight.is_cpu:
+        if not _is(weight, (D, 1, W), wide) or not _is(window, (B, D, W - 1), dtype):
             return None
     for x, count, of in (
         (A_log, H, torch.float32),
@@ -53,7 +54,7 @@ def memory_layer_step_(
         (norm, K, wide),
         (state, B * D * K, torch.float32),
     ):
-        if x.numel() != count or x.dtype is not of or not x.is_contiguous() or not x.is_cpu:
+        if x.numel() != count or not _is(x, x.shape, of):
             return None
     out = torch.empty_like(q)
     three = c_void_p * 3
@@ -64,10 +65,14 @@ def memory_layer_step_(
         out.data_ptr(), A_log.data_ptr(), dt_bias.data_ptr(), state.data_ptr(),
     )  # fmt: skip
     jit.library().memory_layer_step(ctypes.byref(call))
+    if not state.is_inference():
+        increment_version((state, *windows))  # autograd sees that tensors which it has kept were edited
     return out
 
 
 def project(xs: list[Tensor], weights: list[Tensor], dtype: torch.dtype) -> list[Tensor] | None:
+    if not xs or xs[0].ndim != 2:
+        return None
     N, D = xs[0].shape
     if N > MOST_ROWS or dtype is not torch.float32 or len(xs) != len(weights) or jit.refusal():
         return None
@@ -84,8 +89,10 @@ def project(xs: list[Tensor], weights: list[Tensor], dtype: torch.dtype) -> list
 
 
 def add_norm(x: Tensor, parts: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor] | None:
-    (N, J, D), half = parts.shape, jit.refusal()
-    if half or not _is(x, (N, D)) or not _is(parts, (N, J, D)) or not _is(weight, (D,)):
+    if parts.ndim != 3:
+        return None
+    N, J, D = parts.shape
+    if jit.refusal() or not _is(x, (N, D)) or not _is(parts, (N, J, D)) or not _is(weight, (D,)):
         return None
     sums, y = torch.empty_like(x), torch.empty_like(x)
     _function("decode_add_norm", "iiidppppp")(
@@ -97,6 +104,8 @@ def add_norm(x: Tensor, parts: Tensor, weight: Tensor, eps: float) -> tuple[Tens
 def route(
     logits: Tensor, bias: Tensor, k: int, scaling: float, renormalize: bool, biased: bool
 ) -> tuple[Tensor, Tensor] | None:
+    if logits.ndim != 2:
+        return None
     N, E = logits.shape
     if jit.refusal() or not _is(logits, (N, E)) or not _is(bias, (E,)) or not 1 <= k <= E:
         return None
@@ -115,6 +124,8 @@ def route(
 def experts(
     x: Tensor, chosen: Tensor, weights: Tensor, gate: Tensor, up: Tensor, down: Tensor, shared: list[Tensor]
 ) -> Tensor | None:
+    if x.ndim != 2 or chosen.ndim != 2 or gate.ndim != 3 or len(shared) not in (0, 3) or not x.numel():
+        return None
     (N, D), k, (E, W, _) = x.shape, chosen.shape[1], gate.shape
     S = len(shared[0]) if shared else 0
     fits = _is(x, (N, D)) and _is(chosen, (N, k), torch.int64) and _is(weights, (N, k)) and _is(gate, (E, W, D))
@@ -139,7 +150,8 @@ ON_CPU = {f.__name__: f for f in (project, add_norm, memory_layer_step_, route, 
 
 
 def _is(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> bool:
-    return x.shape == shape and x.dtype is dtype and x.is_contiguous() and x.is_cpu
+    """Whether the kernel may read x: also no view that torch would have to negate first."""
+    return x.shape == shape and x.dtype is dtype and x.is_contiguous() and x.is_cpu and not x.is_neg()
 
 
 @functools.cache
