@@ -103,7 +103,7 @@ def test_the_result_stands_beside_the_compressors(capsys, place):
     assert code == 0
     for word in ("this model", "entropy of single bytes", "gzip", "xz", "3 steps", "loss.png"):
         assert word in out
-    assert "resumed at step 3" in err
+    assert "this run had finished at step 3: nothing was left to do" in err
 
 
 def test_json_is_a_line_an_event(capsys, place, tmp_path):
@@ -156,7 +156,9 @@ def test_a_live_bar_shows_the_same(place, tmp_path, monkeypatch):
 def test_overwrite_removes_runs_and_nothing_else(capsys, place, tmp_path):
     again = ("train", place / "small.py", "--out", tmp_path / "r", "-q", "-s", "steps=1")
     assert run(capsys, *again)[0] == 0
-    assert "holds a run already" in refusal(capsys, *again)
+    sentence = refusal(capsys, *again)
+    for words in ("holds a run already", "--resume", "--overwrite", "--out"):
+        assert words in sentence
     assert run(capsys, *again, "--overwrite")[0] == 0
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("precious")
@@ -345,6 +347,7 @@ def test_killed_resumed_and_interrupted(place, tmp_path):
         assert start["step"] == int(whole.name.removeprefix("step-"))
         until(p, "train")
         p.send_signal(signal.SIGTERM)
+        assert until(p, "interrupt")["signal"] == "SIGTERM"
         out, err = p.communicate(timeout=120)
     assert p.returncode == 130, err
     assert "saved; go on with --resume" in err

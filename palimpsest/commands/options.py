@@ -50,12 +50,13 @@ class Group(PlainHelp, TyperGroup):
 
 def checkpoint_of(folder: str) -> Path:
     """The folder with the weights: itself, or a run's newest checkpoint."""
+    from palimpsest.train.run_folder import is_run, latest
+
     path = Path(folder)
-    if (path / "run.json").is_file():
-        newest = sorted(p for p in (path / "checkpoints").glob("step-*") if p.is_dir())
-        if not newest:
+    if is_run(path):
+        if (newest := latest(path)) is None:
             raise ValueError(f"the run in {folder!r} has no checkpoint yet; train further, or wait for the first")
-        return newest[-1]
+        return newest
     if not path.is_dir():
         raise ValueError(f"{folder!r} is no folder; give a run's folder, or one with config.json and safetensors")
     return path

@@ -33,7 +33,7 @@ def train(
         bool, typer.Option("--resume", help="Go on with the run in the folder, if there is one.")
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Remove the run in the folder and start anew.")
+        bool, typer.Option("--overwrite", help="Remove the run in the folder and start anew; other files there stay.")
     ] = False,
     show: Annotated[bool, typer.Option("--show", help="Print the recipe with its settings and stop.")] = False,
     quiet: Quiet = False,
@@ -46,11 +46,8 @@ def train(
 
     Example: `palimpsest train recipes/demo.py --set minutes=1`
     """
-    import shutil
-
     from palimpsest.train import load_recipe
     from palimpsest.train import train as run_recipe
-    from palimpsest.train.checkpoints import is_run
     from palimpsest.train.recipe import as_dict
 
     loaded = load_recipe(recipe, _settings(set or []))
@@ -62,12 +59,10 @@ def train(
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started; one of them speaks
     path, _, function = recipe.partition(":")
     folder = out or Path("runs") / "-".join(filter(None, [Path(path).stem, function]))
-    if overwrite and is_run(folder) and first:
-        shutil.rmtree(folder)
     with display(
         Standing().status, _remarks, quiet=quiet or not first, as_json=as_json and first, silent="step"
     ) as report:
-        result = run_recipe(loaded, folder, resume=resume, report=report)
+        result = run_recipe(loaded, folder, resume=resume, overwrite=overwrite, report=report)
     _leave_the_others()
     if not first:
         return 0 if result.finished else INTERRUPTED
@@ -107,7 +102,7 @@ class Standing:
         """Of an event: the share that is done, and rate, loss, bits per byte and time left in words."""
         if event["event"] == "evaluate":
             self.heldout = event["heldout_bits_per_byte"]
-        if event["event"] == "end" and event["finished"]:
+        if event["event"] == "finished" or (event["event"] == "end" and event["finished"]):
             return 1.0, "finished"
         if event["event"] != "step":
             return None
@@ -115,8 +110,8 @@ class Standing:
         (t0, n0, s0), (t1, n1, s1) = self.steps[0], self.steps[-1]
         rate = (n1 - n0) / (t1 - t0) if t1 > t0 else 0.0
         left = (1 - s1) * (t1 - t0) / (s1 - s0) if s1 > s0 else None
-        parts = [f"step {event['step']}", f"{rate:,.0f} tok/s", f"loss {event['loss']:.2f}"]
-        parts.append(f"bits/byte {event['bits_per_byte']:.2f}")
+        parts = [f"step {event['step']}", f"{rate:,.0f} tok/s", f"loss {_decimals(event['loss'], 2)}"]
+        parts.append(f"bits/byte {_decimals(event['bits_per_byte'], 2)}")
         if self.heldout is not None:
             parts.append(f"held out {self.heldout:.2f}")
         if event["skipped"]:
@@ -135,14 +130,22 @@ def _remarks(event: dict[str, Any]) -> list[str]:
     if event["event"] == "evaluate":
         others = ", ".join(f"{name} {bits:.2f}" for name, bits in event["compressors"].items())
         bits, length = event["heldout_bits_per_byte"], size(event["heldout_bytes"])
-        return [f"step {event['step']}: held-out {bits:.3f} bits/byte on {length} ({others})"]
+        return [f"step {event['step']}: held-out {_decimals(bits, 3)} bits/byte on {length} ({others})"]
+    if event["event"] == "interrupt":
+        heard = "Ctrl-C" if event["signal"] == "SIGINT" else event["signal"]
+        return [f"{heard} heard: step {event['step'] + 1} is being finished and saved; once more ends without saving"]
+    if event["event"] == "finished":
+        return [f"this run had finished at step {event['step']}: nothing was left to do"]
     return []
+
+
+def _decimals(number: float | None, digits: int) -> str:
+    return "not finite" if number is None else f"{number:.{digits}f}"
 
 
 def _print_result(result, folder: Path) -> None:
     table = Table(title="held-out bits per byte", title_justify="left", show_header=False)
-    bits = result.heldout_bits_per_byte
-    table.add_row("this model", "not finite" if bits is None else f"[bold]{bits:.3f}[/]")
+    table.add_row("this model", f"[bold]{_decimals(result.heldout_bits_per_byte, 3)}[/]")
     for name, bits in result.compressors.items():
         table.add_row({"unigram": "entropy of single bytes"}.get(name, name), f"{bits:.3f}")
     console = Console(highlight=False)
@@ -153,3 +156,5 @@ def _print_result(result, folder: Path) -> None:
         f"loss curve {folder / 'loss.png'}; model {result.checkpoint}",
         soft_wrap=True,
     )
+    if result.best is not None:
+        console.print(f"held-out text was predicted best along the way by {result.best}", soft_wrap=True)

@@ -179,11 +179,19 @@ class Heldout:
         tokenizer: of the model.
         piece_bytes: the length of a piece; the last of a document is shorter.
         max_bytes: about this much text is taken.
+
+    Raises:
+        ValueError: no document holds as much as two bytes.
     """
 
     def __init__(self, documents: Sequence[Document], tokenizer: Tokenizer, *, piece_bytes: int, max_bytes: int):
         whole = isinstance(tokenizer, ByteTokenizer)
         texts = [t for d in documents for t in _cut(d.content, piece_bytes, characters=not whole)]
+        if not texts:
+            raise ValueError(
+                f"the {len(documents)} held-out documents hold no two bytes in a row, which an evaluation needs; name "
+                "others by data.source.heldout_paths, or hold more out by data.source.heldout"
+            )
         count = min(len(texts), math.ceil(max_bytes / piece_bytes))
         chosen = [texts[i] for i in sorted(set(np.linspace(0, len(texts) - 1, count).round().astype(int).tolist()))]
         self.content = b"".join(chosen)  # what the compressors are given

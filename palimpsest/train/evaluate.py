@@ -29,7 +29,7 @@ def bits_per_byte(accelerator: Accelerator, model: nn.Module, heldout: Heldout, 
         batch = batch.to(accelerator.device)
         with accelerator.autocast():
             loss = model(batch.tokens, labels=batch.labels).loss
-        if index < len(batches):
+        if index < len(batches) and num_predictions:  # pieces of one token predict nothing
             nats += loss.double().cpu() * num_predictions
     nats = total(accelerator, nats)
     model.train(was_training)

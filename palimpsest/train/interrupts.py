@@ -1,23 +1,29 @@
 """Ctrl-C and SIGTERM as a question that the loop asks between two steps."""
 
+from __future__ import annotations
+
+import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
-@contextmanager
-def interrupts() -> Iterator[Callable[[], bool]]:
+@contextlib.contextmanager
+def interrupts(heard: Callable[[str], None] = lambda name: None) -> Iterator[Callable[[], bool]]:
     """Within it, the first Ctrl-C or SIGTERM makes the function that it gives return True; the next acts as ever.
 
     Outside the main thread, where signals cannot be caught, the function stays False.
 
-    >>> with interrupts() as interrupted:
+    Args:
+        heard: called at once with the first signal's name, since what it interrupts may take a while to end.
+
+    >>> with interrupts(print) as interrupted:
     ...     before = interrupted()
     ...     signal.raise_signal(signal.SIGTERM)
     ...     before, interrupted()
+    SIGTERM
     (False, True)
     """
     if threading.current_thread() is not threading.main_thread():
@@ -30,6 +36,8 @@ def interrupts() -> Iterator[Callable[[], bool]]:
         arrived.append(number)
         for each, handler in before.items():  # a second one need not wait for the step and the checkpoint
             signal.signal(each, handler if handler is not None else signal.SIG_DFL)
+        with contextlib.suppress(RuntimeError, OSError):  # it came in the middle of a write to the same stream
+            heard(signal.Signals(number).name)
 
     for number in STOPPING:
         signal.signal(number, note)

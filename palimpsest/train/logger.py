@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from palimpsest.files import write_json
-from palimpsest.train.checkpoints import RunFolder
 from palimpsest.train.evaluate import compressors
 from palimpsest.train.plots import draw_loss_curve
 from palimpsest.train.progress import Progress, Result
+from palimpsest.train.run_folder import RunFolder, finite
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -51,18 +51,24 @@ class RunLogger:
             "seconds": round(progress.seconds, 3),
         }
         event |= {"loss": loss, "bits_per_byte": loss * self.bits_per_nat, "skipped": progress.skipped, **facts}
-        self.report(event)
+        self.report(finite(event))
         if progress.step % self.run.recipe.output.log_every == 0:
             self._line(event | {"event": "train", "tokens_per_second": round(self._tokens / max(self._busy, 1e-9), 1)})
             self._tokens, self._busy = 0, 0.0
 
-    def evaluate(self, progress: Progress, bits: float, content: bytes) -> None:
-        """After an evaluation on content, which the compressors are given too."""
+    def evaluate(self, progress: Progress, bits: float, content: bytes, *, final: bool = False) -> None:
+        """After an evaluation on content, which the compressors are given too; the final one ends the run."""
         if not self.silent:
             self.baselines = compressors(content)
-            found = {"heldout_bits_per_byte": bits, "heldout_bytes": len(content), "compressors": self.baselines}
-            self._line({"event": "evaluate", "step": progress.step, "tokens": progress.tokens, **found})
+            event = {"event": "evaluate", "step": progress.step, "tokens": progress.tokens, "final": final}
+            event |= {"heldout_bits_per_byte": bits, "heldout_bytes": len(content), "compressors": self.baselines}
+            self._line(event)
         self._since = time.monotonic()
+
+    def interrupt(self, progress: Progress, signal: str) -> None:
+        """When Ctrl-C or SIGTERM came: the step that is being done will be finished and saved."""
+        if not self.silent:
+            self.report({"event": "interrupt", "signal": signal, "step": progress.step})
 
     def checkpoint(self, progress: Progress, path: Path) -> None:
         if not self.silent:
@@ -73,14 +79,14 @@ class RunLogger:
     def end(self, result: Result) -> None:
         if not self.silent:
             draw_loss_curve(self.run.records(), self.baselines, self.run.path)
-            write_json(self.run.path / "result.json", result.as_dict())
-            self.report({"event": "end", **result.as_dict()})
+            write_json(self.run.path / "result.json", finite(result.as_dict()))
+            self.report({"event": "end", **finite(result.as_dict())})
         if self.board is not None:
             self.board.close()
 
     def _line(self, event: dict[str, Any]) -> None:
-        self.run.record({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in event.items()})
-        self.report(event)
+        self.run.record(event)
+        self.report(finite(event))
         if self.board is None:
             return
         for name, value in event.items():

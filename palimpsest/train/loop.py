@@ -1,10 +1,12 @@
 """The training loop: a page, standing on accelerate for device, precision, accumulation, processes and checkpoints.
 
-Reading order: `train` below, then recipe.py, data.py, optim.py, checkpoints.py.
+Reading order: `train` below, then recipe.py, data.py, optim.py, run_folder.py, checkpoints.py.
 """
 
 import math
 import time
+from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import nn
 from palimpsest.layers.moe import MoE, update_router_bias
 from palimpsest.models.kimi_linear import KimiLinearForCausalLM
 from palimpsest.train import checkpoints
+from palimpsest.train.checkpoints import NonFiniteError
 from palimpsest.train.data import Corpus, Heldout
 from palimpsest.train.evaluate import bits_per_byte
 from palimpsest.train.interrupts import interrupts
@@ -24,25 +27,32 @@ from palimpsest.train.optim import build_optimizer, rate_factor
 from palimpsest.train.parallel import agree, as_float, start_accelerator, total
 from palimpsest.train.progress import Progress, Result
 from palimpsest.train.recipe import Recipe
+from palimpsest.train.run_folder import RunFolder, best, latest
 
 
-class NonFiniteError(ValueError):
-    """Too many steps in a row had a gradient that is not finite."""
-
-
-def train(recipe: Recipe, folder: str | Path, *, resume: bool = False, report: Report = lambda event: None) -> Result:
+def train(
+    recipe: Recipe,
+    folder: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    report: Report = lambda event: None,
+) -> Result:
     """Runs a recipe to its end, or to the first Ctrl-C or SIGTERM, which saves before it returns.
 
     Args:
         recipe: what to do.
         folder: where metrics, checkpoints and the loss curve go.
-        resume: go on with the run in folder, if there is one; on a CPU, to the same bits as if it had never stopped.
+        resume: go on with the run in folder, if there is one; on a CPU, to the same bits as if it had never stopped. A
+            run that had finished is not begun again: its result is returned.
+        overwrite: remove the run in folder, if there is one, as soon as recipe, data and model are known to be usable.
         report: called by the main process with each event, a dict; its "event" is start, step, train, evaluate,
-            checkpoint or end.
+            checkpoint, interrupt, end, or finished if there was nothing left to do.
 
     Raises:
         ValueError: recipe, data or folder cannot be used.
-        NonFiniteError: more than `max_nonfinite` steps in a row had no finite gradient; the last checkpoint is whole.
+        NonFiniteError: more than `max_nonfinite` steps in a row had no finite gradient, or weights that are not finite
+            would be saved; the last checkpoint is whole and finite.
         CheckpointError: a checkpoint could not be written or read; earlier ones are whole.
     """
     accelerator = start_accelerator(recipe)
@@ -52,35 +62,52 @@ def train(recipe: Recipe, folder: str | Path, *, resume: bool = False, report: R
             f"model.vocab_size is {recipe.model.vocab_size}; tokenizer {recipe.data.tokenizer!r} needs at least "
             f"{corpus.tokenizer.vocab_size}"
         )
-    run = checkpoints.RunFolder(folder, recipe, corpus.digest, resume=resume)
+    run = RunFolder(folder, recipe, corpus.digest, resume=resume, overwrite=overwrite)
     accelerator.wait_for_everyone()  # all have looked before one writes
-    if accelerator.is_main_process:
-        run.start()
+    with run.held() if accelerator.is_main_process else nullcontext():
+        done, saved = (None, None) if overwrite else (run.result(), latest(folder))
+        if done and saved and (result := Result.from_dict(done, saved, _other_best(run))):
+            if accelerator.is_main_process:
+                report({"event": "finished", **result.as_dict()})
+            return result
+        return _train(accelerator, corpus, run, saved, report)
+
+
+def _train(accelerator: Accelerator, corpus: Corpus, run: RunFolder, saved: Path | None, report: Report) -> Result:
+    recipe = run.recipe
+
+    @cache
+    def heldout(max_bytes: int) -> Heldout:
+        piece_bytes = recipe.evaluate.piece_bytes
+        return Heldout(corpus.heldout, corpus.tokenizer, piece_bytes=piece_bytes, max_bytes=max_bytes)
+
+    heldout(recipe.evaluate.max_bytes)  # refuses what cannot be measured before anything is trained or removed
     set_seed(recipe.seed)
     plain = KimiLinearForCausalLM(recipe.model)
+    if saved:
+        checkpoints.read_weights_(plain, saved)  # before they are sharded
     model, optimizer = accelerator.prepare(plain, build_optimizer(plain, recipe.optim))
-    progress = Progress()
-    accelerator.register_for_checkpointing(progress)
-    checkpoints.keep_weights_apart(accelerator, plain)
-    if saved := checkpoints.latest(folder):
-        checkpoints.restore(accelerator, saved)
+    progress = checkpoints.restore(accelerator, plain, optimizer, saved) if saved else Progress()
+    if accelerator.is_main_process:
+        run.start()
+    accelerator.wait_for_everyone()
     logger = RunLogger(run, report, tokens_per_byte=corpus.tokens_per_byte, silent=not accelerator.is_main_process)
     logger.start(progress, **_facts(accelerator, plain, corpus), resumed=saved is not None)
     began = time.monotonic() - progress.seconds
 
-    def evaluate(max_bytes: int) -> float:
-        text = Heldout(corpus.heldout, corpus.tokenizer, piece_bytes=recipe.evaluate.piece_bytes, max_bytes=max_bytes)
+    def evaluate(max_bytes: int, *, final: bool = False) -> float | None:
+        text = heldout(max_bytes)
         bits = bits_per_byte(accelerator, model, text, batch_size=recipe.evaluate.batch_size)
-        logger.evaluate(progress, bits, text.content)
-        return bits
+        logger.evaluate(progress, bits, text.content, final=final)
+        return bits if math.isfinite(bits) else None
 
     def save() -> Path:
-        path = checkpoints.save(accelerator, plain, corpus.tokenizer, run, progress.step)
+        path = checkpoints.save(accelerator, plain, optimizer, corpus.tokenizer, progress, run)
         logger.checkpoint(progress, path)
         return path
 
     model.train()
-    with interrupts() as interrupted:
+    with interrupts(lambda signal: logger.interrupt(progress, signal)) as interrupted:
         while True:
             stop, progress.seconds = agree(accelerator, float(interrupted()), time.monotonic() - began)
             share = progress.share(recipe)
@@ -107,20 +134,25 @@ def train(recipe: Recipe, folder: str | Path, *, resume: bool = False, report: R
             optimizer.zero_grad()
             progress.advance(num_tokens, skipped=not finite)
             if progress.skipped_in_a_row > recipe.max_nonfinite:
-                raise NonFiniteError(_not_finite(progress, mean_loss, norm, checkpoints.latest(folder)))
+                raise NonFiniteError(_not_finite(progress, mean_loss, norm, latest(run.path)))
             logger.step(
                 progress, num_tokens, loss=mean_loss, gradient_norm=norm, rate=factor, share=share, expert_load=loads
             )
             if progress.share(recipe) < 1:  # the end evaluates and saves once more
                 if progress.step % recipe.evaluate.every == 0:
-                    evaluate(recipe.evaluate.max_bytes)
+                    progress.latest_heldout_bits = evaluate(recipe.evaluate.max_bytes)
                 if progress.step % recipe.output.checkpoint_every == 0:
                     save()
         checkpoint = save()
-        bits = None if stop else evaluate(recipe.evaluate.final_max_bytes)
-    result = Result(not stop, checkpoint, progress, bits, logger.baselines)
+        bits = None if stop else evaluate(recipe.evaluate.final_max_bytes, final=True)
+    result = Result(not stop, checkpoint, progress, bits, logger.baselines, _other_best(run))
     logger.end(result)
     return result
+
+
+def _other_best(run: RunFolder) -> Path | None:
+    """The best checkpoint along the way, if it is not the newest."""
+    return None if (found := best(run.path)) == latest(run.path) else found
 
 
 def _facts(accelerator: Accelerator, model: nn.Module, corpus: Corpus) -> dict[str, Any]:
@@ -146,5 +178,5 @@ def _not_finite(progress: Progress, loss: float, norm: float, last: Path | None)
     return (
         f"{progress.skipped_in_a_row} steps in a row up to step {progress.step} had no finite gradient (loss {loss}, norm "
         f"{norm}); try a smaller optim.lr or a longer schedule.warmup"
-        + (f", or resume from {str(last)!r}" if last else "")
+        + (f"; checkpoint {last.name!r} is whole and finite" if last else "")
     )

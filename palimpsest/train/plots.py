@@ -25,6 +25,7 @@ def draw_loss_curve(records: Sequence[Mapping[str, Any]], baselines: Mapping[str
     train = [(r["tokens"] / 1e6, r["bits_per_byte"]) for r in records if r.get("event") == "train"]
     train = [(x, y) for x, y in train if y is not None]  # steps that were skipped
     heldout = [(r["tokens"] / 1e6, r["heldout_bits_per_byte"]) for r in records if r.get("event") == "evaluate"]
+    heldout = [(x, y) for x, y in heldout if y is not None]  # evaluations that were not finite
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     if train:
@@ -40,7 +41,7 @@ def draw_loss_curve(records: Sequence[Mapping[str, Any]], baselines: Mapping[str
         axes.axhline(bits, color=INK, linewidth=0.8, linestyle=":")
         axes.text(1.01, bits, f"{name} {bits:.2f}", transform=axes.get_yaxis_transform(), va="center", color=INK)
     levels = [y for _, y in heldout] + list(baselines.values()) or [y for _, y in train] or [8.0]
-    axes.set_ylim(0, max(levels) + 1.0)
+    axes.set_ylim(0, min(max(levels), 1e6) + 1.0)  # a run may diverge beyond what a plot can hold
     axes.set(xlabel="tokens, millions", ylabel="bits per byte")
     axes.spines[["top", "right"]].set_visible(False)
     if train or heldout:

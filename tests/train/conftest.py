@@ -1,7 +1,12 @@
-import pytest
+import json
+import os
+import signal
 
-from palimpsest.models.kimi_linear import KimiLinearConfig
-from palimpsest.train import Data, Evaluate, Output, Recipe, TextFiles
+import pytest
+import torch
+
+from palimpsest.models.kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
+from palimpsest.train import Data, Evaluate, Output, Recipe, TextFiles, latest, train
 
 
 @pytest.fixture
@@ -31,6 +36,45 @@ def small_recipe(folder, **changes) -> Recipe:
     return Recipe(**fields | changes)
 
 
+def weights(folder):
+    return KimiLinearForCausalLM.from_pretrained(latest(folder)).state_dict()
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+def lines(folder, event="train"):
+    parsed = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    timeless = [{k: v for k, v in p.items() if k not in ("seconds", "tokens_per_second")} for p in parsed]
+    return [p for p in timeless if p["event"] == event]
+
+
+def stopper(step):
+    """A report that asks for a stop, as Ctrl-C does, after this step."""
+    return lambda event: (
+        os.kill(os.getpid(), signal.SIGINT) if event["event"] == "step" and event["step"] == step else None
+    )
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """One run from start to end, for the tests that compare with it: recipe, folder, result, events."""
+    texts = tmp_path_factory.mktemp("texts")
+    for i in range(8):
+        (texts / f"file{i}.py").write_text(
+            "".join(f"def f{i}_{j}(x):\n    return x + {i * j}\n" for j in range(12 + i))
+        )
+    recipe, folder, events = small_recipe(texts), tmp_path_factory.mktemp("whole") / "run", []
+    return recipe, folder, train(recipe, folder, report=events.append), events
+
+
 @pytest.fixture
 def recipe(texts):
     return small_recipe(texts)
+
+
+@pytest.fixture(autouse=True)
+def without_plots(monkeypatch):
+    """Drawing takes four fifths of so small a run; the run that the tests share is made before this and draws."""
+    monkeypatch.setattr("palimpsest.train.logger.draw_loss_curve", lambda *arguments: [])

@@ -16,47 +16,14 @@ import torch
 from palimpsest import files
 from palimpsest.models.kimi_linear import KimiLinearForCausalLM, ModelState
 from palimpsest.text import ByteTokenizer
-from palimpsest.train import CheckpointError, NonFiniteError, Optim, latest, override, train
+from palimpsest.train import CheckpointError, NonFiniteError, Optim, checkpoints, latest, override, train
 from palimpsest.train.data import Heldout, read_documents
 from palimpsest.train.evaluate import compressors
 from palimpsest.train.interrupts import interrupts
 
-from .conftest import small_recipe
+from .conftest import lines, same, small_recipe, stopper, weights
 
 ROOT = Path(__file__).parents[2]
-
-
-def weights(folder):
-    return KimiLinearForCausalLM.from_pretrained(latest(folder)).state_dict()
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
-
-
-def lines(folder, event="train"):
-    parsed = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    timeless = [{k: v for k, v in p.items() if k not in ("seconds", "tokens_per_second")} for p in parsed]
-    return [p for p in timeless if p["event"] == event]
-
-
-def stopper(step):
-    """A report that asks for a stop, as Ctrl-C does, after this step."""
-    return lambda event: (
-        os.kill(os.getpid(), signal.SIGINT) if event["event"] == "step" and event["step"] == step else None
-    )
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """One run from start to end, for the tests that compare with it: recipe, folder, result, events."""
-    texts = tmp_path_factory.mktemp("texts")
-    for i in range(8):
-        (texts / f"file{i}.py").write_text(
-            "".join(f"def f{i}_{j}(x):\n    return x + {i * j}\n" for j in range(12 + i))
-        )
-    recipe, folder, events = small_recipe(texts), tmp_path_factory.mktemp("whole") / "run", []
-    return recipe, folder, train(recipe, folder, report=events.append), events
 
 
 def test_a_run_tells_what_it_did(whole):
@@ -107,12 +74,12 @@ def test_interrupted_and_resumed_is_never_interrupted_to_the_bit(whole, tmp_path
     first = train(recipe, tmp_path / "run", report=stopper(stop_after))
     assert not first.finished
     assert first.progress.step == stop_after
-    chance, found = torch.get_rng_state(), []
+    before, seen = torch.get_rng_state(), []
     torch.manual_seed(999)  # whatever happened in between
-    note = lambda event: found.append(torch.get_rng_state()) if event["event"] == "start" else None
+    note = lambda event: seen.append(torch.get_rng_state()) if event["event"] == "start" else None
     second = train(recipe, tmp_path / "run", resume=True, report=note)
     assert second.finished
-    assert torch.equal(found[0], chance), "random numbers go on where they stopped"
+    assert torch.equal(seen[0], before), "random numbers go on where they stopped"
     assert same(weights(tmp_path / "run"), weights(reference))
     assert lines(tmp_path / "run") == lines(reference)
     assert second.heldout_bits_per_byte == result.heldout_bits_per_byte
@@ -144,13 +111,89 @@ def test_packed_runs_train_too(tmp_path, texts, layout):
     assert result.progress.tokens == 2 * 4 * 32
 
 
-def test_a_finished_run_resumed_does_nothing_more(whole, tmp_path):
+def test_a_finished_run_resumed_says_so_and_does_nothing_more(whole, tmp_path, monkeypatch):
     recipe, reference, result, _ = whole
     shutil.copytree(reference, tmp_path / "run")
+    before, events = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}, []
+    monkeypatch.setattr("palimpsest.train.loop.bits_per_byte", None)
+    for _ in range(2):
+        again = train(recipe, tmp_path / "run", resume=True, report=events.append)
+        assert again.finished
+        assert again.heldout_bits_per_byte == result.heldout_bits_per_byte
+        assert again.compressors == result.compressors
+        assert again.progress == result.progress
+        assert again.checkpoint == latest(tmp_path / "run")
+    assert [e["event"] for e in events] == ["finished", "finished"]
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+
+
+def test_a_run_killed_before_its_result_evaluates_once_more_and_tells_it_once(whole, tmp_path):
+    recipe, reference, result, _ = whole
+    shutil.copytree(reference, tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
     again = train(recipe, tmp_path / "run", resume=True)
-    assert again.finished
     assert again.heldout_bits_per_byte == result.heldout_bits_per_byte
+    for event in ("train", "evaluate"):
+        assert lines(tmp_path / "run", event) == lines(reference, event)
     assert same(weights(tmp_path / "run"), weights(reference))
+
+
+def test_a_signal_is_heard_at_once(whole, tmp_path):
+    recipe, _, _, _ = whole
+    events = []
+
+    def report(event):
+        events.append(event)
+        stopper(3)(event)
+
+    assert not train(recipe, tmp_path / "run", report=report).finished
+    names = [e["event"] for e in events if e.get("step") == 3]
+    assert names == ["step", "interrupt", "train", "checkpoint", "end"]
+
+
+def test_overwriting_waits_until_the_new_run_can_start(whole, tmp_path, monkeypatch):
+    recipe, reference, _, _ = whole
+    shutil.copytree(reference, tmp_path / "run")
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    wrong = {
+        "does not exist": {"data.source.paths": str(tmp_path / "nowhere")},
+        "needs at least 257": {"model.vocab_size": "200", "model.eos_token_id": "none"},
+        "needs a GPU": {"precision": "fp16"},
+    }
+    for sentence, settings in wrong.items():
+        if sentence == "needs a GPU" and torch.cuda.is_available():
+            continue
+        with pytest.raises(ValueError, match=sentence):
+            train(override(recipe, settings), tmp_path / "run", overwrite=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "palimpsest.train.loop.build_optimizer", lambda *a: (_ for _ in ()).throw(MemoryError("too large"))
+        )
+        with pytest.raises(MemoryError):
+            train(override(recipe, {"seed": "3"}), tmp_path / "run", overwrite=True)
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+    result = train(override(recipe, {"steps": "1"}), tmp_path / "run", overwrite=True)
+    assert (
+        [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == [result.checkpoint.name] == ["step-00000001"]
+    )
+    assert [e["step"] for e in lines(tmp_path / "run")] == [1]
+
+
+def test_two_runs_in_one_folder_are_one_and_a_refusal(whole, tmp_path):
+    recipe, reference, _, _ = whole
+    refusals = []
+
+    def second(event):
+        if event["event"] == "step" and event["step"] == 2:
+            for options in ({"resume": True}, {"overwrite": True}):
+                with pytest.raises(ValueError, match="another run is at work in folder") as error:
+                    train(recipe, tmp_path / "run", **options)
+                refusals.append(str(error.value))
+
+    train(recipe, tmp_path / "run", report=second)
+    assert len(refusals) == 2
+    assert same(weights(tmp_path / "run"), weights(reference))
+    assert lines(tmp_path / "run") == lines(reference)
 
 
 def test_another_recipe_or_other_data_is_refused_before_anything_is_touched(whole, tmp_path, texts):
@@ -178,12 +221,15 @@ def test_another_recipe_or_other_data_is_refused_before_anything_is_touched(whol
 
 def test_a_damaged_checkpoint_is_named(whole, tmp_path):
     recipe, reference, _, _ = whole
-    for name in ("model.safetensors", "optimizer.bin"):
+    for name in ("model.safetensors", "optimizer.safetensors", "random.json", "training.json"):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         shutil.copytree(reference, tmp_path / "run")
+        (tmp_path / "run" / "result.json").unlink()  # else there would be nothing left to do
         file = latest(tmp_path / "run") / name
         file.write_bytes(file.read_bytes()[:-100])
-        with pytest.raises(CheckpointError, match=r"step-00000004' cannot be read"):
+        with pytest.raises(
+            CheckpointError, match=r"step-00000004' cannot be resumed .*; move it away to resume from step-00000002"
+        ):
             train(recipe, tmp_path / "run", resume=True)
 
 
@@ -220,7 +266,7 @@ def test_too_many_in_a_row_end_the_run(tmp_path, texts, monkeypatch):
 
 def test_a_full_disk_leaves_the_checkpoint_before_it_whole(whole, tmp_path, monkeypatch):
     recipe, reference, _, _ = whole
-    save = torch.save
+    save = checkpoints.safetensors.torch.save_file
 
     def full(value, file, *args, **options):
         if ".saving-step-00000004" in str(file):
@@ -228,7 +274,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_it_whole(whole, tmp_path, monk
             raise OSError(28, "No space left on device", str(file))
         return save(value, file, *args, **options)
 
-    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(checkpoints.safetensors.torch, "save_file", full)
     with pytest.raises(CheckpointError, match=r"no room to write .*step-00000004.*\(step-00000002 is whole\)") as error:
         train(recipe, tmp_path / "run")
     assert "\n" not in str(error.value)
