@@ -34,7 +34,6 @@ UNFINISHED = {  # module -> names that do not describe themselves yet
         *"Induction Key MQAR Needle Palindrome SelectiveCopy Stack StateTracking Task Text".split()
     },
     "palimpsest.models.kimi_linear": {*"CausalOutput KimiLinearConfig KimiLinearForCausalLM ModelState".split()},
-    "palimpsest.train": {*"Data Evaluate NamedDataset Optim Output Progress Recipe Result Schedule TextFiles".split()},
 }
 
 

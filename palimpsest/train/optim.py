@@ -55,7 +55,7 @@ class StackedMuon(Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-                    matrix = _Matrix(*(_local(x) for x in (p, p.grad, momentum)), p)
+                    matrix = _Matrix(_local(p), _local(p.grad), _local(momentum), p)
                     if matrix.weight.numel() or isinstance(p, DTensor):
                         shapes[p.shape[-2:], p.dtype, p.device].append(matrix)
             for matrices in shapes.values():

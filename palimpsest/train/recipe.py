@@ -15,77 +15,143 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
-from palimpsest.checks import check
+from palimpsest.checks import check, check_fields
 from palimpsest.models.kimi_linear.config import KimiLinearConfig
 from palimpsest.python_files import load_file
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextFiles:
-    """Documents that are files on this machine."""
+    """Documents that are files on this machine.
 
-    paths: tuple[str, ...] = ()  # files and folders; a folder gives every file below it, hidden ones apart
-    include: tuple[str, ...] = ("*",)  # patterns on the file's name, or on its path below the folder
+    Attributes:
+        paths: files and folders; a folder gives every file below it, hidden ones apart.
+        include: patterns on the file's name, or on its path below the folder.
+        exclude: patterns of what is left out, in the same way.
+        heldout: this share of the files is never trained on, between 0 and 1; a single file gives its end.
+        heldout_paths: or: these files and folders are held out, and `heldout` is not used.
+    """
+
+    paths: tuple[str, ...] = ()
+    include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
-    heldout: float = 0.05  # this share of the files is never trained on; a single file gives its end
-    heldout_paths: tuple[str, ...] = ()  # or: these files and folders are held out, and `heldout` is not used
+    heldout: float = 0.05
+    heldout_paths: tuple[str, ...] = ()
 
     def __post_init__(self):
+        check_fields(self, "data.source.")
         check(bool(self.paths), "data.source.paths is empty; name at least one file or folder")
         check(0 < self.heldout < 1, f"data.source.heldout is {self.heldout}; expected a share between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class NamedDataset:
-    """Documents from the `datasets` library: a name on its hub, or a local folder of JSONL, CSV, Parquet or text."""
+    """Documents from the `datasets` library.
+
+    Attributes:
+        name: on its hub, or a local folder of JSONL, CSV, Parquet or text.
+        config: of the data set, where it has several.
+        column: holds the text.
+        train_split: is trained on.
+        heldout_split: never.
+        document_start: a regular expression; rows are joined into one document until one matches it. None: a row is one.
+    """
 
     name: str
     config: str | None = None
     column: str = "text"
     train_split: str = "train"
     heldout_split: str = "validation"
-    document_start: str | None = None  # rows are joined into one document until one matches this expression
+    document_start: str | None = None
+
+    def __post_init__(self):
+        check_fields(self, "data.source.")
+        try:
+            re.compile(self.document_start or "")
+        except re.error as error:
+            raise ValueError(
+                f"data.source.document_start is {self.document_start!r}, no regular expression: {error}"
+            ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
+    """What is read, and in what portions.
+
+    Attributes:
+        source: the documents.
+        tokenizer: "bytes", a tokenizer.json, or its folder.
+        sequence_length: tokens a row, at least 2.
+        batch_size: rows an optimiser step, over all processes and accumulated parts.
+        accumulate: parts a step is computed in, one after the other.
+        layout: "windows": each row within one document; "packed": documents laid end to end.
+    """
+
     source: TextFiles | NamedDataset
-    tokenizer: str = "bytes"  # or a tokenizer.json, or its folder
-    sequence_length: int = 256  # tokens a row
-    batch_size: int = 16  # rows an optimiser step, over all processes and accumulated parts
-    accumulate: int = 1  # parts a step is computed in, one after the other
-    layout: Literal["windows", "packed"] = "windows"  # each row within one document, or documents laid end to end
+    tokenizer: str = "bytes"
+    sequence_length: int = 256
+    batch_size: int = 16
+    accumulate: int = 1
+    layout: Literal["windows", "packed"] = "windows"
 
     def __post_init__(self):
-        for name, least in {"sequence_length": 2, "batch_size": 1, "accumulate": 1}.items():
-            check(getattr(self, name) >= least, f"data.{name} is {getattr(self, name)}; expected at least {least}")
+        check_fields(self, "data.")
+        check(bool(self.tokenizer), "data.tokenizer is empty; give 'bytes' or a tokenizer.json")
+        _at_least(self, "data.", sequence_length=2, batch_size=1, accumulate=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optim:
-    kind: Literal["muon", "adamw"] = "muon"  # muon: hidden matrices by Muon, the rest by AdamW
-    lr: float = 3e-3  # of AdamW
-    matrix_lr: float = 2e-2  # of Muon, times sqrt(max(1, rows / columns))
-    weight_decay: float = 0.1  # of matrices, on their own learning rate; vectors, gates and embeddings have none
+    """The optimiser.
+
+    Attributes:
+        kind: "muon": hidden matrices by Muon, the rest by AdamW; "adamw": all by AdamW.
+        lr: learning rate of AdamW.
+        matrix_lr: of Muon, times sqrt(max(1, rows / columns)).
+        weight_decay: of matrices, on their own learning rate; vectors, gates and embeddings have none.
+        betas: of AdamW, each from 0 to below 1.
+        momentum: of Muon, from 0 to below 1.
+        clip: largest norm of the gradient; longer ones are shortened to it.
+    """
+
+    kind: Literal["muon", "adamw"] = "muon"
+    lr: float = 3e-3
+    matrix_lr: float = 2e-2
+    weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
-    momentum: float = 0.95  # of Muon
-    clip: float = 1.0  # largest norm of the gradient; longer ones are shortened to it
+    momentum: float = 0.95
+    clip: float = 1.0
 
     def __post_init__(self):
+        check_fields(self, "optim.")
         for name in ("lr", "matrix_lr", "clip"):
             check(getattr(self, name) > 0, f"optim.{name} is {getattr(self, name)}; expected a positive number")
+        check(self.weight_decay >= 0, f"optim.weight_decay is {self.weight_decay}; expected 0 or more")
+        check(0 <= self.momentum < 1, f"optim.momentum is {self.momentum}; expected a number from 0 to below 1")
+        check(
+            all(0 <= beta < 1 for beta in self.betas),
+            f"optim.betas is {self.betas}; expected numbers from 0 to below 1",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """The learning rate's factor, by the share of the run that is done."""
+    """The learning rate's factor, by the share of the run that is done.
 
-    kind: Literal["wsd", "cosine"] = "wsd"  # warm-up, stable, linear decay; or warm-up and half a cosine
-    warmup: float = 0.02  # share of the run
-    decay: float = 0.3  # share of the run; wsd only
-    floor: float = 0.0  # the factor at the end
+    Attributes:
+        kind: "wsd": warm-up, stable, linear decay; "cosine": warm-up and half a cosine.
+        warmup: share of the run.
+        decay: share of the run; wsd only. With warmup at most 1.
+        floor: the factor at the end, 0 to 1.
+    """
+
+    kind: Literal["wsd", "cosine"] = "wsd"
+    warmup: float = 0.02
+    decay: float = 0.3
+    floor: float = 0.0
 
     def __post_init__(self):
+        check_fields(self, "schedule.")
         decay = self.decay if self.kind == "wsd" else 0.0
         shares = min(self.warmup, decay) >= 0 and self.warmup + decay <= 1
         check(shares, f"schedule.warmup {self.warmup} and decay {self.decay} are shares of the run, at most 1 together")
@@ -94,54 +160,94 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Bits per byte on held-out files, in pieces that each start from an empty memory."""
+    """Bits per byte on held-out files, in pieces that each start from an empty memory.
 
-    every: int = 100  # steps; also at the end
+    Attributes:
+        every: steps between evaluations; there is one at the end, too.
+        piece_bytes: bytes a piece, at least 2.
+        max_bytes: read by an evaluation along the way, spread evenly over the held-out files.
+        final_max_bytes: read by the last one.
+        batch_size: pieces at once.
+    """
+
+    every: int = 100
     piece_bytes: int = 1024
-    max_bytes: int = 65536  # for evaluations along the way, spread evenly over the held-out files
-    final_max_bytes: int = 1 << 20  # for the last one
-    batch_size: int = 16  # pieces at once
+    max_bytes: int = 65536
+    final_max_bytes: int = 1 << 20
+    batch_size: int = 16
 
     def __post_init__(self):
-        for name in ("every", "batch_size", "max_bytes", "final_max_bytes"):
-            check(getattr(self, name) >= 1, f"evaluate.{name} is {getattr(self, name)}; expected at least 1")
-        check(self.piece_bytes >= 2, f"evaluate.piece_bytes is {self.piece_bytes}; expected at least 2")
+        check_fields(self, "evaluate.")
+        _at_least(self, "evaluate.", every=1, batch_size=1, max_bytes=1, final_max_bytes=1, piece_bytes=2)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """What is written along the way."""
+    """What is written along the way.
 
-    checkpoint_every: int = 200  # steps; also at the end and when interrupted
-    checkpoints: int = 2  # this many are kept
-    log_every: int = 10  # steps between lines of metrics.jsonl
+    Attributes:
+        checkpoint_every: steps between checkpoints; there is one at the end and when interrupted, too.
+        checkpoints: so many of the newest are kept, and the best by held-out bits beside them.
+        log_every: steps between lines of metrics.jsonl.
+        tensorboard: write its events, too.
+    """
+
+    checkpoint_every: int = 200
+    checkpoints: int = 2
+    log_every: int = 10
     tensorboard: bool = False
 
     def __post_init__(self):
-        for name in ("checkpoint_every", "checkpoints", "log_every"):
-            check(getattr(self, name) >= 1, f"output.{name} is {getattr(self, name)}; expected at least 1")
+        check_fields(self, "output.")
+        _at_least(self, "output.", checkpoint_every=1, checkpoints=1, log_every=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
+    """A training run.
+
+    Attributes:
+        model: its architecture.
+        data: what it reads.
+        steps: the run ends here,
+        minutes: or here, whichever comes first; the schedule follows what is nearer its end. None: by steps alone.
+        optim: the optimiser.
+        schedule: its learning rate over the run.
+        evaluate: how it is measured.
+        output: what is written along the way; of all fields, these alone may change when a run is resumed.
+        router_bias_rate: how fast the experts' loads are evened out, 0 or more.
+        precision: "no" is fp32; "bf16" and "fp16" by autocast.
+        parallel: between processes, when there are several: "ddp", copies, or "fsdp", FSDP2 shards.
+        max_nonfinite: so many steps in a row whose gradient is not finite are skipped; one more ends the run.
+        seed: of weights and order of data, 0 to 2^32 - 1.
+    """
+
     model: KimiLinearConfig
     data: Data
-    steps: int  # the run ends here,
-    minutes: float | None = None  # or here, whichever comes first; the schedule follows what is nearer its end
+    steps: int
+    minutes: float | None = None
     optim: Optim = field(default_factory=Optim)
     schedule: Schedule = field(default_factory=Schedule)
     evaluate: Evaluate = field(default_factory=Evaluate)
     output: Output = field(default_factory=Output)
-    router_bias_rate: float = 1e-3  # how fast the experts' loads are evened out
-    precision: Literal["no", "bf16", "fp16"] = "no"  # "no" is fp32; the others by autocast
-    parallel: Literal["ddp", "fsdp"] = "ddp"  # between processes, when there are several: copies, or FSDP2 shards
-    max_nonfinite: int = 10  # steps in a row whose gradient is not finite are skipped; one more ends the run
+    router_bias_rate: float = 1e-3
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    max_nonfinite: int = 10
     seed: int = 0
 
     def __post_init__(self):
-        check(self.steps >= 1, f"steps is {self.steps}; expected at least 1")
+        check_fields(self)
+        _at_least(self, "", steps=1, max_nonfinite=0)
         check(self.minutes is None or self.minutes > 0, f"minutes is {self.minutes}; expected more than 0, or none")
-        check(self.max_nonfinite >= 0, f"max_nonfinite is {self.max_nonfinite}; expected 0 or more")
+        check(self.router_bias_rate >= 0, f"router_bias_rate is {self.router_bias_rate}; expected 0 or more")
+        check(0 <= self.seed < 2**32, f"seed is {self.seed}; expected 0 to 4294967295")
+
+
+def _at_least(part: Any, prefix: str, **least: int) -> None:
+    for name, bound in least.items():
+        value = getattr(part, name)
+        check(value >= bound, f"{prefix}{name} is {value}; expected at least {bound}")
 
 
 RESUMABLE = ("output.",)  # fields that may change between the parts of an interrupted run: they decide no number
@@ -162,7 +268,7 @@ def override(recipe: Recipe, settings: Mapping[str, str]) -> Recipe:
             check(isinstance(node, dict), f"{path!r} and a part of it are both set; set one of them")
         check(last not in node, f"{path!r} and a part of it are both set; set one of them")
         node[last] = text
-    return _replace(recipe, tree, prefix="")
+    return _replace(recipe, tree, "", list(_flat(dataclasses.asdict(recipe))))
 
 
 def load_recipe(place: str, settings: Mapping[str, str] | None = None) -> Recipe:
@@ -208,20 +314,21 @@ def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _replace(node: Any, tree: Mapping[str, Any], prefix: str) -> Any:
+def _replace(node: Any, tree: Mapping[str, Any], prefix: str, paths: list[str]) -> Any:
     types_of = typing.get_type_hints(type(node))
     names = [f.name for f in fields(node) if f.init]
     changes = {}
     for name, value in tree.items():
         path = prefix + name
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-            hint = f"did you mean {prefix + near[0]!r}?" if near else f"it has {', '.join(names)}"
+            elsewhere = [p for p in paths if p.endswith(f".{name}")]  # the right name, but not its group
+            near = elsewhere or [prefix + n for n in difflib.get_close_matches(name, names, n=1, cutoff=0.5)]
+            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {', '.join(names)}"
             raise ValueError(f"the recipe has no field {path!r}; {hint}")
         inner = getattr(node, name)
         if isinstance(value, Mapping):
             check(is_dataclass(inner), f"{path!r} is a single value and has no field {next(iter(value))!r}")
-            changes[name] = _replace(inner, value, path + ".")
+            changes[name] = _replace(inner, value, path + ".", paths)
         elif is_dataclass(inner):
             raise ValueError(f"{path!r} is a group; set one of {', '.join(f'{path}.{f.name}' for f in fields(inner))}")
         elif name == "layer_types" and value.isupper():

@@ -5,7 +5,19 @@ from pathlib import Path
 
 import pytest
 
-from palimpsest.train import Recipe, load_recipe, override
+from palimpsest.models.kimi_linear import KimiLinearConfig
+from palimpsest.train import (
+    Data,
+    Evaluate,
+    NamedDataset,
+    Optim,
+    Output,
+    Recipe,
+    Schedule,
+    TextFiles,
+    load_recipe,
+    override,
+)
 from palimpsest.train.recipe import as_dict, difference
 
 ROOT = Path(__file__).parents[2]
@@ -100,3 +112,61 @@ def test_the_first_difference_is_named_and_what_decides_no_number_may_differ(rec
 def test_a_recipe_is_frozen(recipe):
     with pytest.raises(dataclasses.FrozenInstanceError):
         recipe.steps = 3
+
+
+NAN, INFINITY = float("nan"), float("inf")
+NONSENSE = {
+    Optim: {
+        "lr": [NAN, INFINITY, 0, -1, "3e-3", None, True, 1j], "matrix_lr": [NAN, -1.0], "clip": [0, NAN],
+        "momentum": [5, 1.0, -0.1, NAN], "betas": [(0.9,), (0.9, 1.0), (NAN, 0.9), [0.9, 0.95], 0.9, (-1, 0.5)],
+        "weight_decay": [-0.1, INFINITY, "0"], "kind": ["sgd", None, 1],
+    },
+    Schedule: {"warmup": [-0.1, 2, NAN], "decay": [1.0, NAN], "floor": [2, NAN, None], "kind": ["linear"]},
+    Evaluate: {
+        "every": [0, 1.5, True, None], "piece_bytes": [1, "64"], "max_bytes": [0, NAN], "final_max_bytes": [-1],
+        "batch_size": [0, INFINITY],
+    },
+    Output: {"checkpoint_every": [0, 0.5], "checkpoints": [0, True], "log_every": [0], "tensorboard": [1, "no", None]},
+    TextFiles: {
+        "paths": ["texts", ["texts"], (1,), (Path("texts"),), ()], "include": ["*.py"], "heldout": [0, 1, NAN, True],
+        "exclude": [None], "heldout_paths": ["x"],
+    },
+    NamedDataset: {"name": [None, 3], "document_start": ["(", 3], "column": [0], "config": [1]},
+    Data: {
+        "source": ["texts", None], "sequence_length": [1, 32.0, "32"], "batch_size": [0, True], "accumulate": [0],
+        "layout": ["rows"], "tokenizer": ["", None, Path("x")],
+    },
+    Recipe: {
+        "model": [None, {}], "data": [None], "steps": [0, 1.0, NAN, "4", True], "minutes": [0, -1, NAN, INFINITY, "1"],
+        "optim": [{}], "router_bias_rate": [-1, NAN], "precision": ["fp8", None], "parallel": ["tp"],
+        "max_nonfinite": [-1, 1.5], "seed": [-1, 2**32, 0.5, NAN, None],
+    },
+}  # fmt: skip
+GOOD = {
+    TextFiles: {"paths": ("texts",)},
+    NamedDataset: {"name": "texts"},
+    Data: {"source": TextFiles(paths=("texts",))},
+    Recipe: {"model": KimiLinearConfig.tiny(), "data": Data(source=TextFiles(paths=("texts",))), "steps": 4},
+}
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [(part, name, value) for part, names in NONSENSE.items() for name, values in names.items() for value in values],
+)
+def test_nonsense_is_refused_in_a_sentence_that_names_the_field(part, name, value):
+    part(**GOOD.get(part, {}))
+    with pytest.raises(ValueError, match=rf"(^|\.){name}\b|schedule.warmup") as error:
+        part(**GOOD.get(part, {}) | {name: value})
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 300
+
+
+def test_a_field_named_without_its_group_is_found(recipe):
+    for name, path in {"batch_size": "'data.batch_size' or 'evaluate.batch_size'", "lr": "'optim.lr'"}.items():
+        with pytest.raises(ValueError, match=f"has no field '{name}'; did you mean {path}"):
+            override(recipe, {name: "8"})
+    with pytest.raises(ValueError, match=r"no field 'optim.batch_size'; did you mean 'data.batch_size'"):
+        override(recipe, {"optim.batch_size": "8"})
+    with pytest.raises(ValueError, match="optim.lr is inf; it must be a finite number"):
+        override(recipe, {"optim.lr": "inf"})
