@@ -5,7 +5,7 @@
     python -m benchmarks.cpu --only memory      one of: forward, training, decode, memory, model
     python -m benchmarks.cpu --threads 1        on a machine that others use too
 
-Writes cpu.json (every sample), cpu.md (tables) and cpu.png, cpu.svg to benchmarks/results/cpu. The machine's speed
+Writes cpu.json (every sample), cpu.md (tables) and cpu.png to benchmarks/results/cpu. The machine's speed
 drifts, so the figures to trust are ratios inside one cell, whose contestants took turns; `ratio` is the time over that
 of the first contestant. A contestant whose one call takes longer than --patience seconds is timed once, and left out
 of longer sequences.
@@ -285,8 +285,7 @@ def plot(results: dict[str, dict[str, list[float]]], folder: Path) -> None:
             axis.xaxis.set_major_formatter("{x:.0f}")
             axis.xaxis.set_minor_formatter("")
     axes[-1][0].legend(fontsize="small")
-    for kind in ("png", "svg"):
-        figure.savefig(folder / f"cpu.{kind}", dpi=120)
+    figure.savefig(folder / "cpu.png", dpi=120)
     plt.close(figure)
 
 

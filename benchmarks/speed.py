@@ -5,7 +5,7 @@
     python -m benchmarks.speed --only decode      one of: forward, logits, backward, decode, family
     python -m benchmarks.speed --fresh            forget earlier results
 
-Writes speed.json, speed.md and speed.png, speed.svg to benchmarks/results/<gpu>. GPU time is the median between CUDA
+Writes speed.json, speed.md and speed.png to benchmarks/results/<gpu>. GPU time is the median between CUDA
 events over replays of a captured graph (eager where a contestant cannot be captured); host time is wall time per eager
 call. `logits` is the forward as a layer calls it, with norms, gate and sigmoid inside the kernel. `family` is figure 2 of the
 Kimi Linear paper (KDA against DPLR, one sequence, 16 heads, T = 2K to 64K), extended.
@@ -147,8 +147,7 @@ def plot(results: Results) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.3)
     axes.legend()
-    for kind in ("png", "svg"):
-        figure.savefig(results.folder / f"speed.{kind}")
+    figure.savefig(results.folder / "speed.png")
 
 
 def main() -> None:

@@ -36,17 +36,17 @@ def list_(as_json: Json = False) -> int:
     from palimpsest.lab.model_variants import ABOUT, MODEL_VARIANTS
     from palimpsest.lab.tasks import TASKS
 
-    found = [load_experiment(name) for name in NAMES]
+    loaded = [load_experiment(name) for name in NAMES]
     tasks = {name: (sys.modules[task.__module__].__doc__ or "").partition("\n")[0] for name, task in TASKS.items()}
     if as_json:
-        experiments = [{"name": e.name, "question": e.question, "scales": dict(e.scales)} for e in found]
+        experiments = [{"name": e.name, "question": e.question, "scales": dict(e.scales)} for e in loaded]
         typer.echo(json.dumps({"experiments": experiments, "contestants": ABOUT, "tasks": tasks}))
         return 0
     console = Console(highlight=False)
     table = Table(
         "experiment", "question", "scales", title="palimpsest lab run NAME --scale SCALE", title_justify="left"
     )
-    for e in found:
+    for e in loaded:
         table.add_row(e.name, e.question, ", ".join(e.scales))
     console.print(table)
     table = Table("contestant", "what it is", "layers")
@@ -143,41 +143,39 @@ def run(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded = load_experiment(experiment)
-    wanted = ("small", "full") if device == "cpu" else ("quick", "full")
     if scale is None:
+        wanted = ("small", "full") if device == "cpu" else ("quick", "full")
         scale = next((name for name in wanted if name in loaded.scales), next(iter(loaded.scales)))
     folder = out or Path("runs") / "lab" / f"{loaded.name}-{scale}"
     command = f"palimpsest lab run {shlex.quote(experiment)} --scale {scale} --out {shlex.quote(str(folder))}"
     command += f" --device {device}" + (f" --workers {workers}" if workers > 1 else "")
-    failed = 0
-
-    def told(event: dict[str, Any]) -> None:
-        nonlocal failed
-        failed = event.get("failed", failed)
-        report(event)
-
+    last: dict[str, Any] = {}
     try:
-        with display(_status, _remarks, quiet=quiet, as_json=as_json) as report:
-            complete = run_sweep(
-                loaded, scale, folder, device=device, workers=workers, only=only, minutes=minutes, report=told, command=command,
-                note=note,
+        with display(_status, _remarks, quiet=quiet, as_json=as_json) as show_event:
+            run_sweep(
+                loaded, scale, folder, device=device, workers=workers, only=only, minutes=minutes, command=command,
+                note=note, report=lambda event: (last.update(event), show_event(event))[1],
             )  # fmt: skip
     except InterruptedSweep:
         notes.print(
             f"interrupted; finished points are in {escape(str(folder))}, and the same command goes on", soft_wrap=True
         )
         return INTERRUPTED
+    if not as_json:
+        _conclude(folder, last)
+    return 1 if last["failed"] else 0
+
+
+def _conclude(folder: Path, end: dict[str, Any]) -> None:
+    """The verdict on standard output, and where its report is."""
     page = folder / "report.md"
-    if not as_json and page.is_file():
-        verdict = next(
-            (line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("**Verdict")), ""
-        )
-        typer.echo(verdict.replace("**", ""))
-        rest = "" if complete else "; some points are left, and the same command goes on"
+    if page.is_file():
+        lines = page.read_text(encoding="utf-8").splitlines()
+        typer.echo(next((line for line in lines if line.startswith("**Verdict")), "").replace("**", ""))
+        rest = "" if end["complete"] else "; some points are left, and the same command goes on"
         notes.print(f"report {escape(str(page))}{rest}", soft_wrap=True)
-    elif not as_json and not failed:
+    elif not end["failed"]:
         notes.print("no point is finished yet; the same command goes on", soft_wrap=True)
-    return 1 if failed else 0
 
 
 @app.command(cls=Command)
@@ -196,13 +194,13 @@ def compare(
     if not tables:
         raise ValueError(f"no metric of these results contains {metric!r}; leave --metric out to see all")
     console = Console(highlight=False)
-    for found in tables:
+    for side in tables:
         if as_json:
-            rows = [dict(zip(found.header, row)) for row in found.rows]
-            typer.echo(json.dumps({"metric": found.title, "rows": rows}))
+            rows = [dict(zip(side.header, row)) for row in side.rows]
+            typer.echo(json.dumps({"metric": side.title, "rows": rows}))
             continue
-        table = Table(*map(str, found.header), title=found.title, title_justify="left")
-        for row in found.rows:
+        table = Table(*map(str, side.header), title=side.title, title_justify="left")
+        for row in side.rows:
             table.add_row(*map(str, row))
         console.print(table)
     return 0

@@ -73,10 +73,10 @@ def source(file: str, name: str) -> str:
     """
     text = (PACKAGE / file).read_text(encoding="utf-8")
     nodes: list[ast.stmt] = ast.parse(text).body
-    found = None
+    node = None
     for part in name.split("."):
-        found = next(n for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name == part)
-        nodes = found.body
-    assert found is not None
-    lines = text.splitlines()[found.lineno - 1 : found.end_lineno]
-    return "\n".join(line[found.col_offset :] for line in lines)
+        node = next(n for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name == part)
+        nodes = node.body
+    assert node is not None
+    lines = text.splitlines()[node.lineno - 1 : node.end_lineno]
+    return "\n".join(line[node.col_offset :] for line in lines)

@@ -209,11 +209,11 @@ def learn(
                 running += loss.detach()
             step, word = step + 1, ""
             if step % point.evaluate_every == 0 or step == point.steps:
-                found = evaluate(model, tests[0], device)
+                score = evaluate(model, tests[0], device)
                 mean_loss = float(running) / (step - (curve[-1]["step"] if curve else 0))
                 running.zero_()
-                curve.append({"step": step, "train_loss": mean_loss, **{k: found[k] for k in METRICS}})
-                word = f"step {step}, loss {mean_loss:.3f}, accuracy {found['accuracy']:.1%}"
+                curve.append({"step": step, "train_loss": mean_loss, **{k: score[k] for k in METRICS}})
+                word = f"step {step}, loss {mean_loss:.3f}, accuracy {score['accuracy']:.1%}"
             try:
                 progress(step / point.steps, word)
             except InterruptedSweep:
@@ -222,7 +222,7 @@ def learn(
             if time.monotonic() - kept > KEEP_EVERY:
                 _keep(unfinished, model, optimizer, step, curve, running)
                 kept = time.monotonic()
-    found = [evaluate(model, test, device) for test in tests]
+    scores = [evaluate(model, test, device) for test in tests]
     best = max(curve, key=lambda c: c["accuracy"])
     reached = next((c["step"] for c in curve if c["accuracy"] >= 0.99), None)
     shared = {
@@ -236,9 +236,9 @@ def learn(
     }
     table = [
         {"test": i, "test_task": task.name, "test_length": task.length} | {k: test[k] for k in METRICS} | shared
-        for i, (task, test) in enumerate(zip(point.asked, found))
+        for i, (task, test) in enumerate(zip(point.asked, scores))
     ]
-    return {"rows": table, "curve": curve, "slices": [test["slices"] for test in found]}, model
+    return {"rows": table, "curve": curve, "slices": [test["slices"] for test in scores]}, model
 
 
 def _over(point: Training, curve: list[Row]) -> bool:

@@ -39,14 +39,14 @@ def best(records: Sequence[Record]) -> dict[tuple[str, str], Spread]:
         label = record.label
         key = label["contestant"], label["task"], label["length"]
         by.setdefault(key, {}).setdefault(label["lr"], []).append(record)
-    found: dict[tuple[str, str], Spread] = {}
+    scores: dict[tuple[str, str], Spread] = {}
     for (who, task, _), rates in by.items():
         first = Measure(task)
         chosen = max(rates.values(), key=first.score)
         for i, row in enumerate(chosen[0].rows):
             column = Measure(row["test_task"]).column
-            found[test_name(row), who] = Spread(tuple(r.rows[i][column] for r in chosen))
-    return found
+            scores[test_name(row), who] = Spread(tuple(r.rows[i][column] for r in chosen))
+    return scores
 
 
 def test_name(row: Row) -> str:
@@ -60,18 +60,18 @@ def versus(baseline: str, others: Mapping[str, str]) -> Callable[[Sequence[Recor
     """
 
     def judge(records: Sequence[Record]) -> Verdict:
-        found = best(records)
+        scores = best(records)
         because, better, worse = [], 0, 0
-        for test in dict.fromkeys(test for test, _ in found):
-            measure, base = Measure(test.rpartition(" ")[0]), found.get((test, baseline))
+        for test in dict.fromkeys(test for test, _ in scores):
+            measure, base = Measure(test.rpartition(" ")[0]), scores.get((test, baseline))
             if base is None:
                 continue
-            if measure.larger and all(spread.high == 0 for (t, _), spread in found.items() if t == test):
+            if measure.larger and all(spread.high == 0 for (t, _), spread in scores.items() if t == test):
                 because.append(f"{test}: nobody has any right.")
                 continue
             ahead, behind, level = [], [], []
             for who, words in others.items():
-                other = found.get((test, who))
+                other = scores.get((test, who))
                 if other is None:
                     continue
                 up, down = (
@@ -88,15 +88,15 @@ def versus(baseline: str, others: Mapping[str, str]) -> Callable[[Sequence[Recor
         outcome = "shown" if better and better > 2 * worse else "not shown" if worse > better else "undecided"
         because += diverged(records)
         because.append("Level means that the ranges over seeds overlap; one seed cannot progress.")
-        return Verdict(outcome, [b for b in because if b], (results_table(found), contestants_table(records)))
+        return Verdict(outcome, [b for b in because if b], (results_table(scores), contestants_table(records)))
 
     return judge
 
 
-def results_table(found: Mapping[tuple[str, str], Spread]) -> Table:
+def results_table(scores: Mapping[tuple[str, str], Spread]) -> Table:
     cells = {
         (who, f"{test}, {m.unit}"): m.text(s)
-        for (test, who), s in found.items()
+        for (test, who), s in scores.items()
         for m in [Measure(test.rpartition(" ")[0])]
     }
     return grid("Results at the best learning rate, mean and range over seeds", cells, "contestant")
@@ -104,15 +104,15 @@ def results_table(found: Mapping[tuple[str, str], Spread]) -> Table:
 
 def draw_bars(records: Sequence[Record]):
     """A row of panels, one a test: each contestant's mean, its seeds as dots; and the learning curves."""
-    found = best(records)
-    tests, names = (list(dict.fromkeys(key[i] for key in found)) for i in (0, 1))
+    scores = best(records)
+    tests, names = (list(dict.fromkeys(key[i] for key in scores)) for i in (0, 1))
     styles = style(names)
     bars, axes = figure(-(-len(tests) // 4), min(len(tests), 4), width=4.2, height=0.8 + 0.32 * len(names))
     for ax, test in zip(axes, tests):
         m = Measure(test.rpartition(" ")[0])
-        here = [name for name in names[::-1] if (test, name) in found]
+        here = [name for name in names[::-1] if (test, name) in scores]
         for i, name in enumerate(here):
-            spread = found[test, name]
+            spread = scores[test, name]
             if m.unit == "%":
                 ax.barh(i, m.factor * spread.mean, color=styles[name]["color"], alpha=0.75, height=0.7)
             else:  # no zero in sight, so no bar
@@ -122,8 +122,8 @@ def draw_bars(records: Sequence[Record]):
         ax.set_yticks(range(len(here)), here, fontsize=8)
         ax.set_title(test, fontsize=10)
         ax.set_xlabel("bits a byte (less is better)" if m.unit != "%" else "accuracy, %")
-        low = min(m.factor * found[test, n].low for n in here)
-        high = max(m.factor * found[test, n].high for n in here)
+        low = min(m.factor * scores[test, n].low for n in here)
+        high = max(m.factor * scores[test, n].high for n in here)
         ax.set_xlim((low - 0.1 * (high - low) - 0.01, high + 0.35 * (high - low) + 0.01) if m.unit != "%" else (0, 118))
         ax.set_ylim(-0.6, len(here) - 0.4)
     for ax in axes[len(tests) :]:
@@ -154,26 +154,26 @@ def _at_best_rate(records: Sequence[Record], measure: Measure) -> list[Record]:
 
 def draw_lengths(records: Sequence[Record]):
     """A panel a task: each contestant against the length of the test, trained at the dotted line."""
-    found = best(records)
-    names = list(dict.fromkeys(who for _, who in found))
+    scores = best(records)
+    names = list(dict.fromkeys(who for _, who in scores))
     styles = style(names)
     trained = sorted({r.label["length"] for r in records})
-    tasks = list(dict.fromkeys(test.rpartition(" ")[0] for test, _ in found))
+    tasks = list(dict.fromkeys(test.rpartition(" ")[0] for test, _ in scores))
     lengths, axes = figure(1, len(tasks))
     for ax, task in zip(axes, tasks):
         m = Measure(task)
         for who in names:
             have = sorted(
-                int(test.rpartition(" ")[2]) for test, w in found if w == who and test.rpartition(" ")[0] == task
+                int(test.rpartition(" ")[2]) for test, w in scores if w == who and test.rpartition(" ")[0] == task
             )
-            spreads = [found[f"{task} {n}", who] for n in have]
+            spreads = [scores[f"{task} {n}", who] for n in have]
             seeds = min((len(s.values) for s in spreads), default=0)
             if seeds:
                 band(ax, have, [[m.factor * s.values[i] for s in spreads] for i in range(seeds)], who, styles[who])
         for length in trained:
             ax.axvline(length, color=FAINT, linestyle=":", linewidth=1)
         ax.set(title=task, xlabel="length of the test (dotted: of training)", xscale="log")
-        ticks = sorted({int(test.rpartition(" ")[2]) for test, _ in found if test.rpartition(" ")[0] == task})
+        ticks = sorted({int(test.rpartition(" ")[2]) for test, _ in scores if test.rpartition(" ")[0] == task})
         ax.set_xticks(ticks, [str(n) for n in ticks])
         ax.minorticks_off()
         ax.set_ylabel("bits a byte" if m.unit != "%" else "accuracy, %")

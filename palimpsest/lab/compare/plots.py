@@ -28,11 +28,11 @@ def figure(rows: int = 1, columns: int = 1, *, width: float = 4.4, height: float
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("the lab's plots need matplotlib: pip install palimpsest-kda[train]") from error
-    found = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    axes = found.subplots(rows, columns, squeeze=False).flatten().tolist()
+    fig = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    axes = fig.subplots(rows, columns, squeeze=False).flatten().tolist()
     for each in axes:
         each.spines[["top", "right"]].set_visible(False)
-    return found, axes
+    return fig, axes
 
 
 def style(names: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -107,11 +107,11 @@ def needle_map(records: Sequence[Record]) -> Any:
                 cells.setdefault(row["contestant"], {}).setdefault((row["test_length"], int(depth)), []).append(
                     accuracy
                 )
-    found, axes = figure(1, max(len(cells), 1), width=2.6, height=3.0)
+    fig, axes = figure(1, max(len(cells), 1), width=2.6, height=3.0)
     image = None
     for ax, (who, by) in zip(axes, cells.items()):
         lengths = sorted({length for length, _ in by})
-        mean = lambda found: 100 * sum(found) / len(found) if found else float("nan")  # not asked there: left white
+        mean = lambda values: 100 * sum(values) / len(values) if values else float("nan")  # not asked there: left white
         grid = [[mean(by.get((length, depth))) for length in lengths] for depth in range(11)]
         image = ax.imshow(grid, vmin=0, vmax=100, cmap="viridis", aspect="auto")
         ax.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths], fontsize=7)
@@ -119,17 +119,17 @@ def needle_map(records: Sequence[Record]) -> Any:
         ax.set_title(who, fontsize=9)
         ax.set_xlabel("length", fontsize=8)
     if image is not None:
-        found.colorbar(image, ax=axes, label="digits right, %", shrink=0.8)
-    return found
+        fig.colorbar(image, ax=axes, label="digits right, %", shrink=0.8)
+    return fig
 
 
-def legend_below(found: Any, axes: Sequence[Any]) -> None:
+def legend_below(fig: Any, axes: Sequence[Any]) -> None:
     """One legend for all axes, under the figure."""
     seen = dict(pair[::-1] for each in axes for pair in zip(*each.get_legend_handles_labels()))
     if seen:
         widest = 0.5 + 0.07 * max(map(len, seen))  # inches of an entry, about
-        columns = max(min(len(seen), 6, int(found.get_figwidth() / widest)), 1)
-        found.legend(seen.values(), seen, loc="outside lower center", ncols=columns, frameon=False)
+        columns = max(min(len(seen), 6, int(fig.get_figwidth() / widest)), 1)
+        fig.legend(seen.values(), seen, loc="outside lower center", ncols=columns, frameon=False)
 
 
 def save(figures: Mapping[str, Any], folder: Path) -> list[str]:

@@ -52,13 +52,13 @@ def tuned(
 
     Every contestant is given the same rates to choose from.
     """
-    found: dict[tuple, dict[float, list[float]]] = {}
+    by_rate: dict[tuple, dict[float, list[float]]] = {}
     for record in records:
         row = record.rows[0]
-        found.setdefault(tuple(row[name] for name in by), {}).setdefault(row.get("lr", 0.0), []).append(row[value])
+        by_rate.setdefault(tuple(row[name] for name in by), {}).setdefault(row.get("lr", 0.0), []).append(row[value])
     sign = 1 if larger else -1
     best = {}
-    for key, rates in found.items():
+    for key, rates in by_rate.items():
         lr = max(rates, key=lambda r: sign * sum(rates[r]) / len(rates[r]))
         best[key] = (Spread(tuple(rates[lr])), lr)
     return best

@@ -71,12 +71,12 @@ def draw(records: Sequence[Record]):
     )
     renamed = [Record(r.label | {"contestant": name(r)}, r.result, r.seconds) for r in records]
     styles = style([r.label["contestant"] for r in renamed])
-    found, axes = figure(-(-len(settings) // 3), min(len(settings), 3))
+    fig, axes = figure(-(-len(settings) // 3), min(len(settings), 3))
     for ax, (task, length) in zip(axes, settings):
         learning_curves(ax, [r for r in renamed if (r.label["task"], r.label["length"]) == (task, length)], styles)
         ax.set_title(f"{task}, length {length}", fontsize=10)
-    legend_below(found, axes)
-    return {"curves": found}
+    legend_below(fig, axes)
+    return {"curves": fig}
 
 
 EXPERIMENT = Experiment(

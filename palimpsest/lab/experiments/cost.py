@@ -109,8 +109,8 @@ def judge(records: Sequence[Record]) -> Verdict:
     ):
         rows = [(row["context"], r.label, row[column]) for r in records for row in r.rows if column in row]
         cells = {
-            (f"{label['layer']}, width {label['hidden_size']}", f"{context:,}"): _digits(found / unit)
-            for context, label, found in sorted(rows, key=lambda row: row[0])
+            (f"{label['layer']}, width {label['hidden_size']}", f"{context:,}"): _digits(value / unit)
+            for context, label, value in sorted(rows, key=lambda row: row[0])
         }
         if cells:
             tables.append(grid(words, cells, ""))
@@ -146,7 +146,7 @@ def draw(records: Sequence[Record]):
     caches = [r for r in records if r.label["what"] == "cache"]
     count = len(panels) + bool(caches)
     columns = min(count, 3)
-    found, axes = figure(-(-count // columns), columns)
+    fig, axes = figure(-(-count // columns), columns)
     styles = style([r.label["layer"] for r in records])
     for ax, (what, hidden) in zip(axes, panels):
         for (layer, width), by in _times(records, what).items():
@@ -173,8 +173,8 @@ def draw(records: Sequence[Record]):
         ax.grid(axis="y", color=FAINT, alpha=0.25)
     for ax in axes[count:]:
         ax.set_visible(False)
-    legend_below(found, axes)
-    return {"cost": found}
+    legend_below(fig, axes)
+    return {"cost": fig}
 
 
 def _short(tokens: int) -> str:

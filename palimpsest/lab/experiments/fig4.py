@@ -125,8 +125,8 @@ def _short(records: Sequence[Record]) -> bool:
 
 
 def _steps_to_99(records: Sequence[Record]) -> float | None:
-    found = [r.rows[0]["step_at_99"] for r in records]
-    return sum(found) / len(found) if found and all(found) else None
+    steps = [r.rows[0]["step_at_99"] for r in records]
+    return sum(steps) / len(steps) if steps and all(steps) else None
 
 
 def draw(records: Sequence[Record]):

@@ -28,7 +28,7 @@ def points(scale: str) -> list[Training]:
         size, seeds = Size(layers=8, hidden_size=512, heads=4, head_dim=128, mlp=1408), (0, 1)
         shared = {"steps": 6000, "tokens_per_step": 65536, "evaluate_every": 500, "test_batches": 4, "lr": 1e-3}
         tasks = [Text(length=1024)]
-    found = [
+    points = [
         Training(who=who, train=(task,), size=size, seed=seed, **shared)  # type: ignore[arg-type]
         for seed in seeds
         for task in tasks
@@ -37,12 +37,12 @@ def points(scale: str) -> list[Training]:
     if scale == "full":  # a task of recall beside the text, in the paper's small size
         shared = {"steps": 4000, "tokens_per_step": 32768, "evaluate_every": 200, "test_batches": 2, "lr": 1e-3}
         recall = MQAR(length=512, vocab_size=512, pairs=64)
-        found += [
+        points += [
             Training(who=who, train=(recall,), size=PAPER_SIZE, seed=seed, **shared)  # type: ignore[arg-type]
             for seed in (0, 1, 2)
             for who in WHO.values()
         ]
-    return found
+    return points
 
 
 EXPERIMENT = Experiment(

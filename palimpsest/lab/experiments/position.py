@@ -44,12 +44,12 @@ def points(scale: str) -> list[Training]:
 
 
 def judge(records: Sequence[Record]) -> Verdict:
-    found = best(records)
+    scores = best(records)
     because, shown, reverse = [], 0, 0
     for task in ("text", "needle"):
-        lengths = sorted({int(t.rpartition(" ")[2]) for t, _ in found if t.rpartition(" ")[0] == task})
+        lengths = sorted({int(t.rpartition(" ")[2]) for t, _ in scores if t.rpartition(" ")[0] == task})
         for length in dict.fromkeys((lengths[0], lengths[-1])) if lengths else ():
-            nope, rope = (found.get((f"{task} {length}", f"hybrid, {p}")) for p in ("NoPE", "RoPE"))
+            nope, rope = (scores.get((f"{task} {length}", f"hybrid, {p}")) for p in ("NoPE", "RoPE"))
             if nope is None or rope is None:
                 continue
             m = Measure(task)
@@ -62,7 +62,7 @@ def judge(records: Sequence[Record]) -> Verdict:
             if length != lengths[0]:
                 shown, reverse = shown + up, reverse + down
     outcome = "shown" if shown and not reverse else "not shown" if reverse and not shown else "undecided"
-    return Verdict(outcome, because + diverged(records), (results_table(found), contestants_table(records)))
+    return Verdict(outcome, because + diverged(records), (results_table(scores), contestants_table(records)))
 
 
 EXPERIMENT = Experiment(

@@ -91,7 +91,7 @@ def judge(records: Sequence[Record]) -> Verdict:
 def draw(records: Sequence[Record]):
     figures = {}
     for r in records:
-        found, axes = figure(2, 3, width=3.8, height=2.8)
+        fig, axes = figure(2, 3, width=3.8, height=2.8)
         for i, d in enumerate(r.result["details"]):
             color, name = PALETTE[i % len(PALETTE)], f"layer {d['layer']}"
             ends = {"eigenvalues": (-1, 1), "beta": (0, 2), "decay": (-6, 3)}
@@ -113,8 +113,8 @@ def draw(records: Sequence[Record]):
         axes[5].set(title="norm of the product of transitions", xlabel="tokens", yscale="log")
         for ax in axes:
             ax.title.set_fontsize(9)
-        legend_below(found, axes)
-        figures[f"{r.label['contestant']}-{r.label['task'].replace(' ', '-')}-{r.label['seed']}"] = found
+        legend_below(fig, axes)
+        figures[f"{r.label['contestant']}-{r.label['task'].replace(' ', '-')}-{r.label['seed']}"] = fig
     return figures
 
 

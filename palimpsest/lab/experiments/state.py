@@ -67,22 +67,22 @@ def points(scale: str) -> list:
 
 def _drift(records: Sequence[Record]) -> dict[tuple[str, str], dict[int, list[float]]]:
     """(timescale, format) -> tokens -> errors over seeds."""
-    found: dict[tuple[str, str], dict[int, list[float]]] = {}
+    errors: dict[tuple[str, str], dict[int, list[float]]] = {}
     for record in records:
         for row in record.rows if "timescale" in record.label else ():
-            by_tokens = found.setdefault((row["timescale"], row["format"]), {})
+            by_tokens = errors.setdefault((row["timescale"], row["format"]), {})
             by_tokens.setdefault(row["tokens"], []).append(row["relative_error"])
-    return found
+    return errors
 
 
 def _answers(records: Sequence[Record]) -> dict[tuple[str, str], tuple[Spread, Spread]]:
     """(format, test) -> accuracy and bits over seeds."""
-    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    answers: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for record in records:
         for row in record.rows if "contestant" in record.label else ():
             test = f"{row['test_task']} {row['test_length']}"
-            found.setdefault((row["format"], test), []).append((row["accuracy"], row["bits"]))
-    return {key: (Spread(tuple(a for a, _ in v)), Spread(tuple(b for _, b in v))) for key, v in found.items()}
+            answers.setdefault((row["format"], test), []).append((row["accuracy"], row["bits"]))
+    return {key: (Spread(tuple(a for a, _ in v)), Spread(tuple(b for _, b in v))) for key, v in answers.items()}
 
 
 def judge(records: Sequence[Record]) -> Verdict:

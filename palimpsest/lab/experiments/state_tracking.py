@@ -64,13 +64,13 @@ def points(scale: str) -> list[Training]:
 
 
 def judge(records: Sequence[Record]) -> Verdict:
-    found = best(records)
+    scores = best(records)
     because, shown, reverse = [], 0, 0
     for machine in dict.fromkeys(r.label["task"] for r in records):
-        tests = sorted({int(t.rpartition(" ")[2]) for t, _ in found if t.rpartition(" ")[0] == machine})
+        tests = sorted({int(t.rpartition(" ")[2]) for t, _ in scores if t.rpartition(" ")[0] == machine})
         for negative, positive in PAIRS:
             for length in (tests[0], tests[-1]):
-                a, b = (found.get((f"{machine} {length}", who)) for who in (negative, positive))
+                a, b = (scores.get((f"{machine} {length}", who)) for who in (negative, positive))
                 if a is None or b is None:
                     continue
                 m = Measure(machine)
@@ -82,7 +82,7 @@ def judge(records: Sequence[Record]) -> Verdict:
                 if length == tests[-1]:
                     shown, reverse = shown + a.above(b), reverse + b.above(a)
     outcome = "shown" if shown and not reverse else "not shown" if reverse else "undecided"
-    return Verdict(outcome, because + diverged(records), (results_table(found), contestants_table(records)))
+    return Verdict(outcome, because + diverged(records), (results_table(scores), contestants_table(records)))
 
 
 EXPERIMENT = Experiment(

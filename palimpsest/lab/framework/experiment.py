@@ -126,7 +126,7 @@ class Experiment:
             scale in self.scales,
             f"experiment {self.name!r} has no scale {scale!r}; choose one of {', '.join(self.scales)}",
         )
-        found: dict[str, Any] = {}
+        points: dict[str, Any] = {}
         made = list(self.points(scale))
         check(bool(made), f"experiment {self.name!r} has no point at scale {scale!r}; give its recipe at least one")
         for point in made:
@@ -137,8 +137,8 @@ class Experiment:
                 "anything with the methods of palimpsest.lab.framework.experiment.Point",
             )
             point.prepare()
-            found.setdefault(identity(point), point)
-        return found
+            points.setdefault(identity(point), point)
+        return points
 
 
 def identity(point: Point) -> str:
@@ -157,10 +157,10 @@ def load_experiment(place: str) -> Experiment:
     else:
         check(place in NAMES, f"experiment {place!r} is unknown; choose one of {', '.join(NAMES)}, or give a .py file")
         module = import_module(f"palimpsest.lab.experiments.{place}")
-    found = getattr(module, "EXPERIMENT", None)
-    if not isinstance(found, Experiment):
+    experiment = getattr(module, "EXPERIMENT", None)
+    if not isinstance(experiment, Experiment):
         raise ValueError(
             f"experiment {place!r} defines no EXPERIMENT of type palimpsest.lab.framework.experiment.Experiment"
         )
-    object.__setattr__(found, "place", place)
-    return found
+    object.__setattr__(experiment, "place", place)
+    return experiment

@@ -59,8 +59,8 @@ def compare(folders: Sequence[Path]) -> list[Table]:
     """
     check(len(folders) >= 2, f"compare takes at least two results folders; {len(folders)} given")
     tables = []
-    found = [{key: Spread(tuple(v)) for key, v in read_numbers(folder).items()} for folder in folders]
-    shared = [key for key in found[0] if all(key in other for other in found[1:])]
+    measured = [{key: Spread(tuple(v)) for key, v in read_numbers(folder).items()} for folder in folders]
+    shared = [key for key in measured[0] if all(key in other for other in measured[1:])]
     check(
         bool(shared),
         f"the results of {' and '.join(map(str, folders))} have no point in common; compare results of one experiment",
@@ -70,7 +70,7 @@ def compare(folders: Sequence[Path]) -> list[Table]:
         for label, name in shared:
             if name != metric:
                 continue
-            spreads = [other[label, name] for other in found]
+            spreads = [other[label, name] for other in measured]
             change = spreads[-1].mean - spreads[0].mean
             sure = "" if spreads[-1].above(spreads[0]) or spreads[0].above(spreads[-1]) else " (within the spread)"
             rows.append([label, *(s.text() for s in spreads), f"{change:+.3g}{sure}"])

@@ -132,13 +132,13 @@ def read_sweep(folder: Path) -> Row:
 
 def read_lines(file: Path) -> list[Row]:
     """The whole lines of a JSONL file; the last may have been cut by a kill."""
-    found = []
+    lines = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
         try:
-            found.append(from_json(json.loads(line)))
+            lines.append(from_json(json.loads(line)))
         except ValueError:
             continue
-    return found
+    return lines
 
 
 def to_json(value: Any) -> Any:

@@ -171,12 +171,12 @@ class StoredState:
         for i, (name, how) in enumerate(FORMATS.items()):
             reader = StepReader(how, device, progress=lambda i=i: progress(0.5 + i / 2 / len(FORMATS), ""))
             for task, test in zip(self.tests, tests):
-                found = evaluate(model, test, device, reader)
+                score = evaluate(model, test, device, reader)
                 rows.append(
-                    {"format": name, "test_task": task.name, "test_length": task.length, "bits": found["bits"]}
-                    | {"accuracy": found["accuracy"], "bytes_per_number": reader.bytes_per_number}
+                    {"format": name, "test_task": task.name, "test_length": task.length, "bits": score["bits"]}
+                    | {"accuracy": score["accuracy"], "bytes_per_number": reader.bytes_per_number}
                 )
-                progress(0.5 + (i + 1) / 2 / len(FORMATS), f"{name}, {task.name}: accuracy {found['accuracy']:.1%}")
+                progress(0.5 + (i + 1) / 2 / len(FORMATS), f"{name}, {task.name}: accuracy {score['accuracy']:.1%}")
         return {"rows": rows, "curve": learned["curve"]}
 
 

@@ -114,37 +114,37 @@ def layer_edits(model: KimiLinearForCausalLM, tokens: Tensor) -> dict[int, Recur
     return {i: watched[i].recurrence_inputs(x) for i, x in inputs.items()}
 
 
-def warnings(layer: int, found: Spectrum, length: int) -> list[str]:
+def warnings(layer: int, measured: Spectrum, length: int) -> list[str]:
     """What looks unstable or wasted, in sentences.
 
     length: of the sequences that the model was trained on.
     """
     said = []
     where = f"layer {layer}"
-    if not all(x.isfinite().all() for x in found):
+    if not all(x.isfinite().all() for x in measured):
         return [f"{where}: numbers that are not finite"]
-    stretch = found.largest_stretch.max().item()
+    stretch = measured.largest_stretch.max().item()
     if stretch > 1 + CLOSE:
         said.append(
             f"{where}: a transition lengthens vectors by {stretch:.4f}; keys are not of unit length or beta is beyond 2"
         )
-    if found.eigenvalues.min() < -1 - CLOSE:
-        said.append(f"{where}: an eigenvalue of {found.eigenvalues.min():.3f}, below -1")
-    half = found.memory_norm.shape[1] // 2
+    if measured.eigenvalues.min() < -1 - CLOSE:
+        said.append(f"{where}: an eigenvalue of {measured.eigenvalues.min():.3f}, below -1")
+    half = measured.memory_norm.shape[1] // 2
     early, late = (
-        found.memory_norm[:, half // 2 : half].mean((0, 1)),
-        found.memory_norm[:, half + half // 2 :].mean((0, 1)),
+        measured.memory_norm[:, half // 2 : half].mean((0, 1)),
+        measured.memory_norm[:, half + half // 2 :].mean((0, 1)),
     )
     for head in (late > 2 * early).nonzero().flatten().tolist():
         said.append(
             f"{where}, head {head}: the memory still grows, {early[head]:.2g} to {late[head]:.2g} within the sequence"
         )
-    endless = (found.timescale > 100 * length).double().mean().item()
+    endless = (measured.timescale > 100 * length).double().mean().item()
     if endless > 0.5:
         said.append(f"{where}: {endless:.0%} of the channels hardly ever fade; what is not erased stays")
-    if (gone := (found.timescale < 1).double().mean().item()) > 0.5:
+    if (gone := (measured.timescale < 1).double().mean().item()) > 0.5:
         said.append(f"{where}: {gone:.0%} of the channels forget within a token; they hold nothing")
-    if (idle := (found.beta < 0.01).double().mean().item()) > 0.5:
+    if (idle := (measured.beta < 0.01).double().mean().item()) > 0.5:
         said.append(f"{where}: beta is below 0.01 for {idle:.0%} of the tokens; the layer hardly writes")
     return said
 
@@ -184,10 +184,12 @@ class Spectra:
         batch = task.draw(self.sequences, Key("test", TEST_SEED, 0))
         rows, details, said = [], [], []
         for layer, edits in layer_edits(model, batch.tokens.to(device)).items():
-            found = spectrum(edits)
-            said += warnings(layer, found, task.length)
-            rows += [{"layer": layer, "head": head} | _summary(found, head) for head in range(found.beta.shape[2])]
-            details.append({"layer": layer, **_details(found)})
+            measured = spectrum(edits)
+            said += warnings(layer, measured, task.length)
+            rows += [
+                {"layer": layer, "head": head} | _summary(measured, head) for head in range(measured.beta.shape[2])
+            ]
+            details.append({"layer": layer, **_details(measured)})
             progress(0.95, f"layer {layer}")
         return {
             "rows": [{**row, "accuracy": learned["rows"][0]["accuracy"]} for row in rows],
@@ -197,22 +199,22 @@ class Spectra:
         }
 
 
-def _summary(found: Spectrum, head: int) -> Row:
-    values = found.eigenvalues[:, :, head]
+def _summary(measured: Spectrum, head: int) -> Row:
+    values = measured.eigenvalues[:, :, head]
     return {
         "smallest_eigenvalue": round(values.min().item(), 9) + 0.0,
         "negative_share": (values < -1e-6).double().mean().item(),
-        "largest_stretch": found.largest_stretch[:, :, head].max().item(),
-        "carried_to_the_end": found.carried[:, -1, head].mean().item(),
-        "memory_norm_at_the_end": found.memory_norm[:, -1, head].mean().item(),
-        "median_timescale": found.timescale[head].median().item(),
-        "shortest_timescale": found.timescale[head].min().item(),
-        "longest_timescale": found.timescale[head].max().item(),
-        "mean_beta": found.beta[:, :, head].mean().item(),
+        "largest_stretch": measured.largest_stretch[:, :, head].max().item(),
+        "carried_to_the_end": measured.carried[:, -1, head].mean().item(),
+        "memory_norm_at_the_end": measured.memory_norm[:, -1, head].mean().item(),
+        "median_timescale": measured.timescale[head].median().item(),
+        "shortest_timescale": measured.timescale[head].min().item(),
+        "longest_timescale": measured.timescale[head].max().item(),
+        "mean_beta": measured.beta[:, :, head].mean().item(),
     }
 
 
-def _details(found: Spectrum) -> Row:
+def _details(measured: Spectrum) -> Row:
     """For the plots: histograms and curves, rounded."""
     edges = torch.linspace(-1, 1, 41, dtype=torch.float64)
     histogram = lambda x, edges: torch.histogram(x.flatten().clamp(edges[0], edges[-1]).contiguous(), edges).hist
@@ -220,11 +222,11 @@ def _details(found: Spectrum) -> Row:
     decades = torch.linspace(-6, 3, 37, dtype=torch.float64)  # log10 of -log_decay
     curve = lambda x: [[round(v, 5) for v in head] for head in x.mean(0).T.tolist()]
     return {
-        "eigenvalues": share(found.eigenvalues, edges),
-        "beta": share(found.beta, torch.linspace(0, 2, 41, dtype=torch.float64)),
-        "decay": share((-found.log_decay).clamp(min=1e-6).log10(), decades),
-        "timescale": [sorted(round(v, 3) for v in head) for head in found.timescale.tolist()],
-        "memory_norm": curve(found.memory_norm),
-        "carried": curve(found.carried.clamp(min=1e-12)),
-        "tokens": found.tokens.tolist(),
+        "eigenvalues": share(measured.eigenvalues, edges),
+        "beta": share(measured.beta, torch.linspace(0, 2, 41, dtype=torch.float64)),
+        "decay": share((-measured.log_decay).clamp(min=1e-6).log10(), decades),
+        "timescale": [sorted(round(v, 3) for v in head) for head in measured.timescale.tolist()],
+        "memory_norm": curve(measured.memory_norm),
+        "carried": curve(measured.carried.clamp(min=1e-12)),
+        "tokens": measured.tokens.tolist(),
     }

@@ -78,11 +78,11 @@ def batch(tokens: np.ndarray, labels: np.ndarray, scored: np.ndarray | None = No
 def distinct(rng: np.random.Generator, low: int, high: int, rows: int, count: int) -> np.ndarray:
     """[rows, count] whole numbers in [low, high), no two of a row alike, in random order."""
     if count * count < 2 * (high - low):  # few of many: draw, and draw again the rows in which two are alike
-        found, clash = np.empty((rows, count), np.int64), np.ones(rows, bool)
+        numbers, clash = np.empty((rows, count), np.int64), np.ones(rows, bool)
         while clash.any():
-            found[clash] = rng.integers(low, high, (int(clash.sum()), count))
-            clash = (np.diff(np.sort(found, 1), axis=1) == 0).any(1)
-        return found
+            numbers[clash] = rng.integers(low, high, (int(clash.sum()), count))
+            clash = (np.diff(np.sort(numbers, 1), axis=1) == 0).any(1)
+        return numbers
     return rng.permuted(np.tile(np.arange(low, high, dtype=np.int32), (rows, 1)), axis=1)[:, :count]
 
 
