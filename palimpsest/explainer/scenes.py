@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from palimpsest.checks import shown as shown_in_words
-from palimpsest.layers.kimi_delta_attention import KimiDeltaAttention, RecurrenceInputs
+from palimpsest.layers.kimi_delta_attention import RecurrenceInputs
 from palimpsest.layers.latent_attention import MultiHeadLatentAttention
 from palimpsest.models.kimi_linear.config import KimiLinearConfig
 from palimpsest.models.kimi_linear.model import CausalOutput, KimiLinearForCausalLM
 from palimpsest.models.kimi_linear.model_state import ModelState
+from palimpsest.models.kimi_linear.watched_layers import delta_rule_layers
 from palimpsest.ops import chunked, reference, variants
 from palimpsest.ops.trace import trace_memory
 from palimpsest.text import ByteTokenizer, Tokenizer, tokenizer_of
@@ -412,9 +413,7 @@ class Watched:
 
     def watchable(self) -> list[int]:
         """Layers, from 0, that erase and write with a beta."""
-        return [
-            i for i, m in enumerate(self.mixers()) if isinstance(m, KimiDeltaAttention) and m.options.rule == "delta"
-        ]
+        return list(delta_rule_layers(self.model))
 
     def describe(self) -> Scene:
         config = self.model.config
@@ -473,6 +472,7 @@ class Watched:
         """The likeliest tokens from here on, up to the end of a sentence."""
         said: list[dict] = []
         while len(said) < most:
+            assert output.logits is not None
             chance, token = output.logits[0, -1].softmax(-1).max(-1)
             said.append({"text": self._label(int(token)), "chance": chance.item()})
             if said[-1]["text"].endswith((".", "?", "!", "end", "\\n")):

@@ -2,7 +2,7 @@
 
 import torch
 
-from palimpsest.lab.measure.transition_spectra import eigenvalues, layer_edits, spectrum, transition_matrix, warnings
+from palimpsest.lab.measure.transition_spectra import eigenvalues, layer_inputs, spectrum, transition_matrix, warnings
 from palimpsest.lab.model_variants import MODEL_VARIANTS, Size, build
 from palimpsest.layers.kimi_delta_attention import RecurrenceInputs
 from palimpsest.ops.gates import l2norm
@@ -88,7 +88,7 @@ def test_the_edits_of_a_model_are_those_of_its_layers():
     torch.manual_seed(0)
     model = build(MODEL_VARIANTS["kda"], Size(hidden_size=16, heads=2, head_dim=8, mlp=16), 20).eval()
     tokens = torch.randint(20, (2, 12))
-    found = layer_edits(model, tokens)
+    found = layer_inputs(model, tokens)
     assert list(found) == [0, 1]
     first = model.model.layers[0]
     x = first.input_layernorm(model.model.embed_tokens(tokens))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,9 +21,9 @@ from palimpsest.checks import check, check_fields
 from palimpsest.lab.framework.experiment import Progress, Row
 from palimpsest.lab.tasks.task import Key
 from palimpsest.lab.training import TEST_SEED, Training, learn
-from palimpsest.layers.kimi_delta_attention import KimiDeltaAttention, RecurrenceInputs
+from palimpsest.layers.kimi_delta_attention import RecurrenceInputs
 from palimpsest.models.kimi_linear import KimiLinearForCausalLM
-from palimpsest.models.kimi_linear.model import DecoderLayer
+from palimpsest.models.kimi_linear.watched_layers import delta_rule_layers
 from palimpsest.ops.trace import trace
 
 CLOSE = 1e-4  # to 1, in float32
@@ -67,9 +67,9 @@ class Spectrum(NamedTuple):
 
 
 @torch.no_grad()
-def spectrum(edits: RecurrenceInputs) -> Spectrum:
-    """Measures a layer's edits; see `layer_edits`."""
-    q, k, v, log_decay, beta = (x.double().cpu() for x in edits)
+def spectrum(inputs: RecurrenceInputs) -> Spectrum:
+    """Measures what a layer does to its memory; see `layer_inputs`."""
+    q, k, v, log_decay, beta = (x.double().cpu() for x in inputs)
     B, T, H, K = k.shape
     at = torch.linspace(0, T - 1, min(T, LOOKS), dtype=torch.float64).round().long()
     looks, carried = set(at.tolist()), []
@@ -93,11 +93,10 @@ def _norm(M: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def layer_edits(model: KimiLinearForCausalLM, tokens: Tensor) -> dict[int, RecurrenceInputs]:
-    """What every delta-rule layer of the model tells its memory about tokens [B, T]: layer -> edits."""
+def layer_inputs(model: KimiLinearForCausalLM, tokens: Tensor) -> dict[int, RecurrenceInputs]:
+    """What every delta-rule layer of the model tells its memory about tokens [B, T]: layer -> its recurrence inputs."""
     inputs: dict[int, Tensor] = {}
-    mixers = [cast(DecoderLayer, layer).self_attn for layer in model.model.layers]
-    watched = {i: m for i, m in enumerate(mixers) if isinstance(m, KimiDeltaAttention) and m.options.rule == "delta"}
+    watched = delta_rule_layers(model)
 
     def watch(i: int):
         def note(module, args) -> None:
@@ -183,8 +182,8 @@ class Spectra:
         task = self.training.asked[0]
         batch = task.draw(self.sequences, Key("test", TEST_SEED, 0))
         rows, details, said = [], [], []
-        for layer, edits in layer_edits(model, batch.tokens.to(device)).items():
-            measured = spectrum(edits)
+        for layer, inputs in layer_inputs(model, batch.tokens.to(device)).items():
+            measured = spectrum(inputs)
             said += warnings(layer, measured, task.length)
             rows += [
                 {"layer": layer, "head": head} | _summary(measured, head) for head in range(measured.beta.shape[2])
