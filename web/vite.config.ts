@@ -112,14 +112,14 @@ const output = {
 };
 const shared = { outDir: "../palimpsest/explainer/static", assetsInlineLimit: 0, modulePreload: { polyfill: false }, target: "es2022" };
 
-/** The page, as one classic script; and, `--mode law`, the law apart, so that it can be checked by itself. */
+/** The page, as one classic script; and, `--mode law`, the law and the reader of scenes apart, so that they can be checked by themselves. */
 export default defineConfig(({ mode }): UserConfig =>
   mode === "law"
     ? {
         publicDir: false,
         build: {
           ...{ ...shared, emptyOutDir: false },
-          rollupOptions: { input: { law: "src/law.ts" }, preserveEntrySignatures: "strict" as const, output },
+          rollupOptions: { input: { law: "src/law.ts", safetensors: "src/safetensors.ts" }, preserveEntrySignatures: "strict" as const, output },
         },
       }
     : {

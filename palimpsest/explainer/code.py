@@ -23,6 +23,11 @@ FIGURES = {  # figure -> what in the paper, functions (file, name), further pape
         (("ops/trace.py", "trace_memory"), ("layers/kimi_delta_attention.py", "KimiDeltaAttention.recurrence_inputs")),
         (),
     ),
+    "answer": (
+        "section 4, the model's architecture, and equation 1 for decoding",
+        (("explainer/scenes.py", "answers"), ("explainer/scenes.py", "Watched.continued")),
+        (),
+    ),
     "touch": ("equation 1", (("explainer/scenes.py", "touch"), ("ops/trace.py", "trace_memory")), ("delta",)),
     "family": (
         "section 2 and its table of update rules",

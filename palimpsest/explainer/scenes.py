@@ -33,6 +33,7 @@ from palimpsest.text import ByteTokenizer, Tokenizer, tokenizer_of
 
 SHIPPED = Path(__file__).parent / "model"
 MAX_TOKENS = 256
+SAMPLE = "The door is red. Now the door is blue."  # on which a head's telling is judged
 MAX_BYTES = 32 << 20  # of a traced scene
 CHUNK_SIZES = (4, 8, 16)
 STORIES = json.loads((Path(__file__).parent / "stories.json").read_text(encoding="utf-8"))  # of figures 2 and 3
@@ -186,7 +187,7 @@ def touch(
 # The family side by side ---------------------------------------------------------------------------------------------
 
 
-def family(story: str, beta: float, keep: tuple[float, float]) -> Scene:
+def family(story: str, beta: float, keep: tuple[float, float], positions: bool = False) -> Scene:
     """The same tokens through every member: its memory after each, and its answer if asked then.
 
     Args:
@@ -194,6 +195,7 @@ def family(story: str, beta: float, keep: tuple[float, float]) -> Scene:
         beta: 0 to 2, of the members that erase.
         keep: what the door's channel and the other three keep at each token, 0 to 1. One decay a head is their
             geometric mean over the four channels.
+        positions: gives softmax what it lacks here, a sense of what came last: scores fall with distance.
     """
     told = _one_of("story", story, STORIES["stories"])
     facts, keys, possible = told["facts"], STORIES["keys"], STORIES["answers"]
@@ -219,7 +221,7 @@ def family(story: str, beta: float, keep: tuple[float, float]) -> Scene:
         "gated_delta": gated(variants.gated_delta, by_head, strength),
         "kda": gated(variants.kda, log_decay, strength),
     }
-    members: Scene = {"softmax_lookup": _scroll(q, k, v)}
+    members: Scene = {"softmax_lookup": _scroll(q, k, v, positions)}
     for name, run in runs.items():
         state, memories, answers = None, [], []
         for t in range(T):
@@ -234,9 +236,15 @@ def family(story: str, beta: float, keep: tuple[float, float]) -> Scene:
     }
 
 
-def _scroll(q: Tensor, k: Tensor, v: Tensor) -> Scene:
+def _scroll(q: Tensor, k: Tensor, v: Tensor, positions: bool) -> Scene:
     answer, _ = variants.softmax_lookup(q, k, v, scale=STORIES["sharpness"], backend="reference")
     scores = STORIES["sharpness"] * q[0, :, 0] @ k[0, :, 0].T
+    if positions:
+        place = torch.arange(len(scores))
+        scores = scores - STORIES["recency"] * (place[:, None] - place)
+        unseen = torch.ones_like(scores).triu(1).bool()
+        weights = scores.masked_fill(unseen, -torch.inf).softmax(-1)
+        return {"answer": weights @ v[0, :, 0], "weights": weights}
     unseen = torch.ones_like(scores).triu(1).bool()
     return {"answer": answer[0, :, 0], "weights": scores.masked_fill(unseen, -torch.inf).softmax(-1)}
 
@@ -426,7 +434,23 @@ class Watched:
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "tokenizer": self.tokenizer.name if self.tokenizer.name == "bytes" else "tokenizer.json",
             "max_tokens": MAX_TOKENS,
+            "telling": self.telling(),
         }
+
+    def telling(self) -> list[int]:
+        """The layer and head whose tokens erase each other most evenly, so that every part of figure 4 can be seen."""
+        _, ids = self.tokens(SAMPLE)
+        best, found = -1.0, [self.watchable()[0], 0]
+        for layer in self.watchable():
+            for head in range(self.model.config.linear_num_heads):
+                inputs = self.head(ids, layer, head)
+                _, k, v, log_decay, beta = (x[None, :8, None] for x in inputs)
+                erase = beta[..., None] * k
+                A = chunked.products(k, k, erase, beta[..., None] * v, log_decay).A[0, 0, 0]
+                even = A.abs()[torch.ones_like(A).tril(-1).bool()].clamp(max=0.5).quantile(0.6).item()
+                if even > best:
+                    best, found = even, [layer, head]
+        return found
 
     def tokens(self, text: str) -> tuple[list[dict], tuple[int, ...]]:
         """What the page writes on each token, and the ids."""

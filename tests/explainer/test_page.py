@@ -265,6 +265,18 @@ def test_the_family_tells_its_story(reader):
     verdict = lambda member: reader.page.locator(f"[data-member={member}] .verdict").inner_text()
     assert verdict("softmax_lookup") == verdict("linear_attention") == "It cannot tell red from blue."
     assert verdict("kda") == verdict("delta_rule") == verdict("gated_delta") == "It says blue."
+    probe = lambda member: reader.page.locator(f"[data-probe={member}] td").all_inner_texts()
+    assert probe("kda") == probe("delta_rule") == ["red", "red", "blue"]
+    assert probe("linear_attention") == ["red", "red", "red + blue"]
+    positions = reader.page.get_by_label("Give softmax positions")
+    positions.check()
+    reader.settled()
+    told = scenes.family("twice", 1.0, [0.7, 0.98], True)["members"]["softmax_lookup"]["answer"][-1].tolist()
+    shares = reader.page.locator("[data-member=softmax_lookup] .bars .figure").all_inner_texts()
+    assert shares == [f"{float(f'{x:.2f}'):g}" for x in told]
+    assert verdict("softmax_lookup") == "It says blue."
+    positions.uncheck()
+    reader.settled()
     reader.choose("button", "door is red")
     assert verdict("kda") == "It says red."
     reader.choose("radio", "A long silence")
@@ -286,7 +298,7 @@ def test_chunks_agree_with_one_token_after_the_other(reader, library):
     for size in scenes.CHUNK_SIZES:
         reader.choose("radio", str(size), within="#chunks-controls")
         reader.slide("#chunks", "First token", 21)
-        expected = scenes.chunk_of_sentence(library.get()[1], EXAMPLES[0], 0, 0, 20, size)
+        expected = scenes.chunk_of_sentence(library.get()[1], EXAMPLES[0], *library.get()[1].telling(), 20, size)
         assert (result.get_attribute("data-size"), result.get_attribute("data-start")) == (str(size), "20")
         assert float(result.get_attribute("data-output")) == expected["output_difference"] < 1e-13
         assert chips.count() == size
@@ -318,7 +330,8 @@ def test_the_hybrid_holds_what_the_library_accounts_for(reader):
 
 def test_every_figure_says_how_it_is_computed(reader):
     buttons = reader.page.get_by_role("button", name="How is this computed?")
-    for i in range(5):
+    assert buttons.count() == 6
+    for i in range(6):
         buttons.nth(i).click()
         reader.settled()
         dialog = reader.page.locator("dialog[open]")

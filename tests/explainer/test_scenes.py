@@ -92,6 +92,29 @@ def test_the_model_has_learned_to_overwrite(model):
     assert right >= 18  # of 20
 
 
+def test_the_model_answers_and_would_have_answered_otherwise_earlier(model):
+    """The forks answer as whole texts do, and the states that they were taken from stay as they were."""
+    text = "The door is red. Now the door is blue. What colour is the door?"
+    scene = scenes.answers(model, text)
+    spelled = "".join(token["text"] for token in scene["said"]).replace("␣", " ").strip()
+    assert spelled == "The door is blue."
+    assert [step["answer"] for step in scene["earlier"]] == ["The door is red.", "The door is blue."]
+    alone = scenes.answers(model, "The door is red. What colour is the door?")["said"]
+    assert "".join(token["text"] for token in alone).replace("␣", " ").strip() == scene["earlier"][0]["answer"]
+    assert scene["earlier"][0]["chance"] == pytest.approx(min(token["chance"] for token in alone), rel=1e-4)
+    assert scenes.answers(model, "No question here.")["earlier"] == []
+
+
+def test_positions_tell_softmax_what_came_last():
+    without, given = (scenes.family("twice", 1.0, [0.7, 0.98], on)["members"] for on in (False, True))
+    red, _, blue = without["softmax_lookup"]["answer"][-1].tolist()
+    assert red == pytest.approx(blue)
+    assert given["softmax_lookup"]["answer"][-1].tolist() == pytest.approx(
+        torch.tensor([8.0 - 4, -2, 8.0], dtype=torch.float64).softmax(0).tolist()
+    )
+    assert given["kda"]["answer"].equal(without["kda"]["answer"])
+
+
 def test_beta_one_recalls_and_beta_two_mirrors():
     given = {"alpha": [1.0, 1.0], "angle": 40.0, "times": 1, "eraser": True}
     recalled = scenes.touch(beta=1.0, value=[0.3, -0.7], **given)

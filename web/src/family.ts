@@ -18,13 +18,15 @@ const MEMBERS: [string, string, string][] = [
 ];
 
 export class FamilyFigure {
-  private values: FamilyArguments = { story: "twice", beta: 1, keep: [0.7, 0.98] };
+  private values: FamilyArguments = { story: "twice", beta: 1, keep: [0.7, 0.98], positions: false };
   private scene: Family | null = null;
   private moment = -1; // tokens seen; -1 for all
   private cards = new Map<string, { heat: Heat | null; scroll: HTMLElement; bars: HTMLElement; verdict: HTMLElement }>();
   private stories: ReturnType<typeof choice>;
   private facts = h("div", { class: "facts", role: "group", "aria-label": "Facts, in order" });
   private message = h("p", { class: "message", role: "alert" });
+  private probe = h("table", { class: "probe" });
+  private positions = h("input", { type: "checkbox", onchange: () => this.change({ positions: this.positions.checked }) });
   private source: Source;
   private ask = latest(() => this.load());
 
@@ -44,6 +46,7 @@ export class FamilyFigure {
     const door = slider("The door’s row keeps", { min: 0.05, max: 1, step: 0.01, value: this.values.keep[0] }, (x) => this.change({ keep: [x, this.values.keep[1]] }));
     const rest = slider("The other rows keep", { min: 0.05, max: 1, step: 0.01, value: this.values.keep[1] }, (x) => this.change({ keep: [this.values.keep[0], x] }));
     byId("family-sliders").append(beta.element, door.element, rest.element);
+    byId("family-probe").append(h("label", { class: "switch" }, this.positions, h("span", {}, "Give softmax positions: what was said later counts more")), this.probe);
     for (const [name, title, about] of MEMBERS) {
       const heat = name === "softmax_lookup" ? null : new Heat({ name: `${title}, memory`, width: 58, height: 26 });
       const scroll = h("div", { class: "scroll" });
@@ -82,6 +85,7 @@ export class FamilyFigure {
       ),
       h("span", { class: "asked" }, `What is the ${scene.asked}?`),
     );
+    this.drawProbe(scene, t);
     const N = scene.answers.length;
     const most = Math.max(1, ...Object.values(scene.members).flatMap((m) => (m.memory ? Array.from(m.memory.data, Math.abs) : [])));
     for (const [name] of MEMBERS) {
@@ -113,6 +117,26 @@ export class FamilyFigure {
     }
     byId("family").dataset.story = this.values.story;
     byId("family").dataset.moment = String(t);
+  }
+
+  /** What every member answers to the question after every fact. */
+  private drawProbe(scene: Family, now: number): void {
+    const N = scene.answers.length;
+    const said = (answer: ArrayLike<number>) => {
+      const strong = scene.answers.filter((_, i) => answer[i] > 0.2 * Math.max(0.25, ...Array.from(answer)));
+      return strong.length ? strong.join(" + ") : "nothing";
+    };
+    const head = scene.facts.map(({ key, value }, i) => h("th", { scope: "col", "aria-current": i === now ? "step" : null }, value ? `${key} is ${value}` : "…"));
+    const rows = MEMBERS.map(([name, title]) => {
+      const { data } = scene.members[name].answer;
+      const cells = scene.facts.map((_, i) => {
+        const answer = data.subarray(i * N, (i + 1) * N);
+        return h("td", { class: i === now ? "now" : "", title: `${scene.answers.map((a, j) => `${a} ${brief(answer[j])}`).join(", ")}` }, said(answer));
+      });
+      return h("tr", { "data-probe": name }, h("th", { scope: "row" }, title), ...cells);
+    });
+    const caption = h("caption", {}, `What is the ${scene.asked}? Asked after every fact.`);
+    this.probe.replaceChildren(caption, h("thead", {}, h("tr", {}, h("td", {}), ...head)), h("tbody", {}, ...rows));
   }
 
   /** Shows a story by its name. */

@@ -12,11 +12,11 @@ export class Gallery {
   private places: [number, number][] = [];
   private shown: Heads | null = null;
 
-  constructor(layers: number[], heads: number, choose: (layer: number, head: number) => void) {
+  constructor(layers: number[], heads: number, choose: (layer: number, head: number) => void, first: [number, number]) {
     this.places = layers.flatMap((layer) => Array.from({ length: heads }, (_, head) => [layer, head] as [number, number]));
     if (this.places.length > MOST) {
       const select = h("select", { "aria-label": "Layer and head", onchange: () => choose(...this.places[select.selectedIndex]) });
-      for (const [layer, head] of this.places) select.append(h("option", { textContent: `Layer ${layer + 1}, head ${head + 1}` }));
+      for (const [layer, head] of this.places) select.append(h("option", { textContent: `Layer ${layer + 1}, head ${head + 1}`, selected: layer === first[0] && head === first[1] }));
       this.element.removeAttribute("role");
       this.element.append(select);
       return;
@@ -38,7 +38,7 @@ export class Gallery {
       this.buttons[next].focus();
       this.buttons[next].click();
     });
-    this.mark(...this.places[0]);
+    this.mark(...first);
   }
 
   show(heads: Heads): void {

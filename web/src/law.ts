@@ -73,13 +73,14 @@ export interface Lookup {
   answer: Float64Array; // [T, V]
 }
 
-/** The scroll: every token asks all that were written so far. `sharpness` scales the scores. */
-export function softmaxLookup(T: number, K: number, V: number, q: Numbers, k: Numbers, v: Numbers, sharpness: number): Lookup {
+/** The scroll: every token asks all that were written so far. `sharpness` scales the scores; `recency` is taken off for each token of distance. */
+export function softmaxLookup(T: number, K: number, V: number, q: Numbers, k: Numbers, v: Numbers, sharpness: number, recency = 0): Lookup {
   const weights = new Float64Array(T * T);
   const answer = new Float64Array(T * V);
   for (let t = 0; t < T; t++) {
     const row = weights.subarray(t * T, t * T + t + 1);
     for (let s = 0; s <= t; s++) for (let i = 0; i < K; i++) row[s] += sharpness * q[t * K + i] * k[s * K + i];
+    for (let s = 0; s <= t; s++) row[s] -= recency * (t - s);
     const most = Math.max(...row);
     let sum = 0;
     for (let s = 0; s <= t; s++) sum += row[s] = Math.exp(row[s] - most);

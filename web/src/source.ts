@@ -19,6 +19,7 @@ export interface About {
     parameters: number;
     tokenizer: string;
     max_tokens: number;
+    telling: [number, number]; // the layer and head to begin with
   };
   worked: Record<string, string>;
   stories: Stories;
@@ -28,6 +29,7 @@ export interface About {
 /** explainer/stories.json: what figures 2 and 3 are about. */
 export interface Stories {
   old: { key: number[]; value: number[] }; // the fact that figure 2's memory holds at first
+  recency: number; // what a token of distance takes off the scores, where softmax has positions
   sharpness: number; // scale of q in the softmax look-up: unit keys, so a key's own weight is e^8 to 1
   answers: string[];
   keys: Record<string, number[]>;
@@ -126,6 +128,7 @@ export interface FamilyArguments {
   story: string;
   beta: number;
   keep: number[];
+  positions: boolean;
 }
 
 export interface Chunked {
@@ -300,8 +303,8 @@ export class Exported implements Source {
     };
   }
 
-  async family({ story, beta, keep }: FamilyArguments): Promise<Family> {
-    const { stories, keys, answers, sharpness } = (await this.about()).stories;
+  async family({ story, beta, keep, positions }: FamilyArguments): Promise<Family> {
+    const { stories, keys, answers, sharpness, recency } = (await this.about()).stories;
     const { title, facts, asked } = stories[story];
     const T = facts.length;
     const k = Float64Array.from(facts.flatMap(({ key }) => keys[key]));
@@ -317,7 +320,7 @@ export class Exported implements Source {
       const beats = trace(inputs);
       return { memory: tensor(beats.written, T, 4, 3), answer: tensor(beats.read, T, 3) };
     };
-    const lookup = softmaxLookup(T, 4, 3, q, k, v, sharpness);
+    const lookup = softmaxLookup(T, 4, 3, q, k, v, sharpness, positions ? recency : 0);
     return {
       ...{ title, asked, answers, facts, head_decay: mean, keys: tensor(k, T, 4) },
       members: {

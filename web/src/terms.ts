@@ -48,5 +48,5 @@ export function explainTerms(): void {
     element.addEventListener("click", () => (shown === element ? undefined : show(element)));
   }
   addEventListener("keydown", (event) => event.key === "Escape" && hide());
-  addEventListener("scroll", () => shown && hide(), { passive: true });
+  addEventListener("scroll", () => shown && (shown === document.activeElement ? show(shown) : hide()), { passive: true });
 }

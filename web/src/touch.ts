@@ -118,7 +118,7 @@ export class TouchFigure {
   /** Each column of the memory is an arrow in the plane of keys: decay squeezes it, erase projects it, write moves it. */
   private drawPlane(stages: Tensor[]): void {
     const scene = this.scene!;
-    const size = Math.min(this.plane.clientWidth, 420);
+    const size = Math.min(this.plane.clientWidth, innerWidth < 760 ? 0.36 * innerHeight : 420);
     const reach = 1.75;
     const x = scaleLinear().domain([-reach, reach]).range([0, size]);
     const y = scaleLinear().domain([-reach, reach]).range([size, 0]);

@@ -112,7 +112,8 @@ export class Whiteboard {
     this.source = source;
     this.sentence = about.examples[0];
     const { model } = about;
-    this.watching = { text: this.sentence, layer: model.watchable[0], head: 0 };
+    const [layer, head] = model.telling;
+    this.watching = { text: this.sentence, layer, head };
     const worked = h("div", { class: "row" });
     const options = Object.entries(about.worked) as [string, string][];
     worked.append(
@@ -122,7 +123,7 @@ export class Whiteboard {
       }),
     );
     const form = this.form(source, about);
-    this.gallery = new Gallery(model.watchable, model.heads, (layer, head) => this.watch({ layer, head }));
+    this.gallery = new Gallery(model.watchable, model.heads, (layer, head) => this.watch({ layer, head }), [layer, head]);
     const trained = h(
       "div",
       { class: "row model", hidden: true },
