@@ -1,9 +1,9 @@
 """Files that are whole or absent whatever stops their writer, locks that end with their holder, reading that cannot hang.
 
-What is written lies under another name beside its place, is forced to the disk, and is then renamed; last, the folder's
-own list is forced to the disk. After a kill, a full disk or a power cut the name gives the old content or the new.
+What is written lies in a folder beside its place, is forced to the disk, and is then renamed; last, the list of names is
+forced to the disk. After a kill, a full disk or a power cut the name gives the old content or the new.
 
-    .NAME.5f0c2b7e91d4a386.partial    being written; what a killed writer left is removed by the next writer of NAME
+    .NAME.5f0c2b7e91d4a386.partial/NAME    being written; the next writer of NAME removes what a killed one left
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ try:
 except ImportError:  # Windows: no locks there, and what a killed writer left stays
     fcntl = None
 
-PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{16}\.partial")  # the names of files that are being written
+PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{16}\.partial")  # folders of files that are being written
 
 
 class LockedError(ValueError):
@@ -51,13 +52,12 @@ def replacing(file: str | os.PathLike) -> Iterator[Path]:
     remove_partials(file.parent, file.name)
     partial, holder = _new_partial(file)
     try:
-        yield partial
-        put(partial, file)
+        yield partial / file.name
+        put(partial / file.name, file)
     finally:
         if holder is not None:
             os.close(holder)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(partial)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_bytes(file: str | os.PathLike, content: bytes) -> None:
@@ -78,9 +78,19 @@ def write_json(file: str | os.PathLike, value: Any, *, indent: int | None = 2) -
 
 def put(whole: str | os.PathLike, place: str | os.PathLike) -> None:
     """Renames a finished file or folder to its place, forcing first its content and then the new name to the disk."""
+    for file in [whole] if os.path.isfile(whole) else Path(whole).rglob("*"):
+        give_usual_mode(file)
     flush(whole)
     os.replace(whole, place)
     flush_list(Path(place).parent)
+
+
+def give_usual_mode(file: str | os.PathLike) -> None:
+    """Opens a file to those whom the umask lets read new files: some writers, safetensors too, leave it to its owner."""
+    if os.path.isfile(file) and stat.S_IMODE(os.stat(file).st_mode) == 0o600:
+        mask = os.umask(0o077)
+        os.umask(mask)
+        os.chmod(file, 0o666 & ~mask)
 
 
 def flush(path: str | os.PathLike) -> None:
@@ -107,7 +117,7 @@ def remove_partials(folder: str | os.PathLike, name: str | None = None) -> None:
     with contextlib.suppress(OSError):  # a folder that cannot be listed has its own error when it is written to
         for entry in list(os.scandir(folder)):
             written = PARTIAL.fullmatch(entry.name)
-            if written and name in (None, written[1]) and entry.is_file(follow_symlinks=False):
+            if written and name in (None, written[1]) and entry.is_dir(follow_symlinks=False):
                 _remove_if_dead(entry.path)
 
 
@@ -151,13 +161,12 @@ def read_bytes(file: str | os.PathLike, *, limit: int | None = None) -> bytes:
     """
     descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a pipe's open would wait for its writer
     with open(descriptor, "rb") as opened:
-        mode = os.fstat(descriptor).st_mode
-        if not stat.S_ISREG(mode):
-            raise ValueError(f"{os.fspath(file)!r} is {_kind(mode)}, not a regular file")
-        content = opened.read() if limit is None else opened.read(limit + 1)
-    if limit is not None and len(content) > limit:
-        raise ValueError(f"{os.fspath(file)!r} is longer than {limit} bytes")
-    return content
+        about = os.fstat(descriptor)
+        if not stat.S_ISREG(about.st_mode):
+            raise ValueError(f"{os.fspath(file)!r} is {_kind(about.st_mode)}, not a regular file")
+        if limit is not None and about.st_size > limit:
+            raise ValueError(f"{os.fspath(file)!r} is longer than {limit} bytes")
+        return opened.read()
 
 
 def read_json(file: str | os.PathLike, *, limit: int = 1 << 28) -> Any:
@@ -185,16 +194,19 @@ def read_object(file: str | os.PathLike, *, limit: int = 1 << 28) -> dict[str, A
 
 
 def _new_partial(file: Path) -> tuple[Path, int | None]:
-    """A new empty file beside `file`, and what holds it against those who clear up."""
+    """A new folder beside `file`, and what holds it against those who clear up: a lock, which ends with its holder."""
     while True:
         partial = file.with_name(f".{file.name}.{secrets.token_hex(8)}.partial")
-        holder = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        os.mkdir(partial)
         if fcntl is None:
-            os.close(holder)
             return partial, None
+        try:
+            holder = os.open(partial, os.O_RDONLY)
+        except FileNotFoundError:  # it was cleared up before it was held
+            continue
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(holder, fcntl.LOCK_EX)
-        if os.fstat(holder).st_nlink:  # else it was cleared up before it was held
+        if partial.exists():
             return partial, holder
         os.close(holder)
 
@@ -202,10 +214,10 @@ def _new_partial(file: Path) -> tuple[Path, int | None]:
 def _remove_if_dead(partial: str) -> None:
     assert fcntl is not None
     with contextlib.suppress(OSError):
-        holder = os.open(partial, os.O_RDWR)
+        holder = os.open(partial, os.O_RDONLY)
         try:
             fcntl.flock(holder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.unlink(partial)
+            shutil.rmtree(partial, ignore_errors=True)
         finally:
             os.close(holder)
 

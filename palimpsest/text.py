@@ -9,6 +9,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from palimpsest.checks import shown
+from palimpsest.files import read_object
+
 END_OF_DOCUMENT = "<|endoftext|>"  # the text of byte 256, where a file must have one
 REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no character, and for a character still incomplete
 
@@ -127,8 +130,13 @@ def tokenizer_of(folder: str | Path, name: str | Path | None = None) -> Tokenize
     if name is not None:
         return load_tokenizer(name)
     if (folder / "palimpsest.json").is_file():
-        said = json.loads((folder / "palimpsest.json").read_text(encoding="utf-8")).get("tokenizer", "bytes")
-        return load_tokenizer("bytes" if said == "bytes" else folder / str(said))
+        said = read_object(folder / "palimpsest.json").get("tokenizer", "bytes")
+        if not isinstance(said, str) or Path(said).name != said:  # a folder speaks of its own files alone
+            raise ValueError(
+                f"{str(folder / 'palimpsest.json')!r} names the tokenizer {shown(said)}; expected 'bytes' or a file beside "
+                "it; give --tokenizer bytes or a file"
+            )
+        return load_tokenizer("bytes" if said == "bytes" else folder / said)
     if (folder / "tokenizer.json").is_file():
         return load_tokenizer(folder)
     raise ValueError(f"folder {str(folder)!r} does not say which tokenizer it needs; give --tokenizer bytes or a file")
@@ -228,5 +236,8 @@ def _eos_beside(file: Path) -> str | None:
     config = file.with_name("tokenizer_config.json")
     if not config.is_file():
         return None
-    eos = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
-    return eos.get("content") if isinstance(eos, dict) else eos
+    eos = read_object(config).get("eos_token")
+    eos = eos.get("content") if isinstance(eos, dict) else eos
+    if not isinstance(eos, str | None):
+        raise ValueError(f"{str(config)!r} names the end mark {shown(eos)}; expected the text of a token")
+    return eos

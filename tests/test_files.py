@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
 
 from palimpsest import files
 from palimpsest.files import LockedError, locked, put, read_bytes, read_object, replacing, write_json, write_text
@@ -55,9 +57,15 @@ def test_the_mode_is_the_umasks(tmp_path):
     before = os.umask(0o027)
     try:
         write_text(tmp_path / "a", "x")
+        with replacing(tmp_path / "b") as partial:
+            safetensors.torch.save_file({"x": torch.ones(3)}, partial)  # which leaves a file to its owner
+        (tmp_path / "half").mkdir()
+        safetensors.torch.save_file({"x": torch.ones(3)}, tmp_path / "half" / "c")
+        put(tmp_path / "half", tmp_path / "whole")
     finally:
         os.umask(before)
-    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o640
+    for name in ("a", "b", "whole/c"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o640, name
 
 
 def child(code, *arguments):
@@ -83,10 +91,11 @@ with replacing(sys.argv[1]) as partial:
     writer.kill()
     writer.communicate()
     (tmp_path / ".a.partial").write_text("a user's own")
+    (tmp_path / ".a.0123456789abcdef.partial").write_text("no folder")
     write_text(tmp_path / "other", "x")
-    assert len(names(tmp_path)) == 4
+    assert len(names(tmp_path)) == 5
     write_text(tmp_path / "a", "mine")
-    assert names(tmp_path) == [".a.partial", "a", "other"]
+    assert names(tmp_path) == [".a.0123456789abcdef.partial", ".a.partial", "a", "other"]
 
 
 def test_a_lock_is_held_by_one_and_ends_with_its_holder(tmp_path):

@@ -7,7 +7,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from palimpsest.text import ByteTokenizer, FileTokenizer, TextPieces, load_tokenizer
+from palimpsest.text import ByteTokenizer, FileTokenizer, TextPieces, load_tokenizer, tokenizer_of
 
 SAMPLE = "naïve café, 東京, 🙂🙃 and plain words; "
 
@@ -88,7 +88,7 @@ def test_bad_tokenizers_are_refused_in_a_sentence(byte_level, tmp_path):
 
 def test_the_files_of_the_byte_tokenizer_are_bytes_to_other_tools(tmp_path):
     pytest.importorskip("tokenizers")
-    from palimpsest.text import END_OF_DOCUMENT, tokenizer_files, tokenizer_of
+    from palimpsest.text import END_OF_DOCUMENT, tokenizer_files
 
     for name, content in tokenizer_files(ByteTokenizer()).items():
         (tmp_path / name).write_bytes(content)
@@ -106,3 +106,22 @@ def test_the_files_of_the_byte_tokenizer_are_bytes_to_other_tools(tmp_path):
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match="does not say which tokenizer it needs"):
         tokenizer_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("[]", "holds a JSON list"),
+        ("{", "is not JSON"),
+        ('{"tokenizer": 3}', "names the tokenizer 3"),
+        ('{"tokenizer": ["bytes"]}', "names the tokenizer"),
+        ('{"tokenizer": "../../etc/tokenizer.json"}', "a file beside it"),
+        ('{"tokenizer": "/etc/passwd"}', "a file beside it"),
+        ('{"tokenizer": "absent.json"}', "does not exist"),
+    ],
+)
+def test_a_folder_that_says_nonsense_of_its_tokenizer_is_refused_in_a_sentence(tmp_path, content, sentence):
+    (tmp_path / "palimpsest.json").write_text(content)
+    with pytest.raises(ValueError, match=sentence) as error:
+        tokenizer_of(tmp_path)
+    assert str(tmp_path) in str(error.value)

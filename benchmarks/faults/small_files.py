@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks.faults import Campaign, Trial, refused
 from palimpsest.files import locked, read_object, write_json
 
-CALLS = ("open", "replace", "fsync", "close")
+CALLS = ("mkdir", "open", "replace", "fsync", "close")
 
 
 def _interrupted(folder: Path, call: str, nth: int, kill: bool) -> str | None:

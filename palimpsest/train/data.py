@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from palimpsest.files import read_bytes
 from palimpsest.text import ByteTokenizer, Tokenizer, load_tokenizer
 from palimpsest.train.recipe import Data, NamedDataset, TextFiles
 
@@ -231,9 +232,10 @@ def read_documents(source: TextFiles | NamedDataset) -> tuple[list[Document], li
             raise ValueError(f"{name!r} holds {len(content)} bytes, too little to hold any out; give more text")
         return [Document(name, content[:cut])], [Document(name + " (end)", content[cut:])]
     # By the hash of the name, so that a file that comes or goes moves no other; at least one on either side.
-    ranked = sorted(documents, key=lambda d: hashlib.sha256(d.name.encode()).digest())
+    digests = {d.name: hashlib.sha256(os.fsencode(d.name)).digest() for d in documents}  # a name may be no UTF-8
+    ranked = sorted(documents, key=lambda d: digests[d.name])
     limit = int(source.heldout * 2**64)
-    count = sum(int.from_bytes(hashlib.sha256(d.name.encode()).digest()[:8], "big") < limit for d in ranked)
+    count = sum(int.from_bytes(digest[:8], "big") < limit for digest in digests.values())
     count = min(max(count, 1), len(ranked) - 1)
     held = {d.name for d in ranked[:count]}
     return [d for d in documents if d.name not in held], [d for d in documents if d.name in held]
@@ -301,23 +303,33 @@ def _files_below(folder: Path) -> list[Path]:
     def refuse(error: OSError):
         raise ValueError(f"data folder {error.filename!r} cannot be read: {error.strerror}; change its permissions")
 
-    found = []
+    files = []
     for parent, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
-        found += [Path(parent, name) for name in sorted(names) if not name.startswith(".")]
-    return found
+        files += [Path(parent, name) for name in sorted(names) if not name.startswith(".")]
+    return files
 
 
 def _read_text(file: Path) -> bytes:
     try:
-        content = file.read_bytes()
+        content = read_bytes(file, limit=_memory())
     except OSError as error:
         raise ValueError(
-            f"data file {str(file)!r} cannot be read: {error.strerror}; leave it out by exclude"
+            f"data file {str(file)!r} cannot be read: {error.strerror}; leave it out by data.source.exclude"
         ) from error
+    except ValueError as error:  # a pipe or a device, which may never end, or more than memory holds
+        raise ValueError(f"data file {error}; leave it out by data.source.exclude") from error
     if b"\0" in content:
         raise ValueError(f"data file {str(file)!r} is binary, not text; leave it out by data.source.exclude")
     return content
+
+
+def _memory() -> int | None:
+    """Bytes of this machine's memory; None where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 def _named(name: str, patterns: Sequence[str]) -> bool:
@@ -359,5 +371,5 @@ def _read_dataset(source: NamedDataset, split: str) -> list[Document]:
 def _digest(tokens: np.ndarray, borders: np.ndarray, heldout: Sequence[Document]) -> str:
     digest = hashlib.sha256(tokens.tobytes() + borders.tobytes())
     for name, content in heldout:
-        digest.update(f"\0{name}\0{len(content)}\0".encode() + content)
+        digest.update(b"\0" + os.fsencode(name) + f"\0{len(content)}\0".encode() + content)
     return digest.hexdigest()

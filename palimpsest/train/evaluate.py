@@ -47,10 +47,10 @@ def compressors(content: bytes) -> dict[str, float]:
     """
     counts = Counter(content).values()
     total = len(content)
-    found = {"unigram": -sum(n / total * math.log2(n / total) for n in counts)}
-    found["gzip"] = 8 * len(gzip.compress(content, 9, mtime=0)) / total
+    bits = {"unigram": -sum(n / total * math.log2(n / total) for n in counts)}
+    bits["gzip"] = 8 * len(gzip.compress(content, 9, mtime=0)) / total
     try:
         import lzma
     except ImportError:  # some builds of Python lack it
-        return found
-    return found | {"xz": 8 * len(lzma.compress(content, preset=9 | lzma.PRESET_EXTREME)) / total}
+        return bits
+    return bits | {"xz": 8 * len(lzma.compress(content, preset=9 | lzma.PRESET_EXTREME)) / total}

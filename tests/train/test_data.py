@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,10 @@ import torch
 
 from palimpsest.models.kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
 from palimpsest.text import ByteTokenizer
-from palimpsest.train import Data, TextFiles, load_recipe
+from palimpsest.train import Data, TextFiles, load_recipe, train
 from palimpsest.train.data import IGNORED, Corpus, Document, Heldout, pad, read_documents
+
+from .conftest import small_recipe
 
 ROOT = Path(__file__).parents[2]
 
@@ -163,12 +166,58 @@ def test_unusable_data_is_refused_in_one_sentence(tmp_path, case):
 
 
 def test_an_unreadable_file_is_named(texts, monkeypatch):
-    def refuse(self):
-        raise PermissionError(13, "Permission denied", str(self))
+    def refuse(file, limit):
+        raise PermissionError(13, "Permission denied", str(file))
 
-    monkeypatch.setattr("pathlib.Path.read_bytes", refuse)  # root may read anything, so a mode will not do
+    monkeypatch.setattr("palimpsest.train.data.read_bytes", refuse)  # root may read anything, so a mode will not do
     with pytest.raises(ValueError, match=r"file0\.py' cannot be read: Permission denied"):
         corpus_of(texts)
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a device", "a socket", "cannot be read"])
+def test_what_may_never_end_is_refused_unread(texts, kind, monkeypatch):
+    place = texts / "strange.py"
+    if kind == "a pipe":
+        os.mkfifo(place)
+    elif kind == "a device":
+        place.symlink_to("/dev/zero")
+    elif kind == "a socket":
+        monkeypatch.chdir(texts)  # the name of a socket must be short
+        with socket.socket(socket.AF_UNIX) as bound:
+            bound.bind("strange.py")
+    else:
+        place.symlink_to(place)
+    with pytest.raises(
+        ValueError, match=rf"strange\.py'.*({kind}|cannot be read).*; leave it out by data.source.exclude"
+    ):
+        corpus_of(texts)
+    assert corpus_of(texts, source=TextFiles(paths=(str(texts),), exclude=("strange*",))).num_bytes
+
+
+def test_more_than_memory_holds_is_refused(texts, monkeypatch):
+    monkeypatch.setattr("palimpsest.train.data._memory", lambda: 100)
+    with pytest.raises(ValueError, match=r"file0\.py' is longer than 100 bytes; leave it out"):
+        corpus_of(texts)
+
+
+def test_a_file_name_that_is_no_utf8_will_do(texts):
+    with open(os.fsencode(texts) + b"/\xff\xfe.py", "wb") as file:
+        file.write(b"x = 1\n" * 20)
+    corpus = corpus_of(texts)
+    assert corpus.num_documents + len(corpus.heldout) == 9
+    assert corpus.digest == corpus_of(texts).digest
+
+
+def test_heldout_text_of_single_bytes_is_refused_before_training(texts, tmp_path):
+    (tmp_path / "held").mkdir()
+    for i in range(3):
+        (tmp_path / "held" / f"{i}.txt").write_text("x")
+    recipe = small_recipe(texts)
+    source = dataclasses.replace(recipe.data.source, heldout_paths=(str(tmp_path / "held"),))
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, source=source))
+    with pytest.raises(ValueError, match="the 3 held-out documents hold no two bytes in a row"):
+        train(recipe, tmp_path / "run")
+    assert not list((tmp_path / "run").iterdir())
 
 
 def test_pieces_hold_every_heldout_byte_once_and_tokens_match():

@@ -106,7 +106,7 @@ def test_a_run_that_came_meanwhile_is_seen_under_the_lock(tmp_path, recipe):
         pass
 
 
-@pytest.mark.parametrize("left", [[], [".run.json.0123456789abcdef.partial"], ["checkpoints/"], [".DS_Store"]])
+@pytest.mark.parametrize("left", [[], [".run.json.0123456789abcdef.partial/"], ["checkpoints/"], [".DS_Store"]])
 def test_a_kill_before_run_json_leaves_a_folder_that_may_be_used(tmp_path, recipe, left):
     (tmp_path / "run").mkdir()
     for name in left:

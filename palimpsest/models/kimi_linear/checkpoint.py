@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from palimpsest.files import flush, flush_list
+from palimpsest.files import flush, flush_list, give_usual_mode
 from palimpsest.layers.precision import Float32Tensors
 from palimpsest.models.kimi_linear.config import KimiLinearConfig
 from palimpsest.models.kimi_linear.official_names import PROJECTIONS, official_tensors, place_of
@@ -72,6 +72,7 @@ def save(
             shard = {key: tensor.cpu().contiguous() for key, tensor in shard.items()}
             metadata = {"format": "pt", DIGEST: digest(shard), SAVE: number}
             safetensors.torch.save_file(shard, staged[name], metadata=metadata)
+            give_usual_mode(staged[name])
             flush(staged[name])
         if len(shards) > 1:
             weight_map = {key: name for name, shard in zip(names, shards) for key in shard}
