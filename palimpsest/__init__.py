@@ -17,6 +17,7 @@ _HOME = {  # name -> where it lives
     "kda_step_": "ops.variants",
     "gdn2": "ops.variants",
     "gated_delta": "ops.variants",
+    "gated_delta_product": "ops.variants",
     "delta_rule": "ops.variants",
     "gated_linear_attention": "ops.variants",
     "linear_attention": "ops.variants",
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from palimpsest.ops.variants import delta_rule as delta_rule
     from palimpsest.ops.variants import dplr as dplr
     from palimpsest.ops.variants import gated_delta as gated_delta
+    from palimpsest.ops.variants import gated_delta_product as gated_delta_product
     from palimpsest.ops.variants import gated_linear_attention as gated_linear_attention
     from palimpsest.ops.variants import gdn2 as gdn2
     from palimpsest.ops.variants import kda as kda

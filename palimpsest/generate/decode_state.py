@@ -48,7 +48,7 @@ class DecodeState:
         """Read what `save` wrote; errors as `state_file.load_state`."""
         state, extra = read_state(path, model)
         if extra.keys() != {"logits", "seen"}:
-            raise ValueError(f"{str(path)!r} holds a state alone; load it with ModelState.load and give a prompt")
+            raise ValueError(f"{str(path)!r} holds a state alone; load it with load_state and give a prompt")
         return DecodeState(state, extra["logits"], extra["seen"])
 
     @staticmethod

@@ -193,7 +193,7 @@ def stream(
     seeds = _seeds(seed, count)
     if end_tokens is None:
         end_token = model.config.eos_token_id if tokenizer is None else tokenizer.eos_id
-        end_tokens = () if end_token is None else (end_token,)
+        end_tokens = () if end_token is None else end_token if isinstance(end_token, tuple) else (end_token,)
 
     _check_graph(model, graph, draft, history)
     if graph is None:

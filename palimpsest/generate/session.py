@@ -14,7 +14,7 @@ import torch
 from palimpsest.generate.decode_state import DecodeState
 from palimpsest.generate.sampling import Sampling, as_int64, choose_tokens
 from palimpsest.layers.latent_cache import LatentCache
-from palimpsest.layers.layer_state import KDAState, LatentState
+from palimpsest.layers.layer_state import LatentState
 from palimpsest.models.kimi_linear.model import KimiLinearForCausalLM
 from palimpsest.models.kimi_linear.model_state import ModelState
 
@@ -58,16 +58,18 @@ class DecodeSession:
         positions = start.state.position.tolist()
         if capacity <= max(positions):
             raise ValueError(f"capacity is {capacity} and a sequence has {max(positions)} tokens; give room for more")
+        loose = [layer.kind for layer in start.state.layers if not (layer.in_place or isinstance(layer, LatentState))]
+        if loose:
+            raise ValueError(
+                f"a layer's state, {loose[0]!r}, is made anew by each step, so it has no address that stays; leave graph out"
+            )
         self.capacity, self.steps = capacity, 0
         self._model, self._sampling = model, sampling
         self._lengths = [
-            layer.num_tokens().tolist() if not isinstance(layer, KDAState) else positions
-            for layer in start.state.layers
+            layer.num_tokens().tolist() if isinstance(layer, LatentState) else positions for layer in start.state.layers
         ]
         self._layers = tuple(
-            KDAState(layer.memory.clone(), tuple(window.clone() for window in layer.conv))
-            if isinstance(layer, KDAState)
-            else LatentCache.of(layer, capacity)
+            LatentCache.of(layer, capacity) if isinstance(layer, LatentState) else layer.copy()
             for layer in start.state.layers
         )
         self._seeds = torch.tensor([as_int64(seed) for seed in seeds], device=device)
@@ -109,10 +111,10 @@ class DecodeSession:
         index = torch.tensor(list(rows), device=self._token.device)
         layers = []
         for layer, lengths in zip(self._layers, self._lengths):
-            if isinstance(layer, KDAState):
-                layers.append(KDAState(layer.memory[index], tuple(window[index] for window in layer.conv)))
-            else:
+            if isinstance(layer, LatentCache):
                 layers.append(layer.value(rows, [lengths[row] + self.steps for row in rows]))
+            else:
+                layers.append(layer.select(index))
         state = ModelState(tuple(layers), self._position[index])
         return DecodeState(state, self._logits[index], self._seen[index])
 
@@ -136,8 +138,7 @@ class DecodeSession:
                 assert isinstance(before, LatentState)
                 layer.load_(before)
             else:
-                assert isinstance(before, KDAState)
-                for mine, its in zip((layer.memory, *layer.conv), (before.memory, *before.conv), strict=True):
+                for mine, its in zip(layer.tensors().values(), before.tensors().values(), strict=True):
                     mine.copy_(its)
         self._position.copy_(start.state.position)
         self._logits.copy_(start.logits)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from types import MappingProxyType
 from typing import Any
@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from palimpsest.checks import check, check_fields
-from palimpsest.layers.options import CHOICES, MixerOptions
-from palimpsest.models.kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
-from palimpsest.models.kimi_linear.config import LATENT_TYPES, read_layer_types
+from palimpsest.layers.options import MixerOptions
+from palimpsest.models.kimi_linear import KimiLinearConfig, KimiLinearForCausalLM, ModelState
+from palimpsest.models.kimi_linear.config import read_layer_types
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class ModelVariant:
 
     def __post_init__(self):
         read_layer_types(self.pattern)  # raises for an unknown letter
-        known = [*CHOICES, "floor", "beta_max", "conv", "qk_norm"]
+        known = [f.name for f in fields(MixerOptions)]
         for part in self.parts:
             near = difflib.get_close_matches(part, known, n=1, cutoff=0.4) or [", ".join(known)]
             check(part in known, f"contestant {self.name!r} changes part {part!r}; did you mean {near[0]}?")
@@ -65,6 +65,7 @@ MODEL_VARIANTS = {
         ModelVariant("gdn", "G"),
         ModelVariant("gdn2", "E"),
         ModelVariant("deltanet", "D"),
+        ModelVariant("deltaproduct", "P"),
         ModelVariant("gla", "A"),
         ModelVariant("mamba2", "S"),
         ModelVariant("linear", "L"),
@@ -80,6 +81,7 @@ ABOUT = {
     "gdn": "Gated DeltaNet: erases and writes, one decay a head",
     "gdn2": "Gated DeltaNet 2: erases per key channel, writes per value channel, one decay a channel",
     "deltanet": "DeltaNet: erases and writes, never fades",
+    "deltaproduct": "Gated DeltaProduct: erases and writes twice a token, one decay a head",
     "gla": "gated linear attention: writes, one decay a channel, never erases",
     "mamba2": "the memory of Mamba-2: writes, one decay a head, never erases",
     "linear": "linear attention with unit keys: writes, never fades or erases",
@@ -194,9 +196,5 @@ def count_parameters(config: KimiLinearConfig) -> int:
 
 def state_numbers(config: KimiLinearConfig, length: int) -> int:
     """How many numbers one sequence's state holds after `length` tokens: memories, windows, and latents a token."""
-    D = config.linear_num_heads * config.linear_head_dim
-    memory = D * config.linear_head_dim + (
-        3 * D * (config.short_conv_kernel_size - 1) if config.mixer_options.conv else 0
-    )
-    latent = length * (config.kv_lora_rank + config.qk_rope_head_dim)
-    return sum(latent if kind in LATENT_TYPES else memory for kind in config.layer_types)
+    layers = ModelState.empty(config, device="meta", dtype=torch.float64).account()
+    return sum(layer.total + layer.bytes_per_token * length for layer in layers) // 8

@@ -149,6 +149,12 @@ class MultiHeadLatentAttention(nn.Module):
         state = state.append(latent_BTC, None if mask is None else mask[:, None])
         return self.o_proj(self._absorbed(q_BTHC, state.latent, state.valid).flatten(-2))[:, 0], state
 
+    def empty_state(
+        self, batch_size: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> LatentState:
+        """The state before the first token."""
+        return LatentState(torch.empty(batch_size, 0, self.R + self.P, device=device, dtype=dtype))
+
     def _check_state(self, state: LatentState | None, rows: int | None) -> None:
         if state is None:
             return

@@ -6,16 +6,134 @@ Letters  B sequences, H heads, K key channels, V value channels, D = H K channel
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 
+class LayerState:
+    """The base of every layer's state, those of layers from outside included.
+
+    A subclass is a frozen dataclass; its fields are tensors, tuples of tensors, or None, and the first dimension of each
+    tensor counts the sequences. That alone lets a model copy, fork, join, move, save and roll it back. A subclass
+    overrides what it can do better: a cache that only grows need not be copied.
+
+    Attributes:
+        kind: a word for tables.
+        in_place: `step_` rewrites these very tensors, and their shapes stay.
+        in_heads: `finite` tells heads apart.
+
+    >>> @dataclass(frozen=True)
+    ... class Average(LayerState):
+    ...     total: Tensor  # [B, D]
+    >>> state = Average(torch.ones(2, 3))
+    >>> list(state.tensors()), state.select(torch.tensor([0, 0, 1])).total.shape
+    (['total'], torch.Size([3, 3]))
+    """
+
+    kind: ClassVar[str] = "state"
+    in_place: ClassVar[bool] = False
+    in_heads: ClassVar[bool] = False
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by name, those of a tuple numbered: {"memory": ..., "conv.0": ..., "conv.1": ...}."""
+        named: dict[str, Tensor] = {}
+        for name, value in self._values().items():
+            if isinstance(value, tuple):
+                named |= {f"{name}.{i}": tensor for i, tensor in enumerate(value)}
+            elif value is not None:
+                named[name] = value
+        return named
+
+    @classmethod
+    def from_tensors(cls, named: Mapping[str, Tensor]) -> Self:
+        """The state that `tensors` names so.
+
+        Raises:
+            ValueError: a tensor is missing, or one is unknown.
+        """
+        values: dict[str, Any] = {}
+        rest = dict(named)
+        for f in dataclasses.fields(cls):  # type: ignore[arg-type]
+            if "tuple" in str(f.type):
+                count = sum(name.rpartition(".")[0] == f.name for name in rest)
+                values[f.name] = tuple(rest.pop(f"{f.name}.{i}", None) for i in range(count))
+                missing = any(x is None for x in values[f.name])
+            else:
+                values[f.name] = rest.pop(f.name, None)
+                missing = values[f.name] is None and "None" not in str(f.type)
+            if missing:
+                raise ValueError(f"a {cls.__name__} needs a tensor {f.name!r}; there are {', '.join(named) or 'none'}")
+        if rest:
+            raise ValueError(f"a {cls.__name__} has no tensor {next(iter(rest))!r}")
+        return cls(**values)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The state with every tensor changed."""
+        values = self._values().items()
+        return type(self)(
+            **{
+                name: tuple(map(change, value))
+                if isinstance(value, tuple)
+                else None
+                if value is None
+                else change(value)
+                for name, value in values
+            }
+        )
+
+    def copy(self) -> Self:
+        """One that no `step_` on this one changes."""
+        return self.map(Tensor.clone)
+
+    def select(self, index: Tensor) -> Self:
+        """The sequences of index [n], a copy."""
+        return self.map(lambda x: x.index_select(0, index))
+
+    @classmethod
+    def join(cls, states: Sequence[Self]) -> Self:
+        """The sequences of several states as one batch."""
+        named = [state.tensors() for state in states]
+        return cls.from_tensors({name: torch.cat([tensors[name] for tensors in named]) for name in named[0]})
+
+    def bookmark(self) -> Any:
+        """What a later state needs to become this one again, see `back_to`: a copy, where nothing smaller will do."""
+        return self.copy()
+
+    def back_to(self, bookmark: Any) -> Self:
+        """The earlier state that gave the bookmark; this one came of it by reading on. A copy."""
+        return bookmark.copy()
+
+    def form(self) -> str:
+        """Kind, shapes without the batch and types: what must agree between states of one model."""
+        return f"a {type(self).__name__}" + "".join(
+            f", {name} {tuple(x.shape[1:])} {dtype_name(x)}" for name, x in self.tensors().items()
+        )
+
+    def finite(self) -> Tensor:
+        """Where all is finite: [B, H] for a state in heads, [B, 1] for another."""
+        return torch.stack([x.isfinite().flatten(1).all(1) for x in self.tensors().values()]).all(0)[:, None]
+
+    def account(self) -> dict[str, int]:
+        """Bytes, under the names of `LayerBytes`."""
+        return {"memory": sum(x.nbytes for x in self.tensors().values())}
+
+    def _values(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+
+def dtype_name(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
+
+
 @dataclass(frozen=True)
-class KDAState:
-    """The memory of one KDA layer: constant in size, whatever the length.
+class KDAState(LayerState):
+    """The memory of one memory layer: constant in size, whatever the length.
 
     Attributes:
         memory: [B, H, K, V], float32 (float64 in a float64 model).
@@ -23,8 +141,26 @@ class KDAState:
             convolutions.
     """
 
+    kind: ClassVar[str] = "kda"
+    in_place: ClassVar[bool] = True
+    in_heads: ClassVar[bool] = True
+
     memory: Tensor
     conv: tuple[Tensor, ...]
+
+    def form(self) -> str:
+        windows = "".join(f", a window {tuple(x.shape[1:])} {dtype_name(x)}" for x in self.conv)
+        return f"a memory {tuple(self.memory.shape[1:])} {dtype_name(self.memory)}{windows}"
+
+    def finite(self) -> Tensor:
+        finite_BH = self.memory.isfinite().flatten(2).all(-1)
+        for window in self.conv:
+            in_heads = window.unflatten(1, (-1, self.memory.shape[1], self.memory.shape[2]))
+            finite_BH = finite_BH & in_heads.isfinite().all(-1).all(-1).all(1)
+        return finite_BH
+
+    def account(self) -> dict[str, int]:
+        return {"memory": self.memory.nbytes, "windows": sum(window.nbytes for window in self.conv)}
 
 
 @dataclass
@@ -50,7 +186,7 @@ class CacheBuffer:
 
 
 @dataclass(frozen=True)
-class LatentState:
+class LatentState(LayerState):
     """The cache of one latent attention layer: one latent row a token, shared by all heads.
 
     Attributes:
@@ -58,6 +194,8 @@ class LatentState:
         valid: [B, S], True where a row is a token and not padding; None when every row is.
         buffer: spare rows behind latent, None if there are none; never needed to tell what the state holds.
     """
+
+    kind: ClassVar[str] = "latent"
 
     latent: Tensor
     valid: Tensor | None = None
@@ -120,3 +258,55 @@ class LatentState:
         rows = latent.new_empty(len(latent), capacity, latent.shape[2])
         rows[:, :S] = self.latent
         return CacheBuffer(rows, [S + count])
+
+    # As a state of a model: caches are shared, since no step rewrites a row of theirs.
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"latent": self.latent, "valid": self._all_valid()}
+
+    @classmethod
+    def from_tensors(cls, named: Mapping[str, Tensor]) -> LatentState:
+        if named.keys() != {"latent", "valid"}:
+            raise ValueError(f"a LatentState has the tensors latent and valid; there are {', '.join(named) or 'none'}")
+        latent, valid = named["latent"], named["valid"]
+        if valid.dtype != torch.bool or valid.shape != latent.shape[:2]:
+            raise ValueError(
+                f"valid is {valid.dtype} of shape {tuple(valid.shape)}; expected torch.bool of shape {tuple(latent.shape[:2])}"
+            )
+        return cls(latent, None if valid.all() else valid)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> LatentState:
+        return LatentState(change(self.latent), None if self.valid is None else change(self.valid))
+
+    def copy(self) -> LatentState:
+        return self
+
+    def select(self, index: Tensor) -> LatentState:
+        picked = super().select(index)
+        return picked if picked.valid is None else LatentState.of_rows(picked.rows())
+
+    @classmethod
+    def join(cls, states: Sequence[LatentState]) -> LatentState:
+        return cls.of_rows([row for state in states for row in state.rows()])
+
+    def bookmark(self) -> int:
+        return self.latent.shape[1]
+
+    def back_to(self, bookmark: int) -> LatentState:
+        return LatentState(self.latent[:, :bookmark], None if self.valid is None else self.valid[:, :bookmark])
+
+    def form(self) -> str:
+        return f"a latent cache of width {self.latent.shape[-1]} {dtype_name(self.latent)}"
+
+    def finite(self) -> Tensor:
+        return (self.latent.isfinite().all(-1) | ~self._all_valid()).all(-1, keepdim=True)
+
+    def account(self) -> dict[str, int]:
+        return {
+            "latent": self.latent.nbytes + (0 if self.valid is None else self.valid.nbytes),
+            "spare": 0 if self.buffer is None else self.buffer.rows.nbytes - self.latent.nbytes,
+            "bytes_per_token": self.latent.shape[-1] * self.latent.element_size(),
+        }
+
+    def _all_valid(self) -> Tensor:
+        return torch.ones_like(self.latent[..., 0], dtype=torch.bool) if self.valid is None else self.valid

@@ -2,8 +2,9 @@
 
 from dataclasses import asdict, dataclass, fields
 
+from palimpsest.checks import check_fields, shown
+
 CHOICES = {
-    "rule": ("delta", "gdn2", "write", "add"),
     "decay": ("channel", "head", "constant", "none"),
     "gate": ("softplus", "sigmoid"),
     "gate_rank": ("low", "full"),
@@ -16,9 +17,6 @@ class MixerOptions:
     """The options of a memory layer. The defaults are Kimi Delta Attention as released.
 
     Attributes:
-        rule: what a token does to the memory. "delta" erases and writes with one strength beta; "gdn2" erases per key
-            channel and writes per value channel; "write" erases nothing and writes with strength beta; "add" writes
-            as is.
         decay: one rate per "channel" and token, per "head" and token, a learned "constant" per channel, or "none".
         gate: "softplus" (unbounded, the released weights) or "sigmoid" (bounded below by `floor`).
         floor: the lowest log decay of the sigmoid gate.
@@ -27,12 +25,12 @@ class MixerOptions:
         output_gate: "sigmoid", "silu" or "none".
         conv: a short convolution on q, k and v.
         qk_norm: q and k at unit length.
+        num_householder: erase-and-write sub-steps a token of Gated DeltaProduct; other layers have one.
 
-    >>> MixerOptions(decay="head").rule
-    'delta'
+    >>> MixerOptions(decay="head").changes()
+    {'decay': 'head'}
     """
 
-    rule: str = "delta"
     decay: str = "channel"
     gate: str = "softplus"
     floor: float = -5.0
@@ -41,11 +39,17 @@ class MixerOptions:
     output_gate: str = "sigmoid"
     conv: bool = True
     qk_norm: bool = True
+    num_householder: int = 2
 
     def __post_init__(self):
+        check_fields(self)
+        if self.num_householder < 1:
+            raise ValueError(f"num_householder is {self.num_householder}; a token has at least 1 sub-step")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(map(repr, choices))}")
+                raise ValueError(
+                    f"{name} is {shown(getattr(self, name))}; choose one of {', '.join(map(repr, choices))}"
+                )
         if not self.floor < 0:
             raise ValueError(f"floor is {self.floor}; a log decay is negative, so give a number below 0, such as -5.0")
         if not 0 < self.beta_max <= 2:

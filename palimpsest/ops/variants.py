@@ -5,6 +5,7 @@
     kda                      erase = beta k         write = beta v         one decay per channel
     gdn2                     erase = erase_gate k   write = write_gate v   one decay per channel
     gated_delta              erase = beta k         write = beta v         one decay per head
+    gated_delta_product      n times a token:       beta_j k_j, beta_j v_j  one decay per head
     delta_rule               erase = beta k         write = beta v         no decay
     gated_linear_attention   erase = 0              write = v              one decay per channel
     linear_attention         erase = 0              write = v              no decay
@@ -22,12 +23,14 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from palimpsest.ops import arguments
 from palimpsest.ops.arguments import expect_floats, scale_of, state_dtype
 from palimpsest.ops.backends import Backend, Op, Problem, choose, within_a_transform
 from palimpsest.ops.gates import SigmoidDecay, SoftplusDecay, l2norm
+from palimpsest.ops.packing import check_cu_seqlens
 
 
 class DeltaOutput(NamedTuple):
@@ -178,6 +181,73 @@ def gated_delta(
         _check_decay(log_decay)
     log_decay = log_decay[..., None].expand(*log_decay.shape, q.shape[-1])
     return _run("kda", "gated_delta", (q, k, v, log_decay, beta), v, state, scale, cu_seqlens, backend)
+
+
+def gated_delta_product(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    *,
+    state: Tensor | None = None,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    check: bool = False,
+    backend: str = "auto",
+) -> DeltaOutput:
+    """Gated DeltaProduct: n erase-and-write sub-steps a token, then one read. The token's decay comes before the first.
+
+    A token's transition is a product of n matrices I - beta_j k_j k_j^T, which with beta up to 2 can rotate and permute,
+    where one such matrix can only reflect.
+
+    Args:
+        q: [B, T, H, K].
+        k: [B, T, n, H, K]. v: [B, T, n, HV, V], HV a multiple of H. Sub-step j of a token has the key k[:, :, j].
+        log_decay: [B, T, HV], or [B, T, HV, K] for one a channel; natural log, <= 0.
+        beta: [B, T, n, HV], in (0, 1), or (0, 2).
+        state, scale, cu_seqlens, check, backend: as of `kda`; borders count tokens, not sub-steps.
+
+    Returns:
+        DeltaOutput(output [B, T, HV, V], state [B or N, HV, K, V]).
+
+    Raises:
+        ValueError, TypeError: as `kda`.
+
+    Source: DeltaProduct, arXiv:2502.10297.
+
+    >>> k = torch.eye(2).view(1, 1, 2, 1, 2)  # a token that writes under two keys
+    >>> v = torch.tensor([3.0, 4.0]).view(1, 1, 2, 1, 1)
+    >>> gated_delta_product(k[:, :, 0], k, v, torch.zeros(1, 1, 1), torch.ones(1, 1, 2, 1)).state.flatten()
+    tensor([3., 4.])
+    """
+    for name, x in (("q", q), ("k", k), ("v", v), ("log_decay", log_decay), ("beta", beta)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} is a {type(x).__name__}; it must be a torch.Tensor")
+    if k.ndim != 5 or v.ndim != 5:
+        raise ValueError(
+            f"k has shape {tuple(k.shape)} and v {tuple(v.shape)}; both must be [B, T, sub-steps, heads, channels]"
+        )
+    (B, T, n, H, K), HV = k.shape, v.shape[3]
+    if tuple(q.shape) != (B, T, H, K) or tuple(v.shape[:3]) != (B, T, n) or n == 0:
+        raise ValueError(
+            f"q has shape {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)}; expected [B, T, H, K], "
+            "[B, T, n, H, K] and [B, T, n, HV, V] with n of at least 1"
+        )
+    log_decay = log_decay[..., None] if log_decay.ndim == 3 else log_decay
+    if tuple(log_decay.shape) not in ((B, T, HV, 1), (B, T, HV, K)):
+        raise ValueError(f"log_decay has shape {tuple(log_decay.shape)}; expected {(B, T, HV)} or {(B, T, HV, K)}")
+    if tuple(beta.shape) != (B, T, n, HV):
+        raise ValueError(f"beta has shape {tuple(beta.shape)}; expected {(B, T, n, HV)}")
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, B, T, q.device)
+    # A sub-step is a token of its own: the first has the decay, the last the read.
+    decays = F.pad(log_decay.expand(B, T, HV, K)[:, :, None], (0, 0, 0, 0, 0, n - 1)).flatten(1, 2)
+    reads = F.pad(q[:, :, None], (0, 0, 0, 0, n - 1, 0)).flatten(1, 2)
+    k, v, beta = (x.flatten(1, 2) for x in (k, v, beta))
+    borders = None if cu_seqlens is None else cu_seqlens * n
+    result = kda(reads, k, v, decays, beta, state=state, scale=scale, cu_seqlens=borders, check=check, backend=backend)
+    return DeltaOutput(result.output[:, n - 1 :: n], result.state)
 
 
 def delta_rule(
@@ -558,6 +628,7 @@ VARIANTS: dict[str, Callable[..., DeltaOutput]] = {
     "kda": kda,
     "gdn2": gdn2,
     "gated_delta": gated_delta,
+    "gated_delta_product": gated_delta_product,
     "delta_rule": delta_rule,
     "gated_linear_attention": gated_linear_attention,
     "linear_attention": linear_attention,

@@ -24,7 +24,7 @@ def check(model, tmp_path):
     assert drafted.tokens[0] == alone[1]
 
 
-@pytest.mark.parametrize("pattern", ["K", "M", "R", "GM", "DE", "AL", "SR"])
+@pytest.mark.parametrize("pattern", ["K", "M", "R", "GM", "DE", "AL", "SR", "PK"])
 def test_every_kind_of_layer(pattern, tmp_path):
     torch.manual_seed(0)
     check(KimiLinearForCausalLM(KimiLinearConfig.tiny(pattern, initializer_range=0.2)).eval(), tmp_path)

@@ -1,12 +1,16 @@
-"""The memory layer against a plain reading of its definition, and its state against every way of cutting a sequence."""
+"""Every memory layer against a plain reading of its definition, and its state against every way of cutting a sequence."""
 
 import dataclasses
 
 import pytest
 import torch
 
+from palimpsest.layers.gated_delta_product import GatedDeltaProduct
+from palimpsest.layers.gdn2 import GatedDeltaNet2
 from palimpsest.layers.kimi_delta_attention import KimiDeltaAttention
 from palimpsest.layers.layer_state import KDAState
+from palimpsest.layers.linear_attention import GatedLinearAttention, ScalarDecay
+from palimpsest.layers.memory_layer import MemoryLayer
 from palimpsest.layers.options import MixerOptions
 from palimpsest.ops import trace
 from palimpsest.testing import assert_within_budget
@@ -24,16 +28,28 @@ PARTS = {
     "no output gate": {"output_gate": "none"},
     "no convolution": {"conv": False},
     "no norm": {"qk_norm": False},
-    "gdn2": {"rule": "gdn2"},
-    "gla": {"rule": "add"},
-    "linear": {"rule": "add", "decay": "none"},
-    "scalar decay": {"rule": "write", "decay": "head"},
+    "gdn2": {},
+    "gla": {},
+    "linear": {"decay": "none"},
+    "scalar decay": {"decay": "head"},
+    "product": {"decay": "head"},
+    "product of three, no convolution": {"num_householder": 3, "conv": False, "beta_max": 2.0},
+    "product of one": {"decay": "none", "num_householder": 1},
+}
+CLASSES = {
+    "gdn2": GatedDeltaNet2,
+    "gla": GatedLinearAttention,
+    "linear": GatedLinearAttention,
+    "scalar decay": ScalarDecay,
+    "product": GatedDeltaProduct,
+    "product of three, no convolution": GatedDeltaProduct,
+    "product of one": GatedDeltaProduct,
 }
 
 
 def layer(parts="released", dtype=torch.float64, seed=0):
     torch.manual_seed(seed)
-    made = KimiDeltaAttention(HIDDEN, H, K, conv_size=W, options=MixerOptions(**PARTS[parts]))
+    made = CLASSES.get(parts, KimiDeltaAttention)(HIDDEN, H, K, conv_size=W, options=MixerOptions(**PARTS[parts]))
     for name, parameter in made.named_parameters():
         if "o_norm" in name:
             torch.nn.init.normal_(parameter, 1, 0.2)
@@ -50,10 +66,10 @@ def sigmoid(x):
     return 1 / (1 + torch.exp(-x))
 
 
-def plainly(m: KimiDeltaAttention, x):
+def plainly(m: MemoryLayer, x):
     """One token, one head at a time, as the paper says it. x [T, hidden] -> y [T, hidden], S [H, K, K]."""
     p, weights = m.options, dict(m.named_parameters())
-    T = len(x)
+    T, n = len(x), m.sub_steps
 
     def project(*names):
         s = x
@@ -61,17 +77,17 @@ def plainly(m: KimiDeltaAttention, x):
             s = s @ weights[f"{name}_proj.weight"].T
         return s
 
-    def stream(name):
+    def stream(name):  # [T, sub-steps, H, K]; of the query one
         s = project(name)
         if p.conv:
-            line = torch.cat([s.new_zeros(W - 1, H * K), s])
+            line = torch.cat([s.new_zeros(W - 1, s.shape[1]), s])
             s = sum(line[w : w + T] * weights[f"{name}_conv1d.weight"][:, 0, w] for w in range(W))
-        return (s * sigmoid(s)).view(T, H, K)
+        return (s * sigmoid(s)).view(T, -1, H, K)
 
     q, k, v = stream("q"), stream("k"), stream("v")
     if p.qk_norm:
         q, k = (s / torch.sqrt((s * s).sum(-1, keepdim=True) + 1e-6) for s in (q, k))
-    q = q / K**0.5
+    q = q[:, 0] / K**0.5
     if p.decay != "none":
         if p.decay == "constant":
             logits = torch.zeros(T, H * K, dtype=x.dtype)
@@ -84,18 +100,20 @@ def plainly(m: KimiDeltaAttention, x):
         g = g.expand(T, H, K)
     else:
         g = torch.zeros(T, H, K, dtype=x.dtype)
-    one = torch.ones(T, H, K, dtype=x.dtype)
-    if p.rule == "gdn2":
-        erase, write = sigmoid(project("e")).view(T, H, K), sigmoid(project("w")).view(T, H, K)
+    one = torch.ones(T, n, H, K, dtype=x.dtype)
+    if isinstance(m, GatedDeltaNet2):
+        erase, write = sigmoid(project("e")).view(T, 1, H, K), sigmoid(project("w")).view(T, 1, H, K)
     else:
-        beta = p.beta_max * sigmoid(project("b"))[..., None] if p.rule != "add" else one
-        erase, write = (beta * one if p.rule == "delta" else 0 * one), beta * one
+        beta = p.beta_max * sigmoid(project("b")).view(T, n, H, 1) if type(m) is not GatedLinearAttention else one
+        erase, write = (0 * one if isinstance(m, GatedLinearAttention) else beta * one), beta * one
 
     S, y = torch.zeros(H, K, K, dtype=x.dtype), torch.zeros(T, H, K, dtype=x.dtype)
     for t in range(T):
         for h in range(H):
-            faded = torch.diag(g[t, h].exp()) @ S[h]
-            S[h] = faded + torch.outer(k[t, h], write[t, h] * v[t, h] - faded.T @ (erase[t, h] * k[t, h]))
+            S[h] = torch.diag(g[t, h].exp()) @ S[h]
+            for j in range(n):
+                erased = S[h].T @ (erase[t, j, h] * k[t, j, h])
+                S[h] = S[h] + torch.outer(k[t, j, h], write[t, j, h] * v[t, j, h] - erased)
             y[t, h] = S[h].T @ q[t, h]
     y = y / torch.sqrt((y * y).mean(-1, keepdim=True) + 1e-5) * weights["o_norm.weight"]
     if p.output_gate != "none":
@@ -250,7 +268,7 @@ STATE = lambda m: m(draw(2, 6, HIDDEN))[1]
         (lambda m: m(draw(3, 5, HIDDEN), STATE(m)), r"memory of the state has shape \(2, 2, 8, 8\); expected \(3, 2, 8, 8\)"),
         (lambda m: m(draw(1, 5, HIDDEN), STATE(m), cu_seqlens=torch.tensor([0, 5])), r"expected \(1, 2, 8, 8\)"),
         (lambda m: m(draw(2, 5, HIDDEN), STATE(m).conv), "state is a tuple; a memory layer continues a KDAState"),
-        (lambda m: m(draw(2, 5, HIDDEN), KDAState(STATE(m).memory, ())), r"windows of shapes \[\]; expected 3 of \(2, 16, 3\)"),
+        (lambda m: m(draw(2, 5, HIDDEN), KDAState(STATE(m).memory, ())), r"windows of shapes \[\]; expected \[\(2, 16, 3\)"),
         (lambda m: m.step_(draw(2, 1, HIDDEN), STATE(m)), r"\(2, 1, 24\); expected a tensor \[B, hidden_size = 24\]"),
         (lambda m: m.step_(draw(3, HIDDEN), STATE(m)), r"memory of the state has shape \(2, 2, 8, 8\)"),
         (lambda m: m.step_(draw(2, HIDDEN), None), "state is a NoneType; a memory layer continues a KDAState"),
@@ -279,7 +297,8 @@ def test_gradients_reach_every_parameter_and_the_state():
     for parts in PARTS:
         m, x = layer(parts), draw(1, 6, HIDDEN).requires_grad_()
         memory = draw(1, H, K, K).requires_grad_()
-        windows = tuple(draw(1, H * K, W - 1, seed=i).requires_grad_() for i in range(3)) if m.options.conv else ()
+        empty = m.empty_state(1, dtype=torch.float64)
+        windows = tuple(draw(*w.shape, seed=i).requires_grad_() for i, w in enumerate(empty.conv))
         y, state = m(x, KDAState(memory, windows))
         (y.square().sum() + state.memory.sum()).backward()
         for name, tensor in (*m.named_parameters(), ("x", x), ("memory", memory), *(("w", w) for w in windows)):
@@ -367,12 +386,16 @@ def test_single_precision_is_within_budget_of_the_definition():
     assert_within_budget("state", state.memory[0], S, peer_S)
 
 
+class NoErasing(KimiDeltaAttention):
+    remember, written = ScalarDecay.remember, ScalarDecay.written
+
+
 MUTANTS = {
     "eps of the norm": lambda m: setattr(m.o_norm, "eps", 1e-1),
     "silu output gate": lambda m: setattr(m, "options", dataclasses.replace(m.options, output_gate="silu")),
     "bounded gate": lambda m: setattr(m, "options", dataclasses.replace(m.options, gate="sigmoid")),
     "double beta": lambda m: setattr(m, "options", dataclasses.replace(m.options, beta_max=2.0)),
-    "no erasing": lambda m: setattr(m, "options", dataclasses.replace(m.options, rule="write")),
+    "no erasing": lambda m: setattr(m, "__class__", NoErasing),
     "no q/k norm": lambda m: setattr(m, "options", dataclasses.replace(m.options, qk_norm=False)),
     "k through q's convolution": lambda m: setattr(m, "k_conv1d", m.q_conv1d),
     "taps reversed": lambda m: m.v_conv1d.weight.data.copy_(m.v_conv1d.weight.data.flip(-1)),

@@ -142,11 +142,13 @@ def test_named_tensors_stay_in_float32(cast):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rule": "erase"}, "rule is 'erase'; choose one of 'delta', 'gdn2', 'write', 'add'"),
+        ({"num_householder": 0}, "num_householder is 0; a token has at least 1 sub-step"),
+        ({"conv": "no"}, "conv is 'no'; it must be True or False"),
+        ({"floor": float("nan")}, "floor is nan; it must be a finite number"),
         ({"decay": "token"}, "decay is 'token'; choose one of 'channel'"),
         ({"gate": "relu"}, "gate is 'relu'; choose"),
         ({"output_gate": "tanh"}, "output_gate is 'tanh'; choose"),
-        ({"gate_rank": 7}, "gate_rank is 7; choose"),
+        ({"gate_rank": 7}, "gate_rank is 7; it must be a text"),
         ({"floor": 0.0}, "floor is 0.0; a log decay is negative"),
         ({"beta_max": 3.0}, "beta_max is 3.0; beyond 2"),
     ],

@@ -12,9 +12,11 @@ import safetensors.torch
 import torch
 
 from palimpsest.models.kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
-from palimpsest.models.kimi_linear.checkpoint import INDEX, WHOLE, load, load_into_, save
+from palimpsest.models.kimi_linear.checkpoint import INDEX, WHOLE, load_into_, save
 from palimpsest.models.kimi_linear.official_names import official_tensors
 from tests.disk import Journal
+
+load = KimiLinearForCausalLM.from_pretrained
 
 
 def build(seed=0, **changes):
@@ -115,6 +117,18 @@ def test_tensors_gathered_elsewhere_are_saved(tmp_path):
     assert same(load(tmp_path), other)
 
 
+def test_a_tied_head_may_be_absent_and_must_not_differ(tmp_path):
+    model = build(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda t: t.pop("lm_head.weight"))
+    assert same(load(tmp_path), model)
+    load_into_(model, tmp_path)
+    rewrite(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
+    for read in (load, lambda folder: load_into_(model, folder)):
+        with pytest.raises(ValueError, match="has tie_word_embeddings and a lm_head.weight other than its model.embed"):
+            read(tmp_path)
+
+
 def test_load_into_replaces_weights_and_refuses_another_config(tmp_path):
     build(1).save_pretrained(tmp_path)
     model = build(0)
@@ -130,6 +144,11 @@ def rewrite(folder, change):
     tensors = safetensors.torch.load_file(folder / WHOLE)
     change(tensors)
     safetensors.torch.save_file(tensors, folder / WHOLE)
+
+
+def config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def flip_a_bit(folder):
@@ -187,9 +206,20 @@ def escape(folder, index):
             r"other shapes than its config: model.norm.weight \(31,\) instead of \(32,\)",
         ),
         (lambda f: shard(f, lambda f, i: next(f.glob("model-00002*")).unlink()), "lacks model-00002-of-"),
+        (
+            lambda f: rewrite(f, lambda t: t.update({"model.layers.0.self_attn.A_log": torch.ones(1, 1, 2, 1).to(torch.int8)})),
+            "has tensors that are not of floating point: model.layers.0.self_attn.A_log I8",
+        ),
+        (
+            lambda f: rewrite(f, lambda t: t.update({"model.norm.weight": torch.ones(32).to(torch.complex64)})),
+            "has tensors that are not of floating point: model.norm.weight C64",
+        ),
+        (lambda f: config(f, vocab_size=10**9), r"embed_tokens.weight \(257, 32\) instead of \(1000000000, 32\)"),
+        (lambda f: config(f, num_experts=300_000), "lacks tensors: its files hold [0-9]+ and its config, with 2 layers and"),
+        (lambda f: config(f, intermediate_size=2**62), "makes no model .*its sizes are too large"),
         (lambda f: shard(f, mix_saves), "holds files of different saves"),
         (lambda f: shard(f, escape), "names '../elsewhere.safetensors'; weights must lie beside their index"),
-        (lambda f: shard(f) or (f / INDEX).write_text("[]"), "is not an index of weights"),
+        (lambda f: shard(f) or (f / INDEX).write_text("[]"), "holds a JSON list; expected an object"),
         (lambda f: shard(f) or (f / INDEX).write_text('{"weight_map": 7}'), "is not an index of weights"),
     ],
 )  # fmt: skip

@@ -7,7 +7,8 @@ import torch
 
 from palimpsest.layers.moe import MoE
 from palimpsest.layers.options import MixerOptions
-from palimpsest.models.kimi_linear.config import LETTERS, KimiLinearConfig
+from palimpsest.models.kimi_linear.config import KimiLinearConfig
+from palimpsest.models.kimi_linear.mixers import MIXERS, make_mixer
 from palimpsest.models.kimi_linear.model import KimiLinearForCausalLM
 
 RELEASED = {  # the config.json of Kimi-Linear-48B-A3B, but for what concerns remote code
@@ -73,7 +74,7 @@ def test_the_48b_preset_is_the_released_config():
     config = KimiLinearConfig.official_48b()
     assert KimiLinearConfig.from_dict(RELEASED) == config
     assert config.to_dict() | {"dtype": "bfloat16"} == RELEASED
-    assert "".join({v: k for k, v in LETTERS.items()}[name] for name in config.layer_types) == "KKKM" * 6 + "KKM"
+    assert "".join(MIXERS[name].letter for name in config.layer_types) == "KKKM" * 6 + "KKM"
     assert [config.is_sparse(i) for i in range(27)] == [False] + [True] * 26
 
 
@@ -118,20 +119,26 @@ def test_patterns_may_be_letters_or_names():
 
 
 def test_letters_choose_the_memory_and_options_the_rest():
-    config = KimiLinearConfig.tiny("KGDEALS", mixer_options={"conv": False})
-    assert [(p.rule, p.decay, p.conv) for p in map(config.options_of, range(7))] == [
-        ("delta", "channel", False),
-        ("delta", "head", False),
-        ("delta", "none", False),
-        ("gdn2", "channel", False),
-        ("add", "channel", False),
-        ("add", "none", False),
-        ("write", "head", False),
+    config = KimiLinearConfig.tiny("KGDEALSP", mixer_options={"conv": False})
+    with torch.device("meta"):
+        layers = [make_mixer(config, i) for i in range(8)]
+    assert [(type(m).__name__, m.options.decay, m.options.conv) for m in layers] == [
+        ("KimiDeltaAttention", "channel", False),
+        ("KimiDeltaAttention", "head", False),
+        ("KimiDeltaAttention", "none", False),
+        ("GatedDeltaNet2", "channel", False),
+        ("GatedLinearAttention", "channel", False),
+        ("GatedLinearAttention", "none", False),
+        ("ScalarDecay", "head", False),
+        ("GatedDeltaProduct", "head", False),
     ]
 
 
 def test_eos_lists_and_absent_experts_are_read():
-    assert KimiLinearConfig.from_dict(changed(eos_token_id=[7, 8])).eos_token_id == 7
+    assert KimiLinearConfig.from_dict(changed(eos_token_id=[7])).eos_token_id == 7
+    several = KimiLinearConfig.from_dict(changed(eos_token_id=[7, 8]))
+    assert several.eos_token_id == (7, 8)
+    assert several.to_dict()["eos_token_id"] == [7, 8]
     assert KimiLinearConfig.from_dict(changed(num_experts=None)).num_experts == 0
 
 
@@ -145,9 +152,9 @@ def test_eos_lists_and_absent_experts_are_read():
         (lambda: KimiLinearConfig.tiny(zzz=4), "has no field 'zzz'; the fields are vocab_size"),
         (lambda: KimiLinearConfig.tiny().replace(hidden=4), "has no field 'hidden'; did you mean 'hidden_size'?"),
         (lambda: KimiLinearConfig.tiny(mixer_options={"convolution": True}), "mixer_options has no field 'convolution'; the"),
-        (lambda: KimiLinearConfig.tiny(hidden_size=0), "hidden_size is 0; expected at least 1"),
-        (lambda: KimiLinearConfig.tiny(hidden_size=64.0), "hidden_size is 64.0; expected a whole number"),
-        (lambda: KimiLinearConfig.tiny(vocab_size="257"), "vocab_size is '257'; expected a whole number"),
+        (lambda: KimiLinearConfig.tiny(hidden_size=0), "hidden_size is 0; it must be at least 1"),
+        (lambda: KimiLinearConfig.tiny(hidden_size=64.0), "hidden_size is 64.0; it must be a whole number"),
+        (lambda: KimiLinearConfig.tiny(vocab_size="257"), "vocab_size is '257'; it must be a whole number"),
         (lambda: KimiLinearConfig.tiny(router="biased"), "router is 'biased'; choose one of 'unbiased', 'official_alias'"),
         (lambda: KimiLinearConfig.tiny("R", qk_rope_head_dim=7), "qk_rope_head_dim is 7; rotation turns pairs"),
         (lambda: KimiLinearConfig.tiny(num_experts=4, num_expert_group=3), "num_experts 4 does not divide into"),
@@ -155,15 +162,15 @@ def test_eos_lists_and_absent_experts_are_read():
         (lambda: KimiLinearConfig.tiny(num_experts_per_token=5), "num_experts_per_token 5 is more than the 4"),
         (lambda: KimiLinearConfig.from_dict([]), "the config is a list; expected a JSON object"),
         (lambda: KimiLinearConfig.from_dict({"model_type": "llama"}), "of model_type 'llama'; this model reads"),
-        (lambda: KimiLinearConfig.from_dict(changed(kda_layers=[*range(1, 27)])), r"lists layers twice: \[4, 8, 12"),
-        (lambda: KimiLinearConfig.from_dict(changed(kda_layers=[1, 2])), r"leaves layers out: \[3, 5, 6"),
-        (lambda: KimiLinearConfig.from_dict(changed(full_attn_layers=[0, 4, 8, 12, 16, 20, 24, 27])), r"do not exist: \[0\]"),
-        (lambda: KimiLinearConfig.from_dict(changed(num_hidden_layers=26)), r"do not exist: \[27\]; .* each of 1..26 once"),
+        (lambda: KimiLinearConfig.from_dict(changed(kda_layers=[*range(1, 27)])), r"lists layers twice: 4, 8, 12"),
+        (lambda: KimiLinearConfig.from_dict(changed(kda_layers=[1, 2])), r"leaves layers out: 3, 5, 6"),
+        (lambda: KimiLinearConfig.from_dict(changed(full_attn_layers=[0, 4, 8, 12, 16, 20, 24, 27])), r"do not exist: 0"),
+        (lambda: KimiLinearConfig.from_dict(changed(num_hidden_layers=26)), r"do not exist: 27; .* each of 1..26 once"),
         (lambda: KimiLinearConfig.from_dict(changed(linear_attn_config=None)), "has no linear_attn_config"),
         (lambda: KimiLinearConfig.from_dict(changed(q_lora_rank=64)), "has q_lora_rank = 64; this model has only None"),
         (lambda: KimiLinearConfig.from_dict(changed(hidden_act="gelu")), "has hidden_act = 'gelu'; this model has only"),
         (lambda: KimiLinearConfig.from_dict(changed(num_key_value_heads=8)), "8 num_key_value_heads and 32"),
-        (lambda: KimiLinearConfig.from_dict(changed(vocab_size="many")), "vocab_size is 'many'; expected a whole number"),
+        (lambda: KimiLinearConfig.from_dict(changed(vocab_size="many")), "vocab_size is 'many'; it must be a whole number"),
     ],
 )  # fmt: skip
 def test_bad_configs_are_refused_in_a_sentence(make, message):

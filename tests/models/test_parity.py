@@ -233,6 +233,24 @@ def test_what_transformers_saves_is_read(models, tmp_path):
         assert again.state_dict()[name].equal(tensor), name
 
 
+@torch.no_grad()
+def test_tied_models_go_both_ways(tmp_path):
+    """transformers does not tie these models: it needs the head in the file, and writes one."""
+    torch.manual_seed(0)
+    ours = KimiLinearForCausalLM(KimiLinearConfig.tiny("KM", tie_word_embeddings=True, initializer_range=0.2)).eval()
+    ours.save_pretrained(tmp_path / "ours")
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    logits = ours(tokens()).logits
+    torch.testing.assert_close(theirs.eval()(tokens()).logits, logits, rtol=1e-4, atol=1e-4)
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = KimiLinearForCausalLM.from_pretrained(tmp_path / "theirs")
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert again(tokens()).logits.equal(logits)
+
+
 MUTANTS = {
     "eps of the latent norm": lambda m: setattr(m.model.layers[2].self_attn.kv_a_layernorm, "eps", 1e-3),
     "rotary positions": lambda m: setattr(m.model.layers[2].self_attn, "rope", 10000.0),

@@ -34,6 +34,7 @@ TENSORS = {  # variant -> the tensors it takes, by what is drawn for them
     "kda": "log_decay beta",
     "gdn2": "log_decay key_gate value_gate",
     "gated_delta": "head_decay beta",
+    "gated_delta_product": "head_decay sub_beta",
     "delta_rule": "beta",
     "gated_linear_attention": "log_decay",
     "linear_attention": "",
@@ -65,6 +66,10 @@ def inputs(variant: str, T: int, decay: str = "slow", batch: int = B, seed: int 
         + 0.05 * of_its_own("a", batch, T, HV, K),  # near the delta rule: free, and stable
         "b": -beta[..., None] * wide_k + 0.05 * of_its_own("b", batch, T, HV, K),
     }
+    if variant == "gated_delta_product":
+        sub_steps = [F.normalize(of_its_own(f"k{j}", batch, T, H, K), dim=-1) for j in (1, 2)]
+        k, v = torch.stack((k, *sub_steps), 2), of_its_own("sub_v", batch, T, 3, HV, V)
+        gates["sub_beta"] = 2 * of_its_own("sub_beta", batch, T, 3, HV).sigmoid()
     return [q, k, v, *(gates[name] for name in TENSORS[variant].split())]
 
 
@@ -149,6 +154,47 @@ def able_on_cpu(variant: str, T: int) -> list[str]:
 
 def explained(problem: Problem) -> dict[str, str]:
     return {line.split()[0]: line.split(maxsplit=1)[1] for line in backends.explain(problem).splitlines()}
+
+
+def product_by_hand(q, k, v, log_decay, beta, state, *, decays="first", reads="last", order=1):
+    """Gated DeltaProduct as its paper says it, sub-step by sub-step; the options are ways to get it wrong."""
+    k, v, beta = (x.repeat_interleave(HV // x.shape[3], 3) for x in (k, v, beta))
+    q, outputs = q.repeat_interleave(HV // H, 2), []
+    for t in range(q.shape[1]):
+        read = None
+        for j in range(k.shape[2])[::order]:
+            if j == (0 if order == 1 else k.shape[2] - 1) or decays == "every":
+                state = log_decay[:, t, :, None, None].exp() * state
+            erased = torch.einsum("bhk,bhkv->bhv", k[:, t, j], state)
+            state = state + torch.einsum("bhk,bhv,bh->bhkv", k[:, t, j], v[:, t, j] - erased, beta[:, t, j])
+            if read is None or reads == "last":
+                read = torch.einsum("bhk,bhkv->bhv", q[:, t] * K**-0.5, state)
+        outputs.append(read)
+    return torch.stack(outputs, 1), state
+
+
+def test_gated_delta_product_is_its_definition_and_no_other():
+    args, state = inputs("gated_delta_product", 20), initial("gated_delta_product")
+    ours = VARIANTS["gated_delta_product"](*args, state=state, backend="chunked")
+    for o, t in zip(ours, product_by_hand(*args, state)):
+        torch.testing.assert_close(o, t, rtol=1e-9, atol=1e-9)
+    for wrong in ({"decays": "every"}, {"reads": "first"}, {"order": -1}):
+        assert (product_by_hand(*args, state, **wrong)[0] - ours.output).abs().max() > 1e-3, wrong
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: [x[0], x[1][:, :, 0], *x[2:]], "both must be .B, T, sub-steps, heads, channels"),
+        (lambda x: [x[0], x[1][:, :, :0], x[2][:, :, :0], x[3], x[4][:, :, :0]], "with n of at least 1"),
+        (lambda x: [x[0][:, 1:], *x[1:]], "q has shape"),
+        (lambda x: [*x[:3], x[3][:, 1:], x[4]], "log_decay has shape"),
+        (lambda x: [*x[:4], x[4][:, :, 1:]], "beta has shape"),
+    ],
+)
+def test_gated_delta_product_refuses_what_does_not_fit(change, message):
+    with pytest.raises(ValueError, match=message):
+        palimpsest.gated_delta_product(*change(inputs("gated_delta_product", 4)))
 
 
 def test_several_segments_are_one(monkeypatch):

@@ -25,6 +25,7 @@ from palimpsest.layers.latent_attention import MultiHeadLatentAttention
 from palimpsest.layers.layer_state import KDAState, LatentState
 from palimpsest.layers.options import MixerOptions
 from palimpsest.models.kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
+from palimpsest.models.kimi_linear.mixers import is_full_attention
 from palimpsest.models.kimi_linear.model_state import ModelState
 from palimpsest.ops import backends
 from palimpsest.ops.gates import l2norm
@@ -330,7 +331,7 @@ def _model_stepper(pattern: str, shape: Shape, contexts: tuple[int, ...], B: int
     states = {}
     for S in contexts:
         layers = tuple(
-            _latents(shape, B, S, device, dtype) if kind in config.LATENT_TYPES else _memory(shape, B, device, dtype)
+            _latents(shape, B, S, device, dtype) if is_full_attention(kind) else _memory(shape, B, device, dtype)
             for kind in config.layer_types
         )
         states[S] = ModelState(layers, torch.full((B,), S, device=device))

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from palimpsest.models.kimi_linear.config import LATENT_TYPES, LETTERS, KimiLinearConfig
+from palimpsest.models.kimi_linear.config import KimiLinearConfig
+from palimpsest.models.kimi_linear.mixers import MIXERS, is_full_attention
 from palimpsest.models.kimi_linear.model import KimiLinearForCausalLM
 from palimpsest.models.kimi_linear.model_state import ModelState
 from palimpsest.ops import backends
@@ -54,9 +55,8 @@ def describe(config: KimiLinearConfig, *, contexts: tuple[int, ...] = CONTEXTS) 
     total = sum(counts.values())
     resting = 1 - config.num_experts_per_token / max(config.num_experts, 1)
     idle = round(counts["routed experts"] * resting)
-    letters = {name: letter for letter, name in LETTERS.items()}
     return {
-        "pattern": "".join(letters[name] for name in config.layer_types),
+        "pattern": "".join(MIXERS[name].letter for name in config.layer_types),
         "hidden_size": config.hidden_size,
         "vocab_size": config.vocab_size,
         "parameters": {**counts, "total": total, "active": total - idle},
@@ -90,7 +90,7 @@ def _part(name: str, config: KimiLinearConfig) -> str:
     if pieces[1] != "layers":
         return {"embed_tokens": "embedding", "norm": "norms", "weight": "head"}[pieces[1]]
     if pieces[3] == "self_attn":
-        return "latent attention" if config.layer_types[int(pieces[2])] in LATENT_TYPES else "memory layers"
+        return "latent attention" if is_full_attention(config.layer_types[int(pieces[2])]) else "memory layers"
     return MOE_PARTS[pieces[4]] if pieces[3] == "block_sparse_moe" else LAYER_PARTS[pieces[3]]
 
 

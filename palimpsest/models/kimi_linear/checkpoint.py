@@ -15,29 +15,44 @@ import re
 import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from palimpsest.files import flush, flush_list, give_usual_mode
+from palimpsest.checks import shown
+from palimpsest.files import flush, flush_list, give_usual_mode, read_bytes, read_object
 from palimpsest.layers.precision import Float32Tensors
 from palimpsest.models.kimi_linear.config import KimiLinearConfig
 from palimpsest.models.kimi_linear.official_names import PROJECTIONS, official_tensors, place_of
 
-if TYPE_CHECKING:
-    from palimpsest.models.kimi_linear.model import KimiLinearForCausalLM
-
 STACKED = tuple(f".experts.{projection}" for projection in PROJECTIONS)
 CONFIG, WHOLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+LARGEST_CONFIG = 1 << 24  # bytes; the released one has 2,000
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+WRONG_SHAPES = "has tensors of other shapes than its config"
+FLOATS = {"F64", "F32", "F16", "BF16"}  # safetensors' names of what weights may be stored as
 DIGEST, SAVE = "palimpsest.sha256", "palimpsest.save"
+SHARD = re.compile(r"[\w.+-]{1,200}\.safetensors")
 OURS = re.compile(  # every name that a save gives to a file of weights, or to any file while it is being written
     r"model(-[0-9a-f]{16})?(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|\.(model|config).*\.[0-9a-f]{16}"
 )
 
 
+class SavedModel(Protocol):
+    """What is saved and filled here: a module with a config."""
+
+    config: KimiLinearConfig
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = ..., assign: bool = ...) -> Any: ...
+
+    def named_modules(self) -> Any: ...
+
+
 def save(
-    model: KimiLinearForCausalLM,
+    model: SavedModel,
     folder: str | os.PathLike,
     *,
     state_dict: Mapping[str, Tensor] | None = None,
@@ -57,8 +72,8 @@ def save(
     safetensors = _safetensors()
     folder = Path(folder)
     tensors = {name: tensor.detach() for name, tensor in official_tensors(state_dict or model.state_dict())}
-    if model.config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
+    if model.config.tie_word_embeddings:  # written all the same: some readers, transformers among them, do not tie
+        tensors[HEAD] = tensors[EMBEDDING].clone()
     shards = _shards(tensors, max_shard_bytes)
     number = secrets.token_hex(8)
     names = _names(folder, len(shards), number)
@@ -95,34 +110,7 @@ def save(
         ) from error
 
 
-def load(
-    folder: str | os.PathLike,
-    *,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
-    verify: bool = True,
-) -> KimiLinearForCausalLM:
-    """Read a model; it is in evaluation mode.
-
-    Args:
-        folder: holds config.json and the weights.
-        dtype: of the weights; as stored if None. Decay rates and biases and router biases stay float32.
-        device: where to.
-        verify: check each file against its own digest, where it has one.
-
-    Raises:
-        ValueError: something is missing, damaged, of another model, or does not fit the config.
-    """
-    from palimpsest.models.kimi_linear.model import KimiLinearForCausalLM
-
-    config = read_config(folder)
-    with torch.device("meta"):
-        model = KimiLinearForCausalLM(config)
-    _fill(model, Path(folder), dtype, torch.device(device), verify)
-    return model.eval()
-
-
-def load_into_(model: KimiLinearForCausalLM, folder: str | os.PathLike, *, verify: bool = True) -> None:
+def load_into_(model: SavedModel, folder: str | os.PathLike, *, verify: bool = True) -> None:
     """Replace the weights of a model by those of a folder; dtypes and device stay the model's.
 
     Raises:
@@ -132,11 +120,13 @@ def load_into_(model: KimiLinearForCausalLM, folder: str | os.PathLike, *, verif
     for name in {**ours, **theirs}:
         if theirs.get(name) != ours.get(name):
             raise ValueError(
-                f"the checkpoint in {str(folder)!r} is of another config: {name} is {theirs.get(name)!r} there and "
-                f"{ours.get(name)!r} in this model"
+                f"the checkpoint in {str(folder)!r} is of another config: {name} is {shown(theirs.get(name))} there and "
+                f"{shown(ours.get(name))} in this model"
             )
     files = _check_names(model, Path(folder))
     tensors = [pair for file, keys in files.items() for pair in _read(file, keys, verify).items()]  # all, before any
+    if model.config.tie_word_embeddings:
+        _check_tied(Path(folder), dict(tensors))
     ours = model.state_dict()
     for official, tensor in tensors:
         name, expert = place_of(official)
@@ -151,17 +141,36 @@ def read_config(folder: str | os.PathLike) -> KimiLinearConfig:
     """
     path = Path(folder) / CONFIG
     try:
-        official = json.loads(path.read_text(encoding="utf-8"))
+        official = json.loads(read_bytes(path, limit=LARGEST_CONFIG))
     except OSError as error:
         raise ValueError(
             f"cannot read {str(path)!r} ({error.strerror}); a model's folder has {CONFIG} and {WHOLE}"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} is not JSON ({error}); fetch or save the model again") from error
     try:
         return KimiLinearConfig.from_dict(official)
     except ValueError as error:
         raise ValueError(f"{str(path)!r}: {error}") from error
+
+
+def check_files(config: KimiLinearConfig, folder: str | os.PathLike) -> None:
+    """Raise ValueError unless the files of a folder may hold a model of config: before anything of its size is made.
+
+    What is counted costs no more than the files' own headers, whatever numbers the config says.
+    """
+    shapes = {name: shape for tensors in _headers(Path(folder)).values() for name, (shape, _) in tensors.items()}
+    layers = config.num_hidden_layers
+    sparse = sum(map(config.is_sparse, range(layers))) if config.num_experts else 0
+    least = 2 + 2 * layers + 3 * sparse * config.num_experts  # embedding, norm; norms; experts
+    if len(shapes) < least:
+        raise ValueError(
+            f"the checkpoint in {str(folder)!r} lacks tensors: its files hold {len(shapes)} and its config, with {layers} "
+            f"layers and {config.num_experts} experts in {sparse} of them, asks for at least {least}"
+        )
+    embedding = (config.vocab_size, config.hidden_size)
+    if shapes.get(EMBEDDING, embedding) != embedding:
+        _refuse(Path(folder), WRONG_SHAPES, [f"{EMBEDDING} {shapes[EMBEDDING]} instead of {embedding}"])
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -174,20 +183,29 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return total.hexdigest()
 
 
-def _fill(
-    model: KimiLinearForCausalLM, folder: Path, dtype: torch.dtype | None, device: torch.device, verify: bool
+def fill_(
+    model: SavedModel,
+    folder: str | os.PathLike,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    verify: bool = True,
 ) -> None:
-    """Replace the meta tensors of a model by those of the folder, file by file."""
+    """Give a model on the meta device the tensors of a folder, file by file. Args and errors as `from_pretrained`."""
+    folder = Path(folder)
     kept = {
         f"{prefix}.{name}" for prefix, module in model.named_modules() if isinstance(module, Float32Tensors)
         for name in module.float32_names
     }  # fmt: skip
     stacks = {name: len(tensor) for name, tensor in model.state_dict().items() if name.endswith(STACKED)}
     filled: dict[str, Tensor] = {}
+    tied: dict[str, Tensor] = {}
     for file, keys in _check_names(model, folder).items():
         whole = {}
         for official, tensor in _read(file, keys, verify).items():
             wanted = tensor.dtype if dtype is None else dtype
+            if model.config.tie_word_embeddings and official in (EMBEDDING, HEAD):
+                tied[official] = tensor
             if official in kept and wanted != torch.float64:
                 wanted = torch.float32
             name, expert = place_of(official)
@@ -199,36 +217,60 @@ def _fill(
             filled[name][expert].copy_(tensor)
         model.load_state_dict(whole, strict=False, assign=True)
     model.load_state_dict(filled, strict=False, assign=True)
+    _check_tied(folder, tied)
+    modules = dict(model.named_modules())
     if model.config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    for module in model.modules():  # buffers that no checkpoint holds: counts of tokens
+        modules["lm_head"].weight = modules["model.embed_tokens"].weight
+    for module in modules.values():  # buffers that no checkpoint holds: counts of tokens
         for name in module._non_persistent_buffers_set:
             setattr(module, name, torch.zeros_like(getattr(module, name), device=device))
 
 
-def _check_names(model: KimiLinearForCausalLM, folder: Path) -> dict[Path, dict[str, str]]:
-    """File -> {our name: name in the file}, after making sure that together they hold exactly the model's tensors."""
-    expected = {name: tuple(tensor.shape) for name, tensor in official_tensors(model.state_dict())}
-    if model.config.tie_word_embeddings:
-        expected.pop("lm_head.weight")
-    files, found, saves = {}, {}, set()
+def _headers(folder: Path) -> dict[Path, dict[str, tuple[tuple[int, ...], str]]]:
+    """File -> {name in the file: (shape, dtype)}, after making sure that the files are of one save."""
+    files, saves = {}, set()
     for file in _files(folder):
         with _open(file) as opened:
             saves.add((opened.metadata() or {}).get(SAVE))
             names = opened.keys()
-            files[file] = {_our_name(name, expected): name for name in names}
-            shapes = {ours: tuple(opened.get_slice(name).get_shape()) for ours, name in files[file].items()}
-        _refuse(folder, "holds these tensors twice", found.keys() & shapes.keys())
-        found |= shapes
+            slices = {name: opened.get_slice(name) for name in names}
+            files[file] = {name: (tuple(x.get_shape()), x.get_dtype()) for name, x in slices.items()}
     if len(saves) > 1:
         raise ValueError(
             f"{str(folder)!r} holds files of different saves, one of them incomplete; save the model again"
         )
+    return files
+
+
+def _check_names(model: SavedModel, folder: Path) -> dict[Path, dict[str, str]]:
+    """File -> {our name: name in the file}, after making sure that together they hold exactly the model's tensors."""
+    expected = {name: tuple(tensor.shape) for name, tensor in official_tensors(model.state_dict())}
+    files, found, types = {}, {}, {}
+    for file, tensors in _headers(folder).items():
+        files[file] = {_our_name(name, expected): name for name in tensors}
+        if len(files[file]) < len(tensors):
+            _refuse(folder, "holds tensors under two names", tensors.keys() - files[file].values())
+        _refuse(folder, "holds these tensors twice", found.keys() & files[file].keys())
+        found |= {ours: tensors[name][0] for ours, name in files[file].items()}
+        types |= {ours: tensors[name][1] for ours, name in files[file].items()}
+    if model.config.tie_word_embeddings:  # the head may be absent, or there for readers that do not tie
+        found.setdefault(HEAD, expected[HEAD])
     _refuse(folder, "lacks these tensors", expected.keys() - found.keys())
     _refuse(folder, "has these tensors, unknown to its config", found.keys() - expected.keys())
     wrong = {f"{name} {found[name]} instead of {shape}" for name, shape in expected.items() if found[name] != shape}
-    _refuse(folder, "has tensors of other shapes than its config", wrong)
+    _refuse(folder, WRONG_SHAPES, wrong)
+    wrong = {f"{name} {kind}" for name, kind in types.items() if kind not in FLOATS}
+    _refuse(folder, "has tensors that are not of floating point", wrong)
     return files
+
+
+def _check_tied(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """One matrix for both means that a head, where there is one, is the embedding: it is not read."""
+    if HEAD in tensors and not tensors[HEAD].equal(tensors[EMBEDDING]):
+        raise ValueError(
+            f"the checkpoint in {str(folder)!r} has tie_word_embeddings and a {HEAD} other than its {EMBEDDING}; if both "
+            "were trained, say tie_word_embeddings: false in its config.json"
+        )
 
 
 def _our_name(name: str, expected: Mapping[str, Any]) -> str:
@@ -241,15 +283,18 @@ def _files(folder: Path) -> list[Path]:
     """The weight files: what the index names, or the one file."""
     index = folder / INDEX
     if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        weight_map = read_object(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(
-                f"{str(index)!r} is not an index of weights ({error!r}); fetch or save the model again"
-            ) from error
-        outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
-        if outside:
-            raise ValueError(f"{str(index)!r} names {outside[0]!r}; weights must lie beside their index")
+                f"{str(index)!r} is not an index of weights: weight_map is {shown(weight_map)}; "
+                "fetch or save the model again"
+            )
+        for name in weight_map.values():
+            if not isinstance(name, str) or not SHARD.fullmatch(name):
+                raise ValueError(
+                    f"{str(index)!r} names {shown(name)}; weights must lie beside their index, as name.safetensors"
+                )
+        names = sorted(set(weight_map.values()))
     else:
         names = [WHOLE]
     missing = [name for name in names if not (folder / name).is_file()]

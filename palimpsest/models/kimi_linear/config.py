@@ -10,32 +10,12 @@ import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
-from palimpsest.checks import shown
+from palimpsest.checks import check_fields, require, shown
 from palimpsest.layers.options import MixerOptions
+from palimpsest.models.kimi_linear.mixers import is_full_attention, letters
 
-LETTERS = {
-    "K": "kda",
-    "M": "mla",
-    "R": "mla_rope",
-    "G": "gated_delta",
-    "D": "delta_rule",
-    "E": "gdn2",
-    "A": "gated_linear_attention",
-    "L": "linear_attention",
-    "S": "scalar_decay",
-}
-LATENT_TYPES = ("mla", "mla_rope")
-MEMORY_RULES = {  # layer type -> the options that make it what it is
-    "kda": {},
-    "gated_delta": {"rule": "delta", "decay": "head"},
-    "delta_rule": {"rule": "delta", "decay": "none"},
-    "gdn2": {"rule": "gdn2"},
-    "gated_linear_attention": {"rule": "add"},
-    "linear_attention": {"rule": "add", "decay": "none"},
-    "scalar_decay": {"rule": "write", "decay": "head"},  # the memory of Mamba-2: decays a head, never erases
-}
 BYTES = {  # 256 tokens and an end mark
     "vocab_size": 257,
     "model_max_length": 4096,
@@ -52,16 +32,40 @@ class KimiLinearConfig:
     """The shape of a Kimi Linear model. The defaults are the released 48B model.
 
     Attributes:
+        vocab_size: tokens 0 .. vocab_size - 1.
+        hidden_size: channels between layers.
+        intermediate_size: channels inside a dense MLP.
         layer_types: a name a layer, or letters: "K" KDA, "M" latent attention without positions, "R" the same with
-            rotary positions, "G" Gated DeltaNet, "D" DeltaNet, "E" GDN-2, "A" gated linear attention, "L" linear
-            attention, "S" scalar decay without erasing (as in Mamba-2).
+            rotary positions, "G" Gated DeltaNet, "P" Gated DeltaProduct, "D" DeltaNet, "E" GDN-2, "A" gated linear
+            attention, "L" linear attention, "S" scalar decay without erasing (as in Mamba-2), and those of
+            `mixers.register_mixer`.
+        linear_num_heads, linear_head_dim: heads of a memory layer, and channels of each head's key and value.
+        short_conv_kernel_size: tokens that the short convolutions of a memory layer see, the token itself included.
+        mixer_options: what the memory layers are made of; a layer type overrides what makes it what it is, such as
+            the decay of Gated DeltaNet.
+        num_attention_heads: heads of a latent attention layer.
+        kv_lora_rank: channels of a latent, from which every head's keys and values are made.
+        qk_nope_head_dim, qk_rope_head_dim: channels of a head's key from the latent, and of the part that all heads
+            share, which carries the positions where there are any.
+        v_head_dim: channels of a head's value.
+        rope_theta: base of the rotary positions of "R".
         num_experts: experts of the sparse layers; 0 makes every layer dense.
+        num_experts_per_token: experts that work on each token.
+        num_shared_experts: experts that work on every token besides, as one MLP.
+        moe_intermediate_size: channels inside an expert.
         first_k_dense_replace, moe_layer_freq: layer i (from 0) is sparse from the first on, and where i divides by the
             second.
+        moe_renormalize: whether the weights of a token's experts are made to sum to 1.
+        routed_scaling_factor: multiplies those weights.
+        num_expert_group, topk_group: experts stand in so many groups, and a token chooses among those of its best few.
         router: "unbiased" weighs experts by their scores; "official_alias" by the biased scores, as the released remote
             code does by mistake.
-        mixer_options: what the memory layers are made of; `layer_types` other than "kda" override its rule and decay.
-        pad_token_id, bos_token_id, eos_token_id: None where the tokenizer has none.
+        rms_norm_eps: added to the mean square in every norm but that of the latents.
+        initializer_range: standard deviation of fresh weights.
+        tie_word_embeddings: one matrix for the embedding and the output.
+        model_max_length: tokens that the model was made for; nothing here depends on it.
+        bos_token_id, pad_token_id: None where the tokenizer has none.
+        eos_token_id: the token that ends a text, several, or None.
 
     Raises:
         ValueError: numbers that do not fit together.
@@ -104,10 +108,8 @@ class KimiLinearConfig:
     tie_word_embeddings: bool = False
     model_max_length: int = 1048576
     bos_token_id: int | None = 163584
-    eos_token_id: int | None = 163586
+    eos_token_id: int | tuple[int, ...] | None = 163586
     pad_token_id: int | None = 163839
-
-    LATENT_TYPES: ClassVar[tuple[str, ...]] = LATENT_TYPES
 
     def __post_init__(self):
         object.__setattr__(self, "layer_types", read_layer_types(self.layer_types))
@@ -127,10 +129,6 @@ class KimiLinearConfig:
     def is_sparse(self, layer: int) -> bool:
         """Whether layer (from 0) has a mixture of experts instead of a dense MLP."""
         return self.num_experts > 0 and layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
-
-    def options_of(self, layer: int) -> MixerOptions:
-        """The options of memory layer `layer` (from 0)."""
-        return dataclasses.replace(self.mixer_options, **MEMORY_RULES[self.layer_types[layer]])
 
     def replace(self, **changes: Any) -> KimiLinearConfig:
         """The same config but for some fields.
@@ -221,31 +219,41 @@ def read_layer_types(pattern: str | Iterable[str]) -> tuple[str, ...]:
     ('kda', 'mla')
     """
     if isinstance(pattern, str):
-        unknown = sorted(set(pattern) - set(LETTERS))
+        known = letters()
+        unknown = sorted(set(pattern) - known.keys())
         if unknown:
-            known = ", ".join(f"{letter} ({name})" for letter, name in LETTERS.items())
             raise ValueError(
-                f"layer_types {shown(pattern)} has unknown letters {', '.join(unknown)}; the letters are {known}"
+                f"layer_types {shown(pattern)} has unknown letters {', '.join(unknown[:8])}; the letters are "
+                f"{', '.join(f'{letter} ({name})' for letter, name in known.items())}; register_mixer adds one"
             )
-        pattern = [LETTERS[letter] for letter in pattern]
-    names = tuple(pattern)
-    unknown = [name for name in names if name not in LETTERS.values()]
-    if unknown:
-        raise ValueError(f"layer_types names {unknown[0]!r}; the types are {', '.join(LETTERS.values())}")
+        pattern = [known[letter] for letter in pattern]
+    if not isinstance(pattern, Iterable):
+        raise ValueError(f"layer_types is {shown(pattern)}; expected letters such as 'KKKM', or names")
+    names, known_names = tuple(pattern), set(letters().values())
+    for name in names:
+        if not isinstance(name, str) or name not in known_names:
+            raise ValueError(
+                f"layer_types names {shown(name)}; the types are {', '.join(letters().values())}; a layer of your own "
+                "is registered with register_mixer before its config is read"
+            )
     if not names:
         raise ValueError("layer_types is empty; give at least one layer, such as 'KKKM'")
     return names
 
 
 def _check(config: KimiLinearConfig) -> None:
+    check_fields(config)
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
-        if f.type == "int" and (not isinstance(value, int) or isinstance(value, bool)):
-            raise ValueError(f"{f.name} is {value!r}; expected a whole number")
-        if f.type == "int" and value < (0 if f.name in MAY_BE_ZERO else 1):
-            raise ValueError(f"{f.name} is {value}; expected at least {0 if f.name in MAY_BE_ZERO else 1}")
+        least = LEAST.get(f.name, 1)
+        if f.type in ("int", "float"):
+            words = f"at least {least}" if f.type == "int" else "above 0" if least else "at least 0"
+            require(f.name, value, value >= least if f.type == "int" or not least else value > 0, words)
+        elif f.name.endswith("token_id"):
+            ids = value if isinstance(value, tuple) else (value,)
+            require(f.name, value, value is None or (bool(ids) and min(ids) >= 0), "a token, from 0 on")
     if config.router not in ROUTERS:
-        raise ValueError(f"router is {config.router!r}; choose one of {', '.join(map(repr, ROUTERS))}")
+        raise ValueError(f"router is {shown(config.router)}; choose one of {', '.join(map(repr, ROUTERS))}")
     if "mla_rope" in config.layer_types and config.qk_rope_head_dim % 2:
         raise ValueError(f"qk_rope_head_dim is {config.qk_rope_head_dim}; rotation turns pairs, so it must be even")
     if not config.num_experts:
@@ -259,16 +267,18 @@ def _check(config: KimiLinearConfig) -> None:
         raise ValueError(f"num_experts_per_token {k} is more than the {E // groups * config.topk_group} to choose from")
 
 
-MAY_BE_ZERO = ("num_experts", "num_shared_experts", "first_k_dense_replace", "qk_rope_head_dim")
+LEAST = dict.fromkeys(  # where it is not 1
+    ("num_experts", "num_shared_experts", "first_k_dense_replace", "qk_rope_head_dim", "initializer_range"), 0
+)
 
 
 def _build(cls, values: dict[str, Any], where: str = "the config"):
     known = [f.name for f in dataclasses.fields(cls)]
     for name in values:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
+            near = difflib.get_close_matches(str(name)[:80], known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"the fields are {', '.join(known)}"
-            raise ValueError(f"{where} has no field {name!r}; {hint}")
+            raise ValueError(f"{where} has no field {shown(name)}; {hint}")
     return cls(**values)
 
 
@@ -316,8 +326,8 @@ FIXED = {  # options of the official file that exist in one form only, here as i
 
 
 def _to_official(config: KimiLinearConfig) -> dict[str, Any]:
-    latent = [i + 1 for i, name in enumerate(config.layer_types) if name in LATENT_TYPES]
-    memory = [i + 1 for i, name in enumerate(config.layer_types) if name not in LATENT_TYPES]
+    latent = [i + 1 for i, name in enumerate(config.layer_types) if is_full_attention(name)]
+    memory = [i + 1 for i, name in enumerate(config.layer_types) if not is_full_attention(name)]
     official = {
         "architectures": ["KimiLinearForCausalLM"],
         "model_type": "kimi_linear",
@@ -327,7 +337,7 @@ def _to_official(config: KimiLinearConfig) -> dict[str, Any]:
         "mla_use_nope": "mla_rope" not in config.layer_types,
         "use_cache": True,
         **FIXED,
-        **{name: getattr(config, name) for name in SAME_NAME},
+        **{name: _as_json(getattr(config, name)) for name in SAME_NAME},
         "linear_attn_config": {
             "kda_layers": memory,
             "full_attn_layers": latent,
@@ -344,51 +354,87 @@ def _to_official(config: KimiLinearConfig) -> dict[str, Any]:
     return official | ({"palimpsest": ours} if ours else {})
 
 
+def _as_json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
 def _from_official(cls, official: Mapping[str, Any]) -> KimiLinearConfig:
     if not isinstance(official, Mapping):
         raise ValueError(
             f"the config is a {type(official).__name__}; expected a JSON object with model_type 'kimi_linear'"
         )
     if official.get("model_type") != "kimi_linear":
-        raise ValueError(f"the config is of model_type {official.get('model_type')!r}; this model reads 'kimi_linear'")
-    for name, expected in FIXED.items():
-        if official.get(name, expected) != expected:
-            raise ValueError(f"the config has {name} = {official[name]!r}; this model has only {expected!r}")
+        raise ValueError(
+            f"the config is of model_type {shown(official.get('model_type'))}; this model reads 'kimi_linear'"
+        )
+    for name, only in FIXED.items():
+        came = official.get(name, only)
+        if type(came) is not type(only) or came != only:
+            raise ValueError(f"the config has {name} = {shown(came)}; this model has only {only!r}")
     heads = official.get("num_key_value_heads")
     if heads is not None and heads != official.get("num_attention_heads", heads):
         raise ValueError(
-            f"the config has {heads} num_key_value_heads and {official['num_attention_heads']} num_attention_heads; "
-            "latent attention has one of each a head, so give the same number"
+            f"the config has {shown(heads)} num_key_value_heads and {shown(official['num_attention_heads'])} "
+            "num_attention_heads; latent attention has one of each a head, so give the same number"
         )
-    linear = official.get("linear_attn_config")
+    linear, ours = official.get("linear_attn_config"), official.get("palimpsest", {})
     if not isinstance(linear, Mapping):
         raise ValueError("the config has no linear_attn_config; it lists kda_layers and full_attn_layers from 1")
-    extra = dict(official.get("palimpsest", {}))
+    if not isinstance(ours, Mapping):
+        raise ValueError(f'the config under "palimpsest" is {shown(ours)}; expected an object')
+    extra = dict(ours)
     if "parts" in extra:  # its name in earlier files
         extra.setdefault("mixer_options", extra.pop("parts"))
+    if not isinstance(extra.get("mixer_options", {}), Mapping):
+        raise ValueError(f"mixer_options is {shown(extra['mixer_options'])}; expected an object")
     values = {name: official[name] for name in SAME_NAME if name in official}
     values |= {ours: linear[theirs] for theirs, ours in LINEAR_NAMES.items() if theirs in linear}
     if values.get("num_experts") is None:
         values["num_experts"] = 0
-    if isinstance(values.get("eos_token_id"), list):
-        values["eos_token_id"] = values["eos_token_id"][0]
-    latent = "mla" if official.get("mla_use_nope", True) else "mla_rope"
-    values["layer_types"] = extra.pop("layer_types", _layers_from_lists(official, linear, latent))
+    ends = values.get("eos_token_id")
+    if isinstance(ends, list):
+        values["eos_token_id"] = ends[0] if len(ends) == 1 else tuple(ends)
+    rotary = not official.get("mla_use_nope", True)
+    require(
+        "mla_use_nope", official.get("mla_use_nope"), official.get("mla_use_nope") in (True, False, None), "a boolean"
+    )
+    listed = _layers_from_lists(official, linear, "mla_rope" if rotary else "mla")
+    values["layer_types"] = extra.pop("layer_types", listed)
+    if isinstance(values["layer_types"], list) and len(values["layer_types"]) != len(listed):
+        raise ValueError(
+            f"layer_types has {len(values['layer_types'])} layers and linear_attn_config lists {len(listed)}; "
+            "they must name the same ones"
+        )
     return _build(cls, values | extra, 'the config under "palimpsest"')
 
 
 def _layers_from_lists(official: Mapping[str, Any], linear: Mapping[str, Any], latent: str) -> list[str]:
-    kda, full = (set(linear.get(name) or ()) for name in ("kda_layers", "full_attn_layers"))
+    kda, full = (_numbers(linear, name) for name in ("kda_layers", "full_attn_layers"))
     count = official.get("num_hidden_layers", len(kda | full))
-    expected = set(range(1, count + 1))
+    require("num_hidden_layers", count, isinstance(count, int) and type(count) is not bool, "a whole number")
     for problem, layers in (
         ("lists layers twice", kda & full),
-        ("leaves layers out", expected - kda - full),
-        ("names layers that do not exist", (kda | full) - expected),
+        ("names layers that do not exist", {i for i in kda | full if not 1 <= i <= count}),
     ):
-        if layers:
-            raise ValueError(
-                f"linear_attn_config {problem}: {sorted(layers)}; kda_layers and full_attn_layers together "
-                f"hold each of 1..{count} once"
-            )
-    return ["kda" if i in kda else latent for i in sorted(expected)]
+        _refuse_layers(problem, sorted(layers), count)
+    if len(kda | full) < count:
+        first = (i for i in range(1, count + 1) if i not in kda and i not in full)  # lazily: count may be anything
+        _refuse_layers("leaves layers out", [i for i, _ in zip(first, range(9))], count)
+    return ["kda" if i in kda else latent for i in range(1, count + 1)]
+
+
+def _numbers(linear: Mapping[str, Any], name: str) -> set[int]:
+    listed = linear.get(name) or []
+    whole = isinstance(listed, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in listed)
+    require(name, listed, whole, "a list of layers, whole numbers from 1")
+    require(name, listed, len(set(listed)) == len(listed), "a list without repetition")
+    return set(listed)
+
+
+def _refuse_layers(problem: str, layers: list[int], count: int) -> None:
+    if layers:
+        named = ", ".join(map(str, layers[:8])) + (", ..." if len(layers) > 8 else "")
+        raise ValueError(
+            f"linear_attn_config {problem}: {named}; kda_layers and full_attn_layers together hold each of "
+            f"1..{count} once"
+        )

@@ -7,16 +7,14 @@ The latent caches only grow; of them a checkpoint keeps the length alone, and al
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from palimpsest.layers.layer_state import KDAState, LatentState
+from palimpsest.layers.layer_state import LayerState
+from palimpsest.models.kimi_linear.model import KimiLinearForCausalLM
 from palimpsest.models.kimi_linear.model_state import ModelState
-
-if TYPE_CHECKING:
-    from palimpsest.models.kimi_linear.model import KimiLinearForCausalLM
 
 
 @dataclass(frozen=True)
@@ -24,12 +22,12 @@ class Checkpoint:
     """A state without its latent caches.
 
     Attributes:
-        layers: a memory as it was, or the length that a latent cache had.
+        layers: what each layer's state needs to become that one again: a memory as it was, the length of a latent cache.
         position: [B], tokens read.
         segments: what was read after it, up to the next checkpoint, call by call; each [B, n], or [B] for one step.
     """
 
-    layers: tuple[KDAState | int, ...]
+    layers: tuple[Any, ...]
     position: Tensor
     segments: tuple[Tensor, ...] = ()
 
@@ -40,12 +38,7 @@ class Checkpoint:
 
     def state(self, latest: ModelState) -> ModelState:
         """A copy of the state that was kept, its latent caches cut from those of a later state."""
-        layers: list[KDAState | LatentState] = []
-        for kept, now in zip(self.layers, latest.layers, strict=True):
-            if isinstance(kept, KDAState):
-                layers.append(_copied(kept))
-            elif isinstance(now, LatentState):
-                layers.append(LatentState(now.latent[:, :kept], None if now.valid is None else now.valid[:, :kept]))
+        layers = (now.back_to(kept) for kept, now in zip(self.layers, latest.layers, strict=True))
         return ModelState(tuple(layers), self.position)
 
 
@@ -97,7 +90,7 @@ class StateHistory:
     def nbytes(self) -> int:
         """Bytes that the checkpoints hold beside the latest state."""
         kept = (layer for checkpoint in self.checkpoints for layer in checkpoint.layers)
-        return sum(x.nbytes for layer in kept if isinstance(layer, KDAState) for x in (layer.memory, *layer.conv))
+        return sum(x.nbytes for layer in kept if isinstance(layer, LayerState) for x in layer.tensors().values())
 
     def record(self, state: ModelState, tokens: Tensor) -> StateHistory:
         """The history one call later.
@@ -176,10 +169,4 @@ def _count(segment: Tensor) -> int:
 
 
 def _checkpoint(state: ModelState) -> Checkpoint:
-    # A copy, since the caller may go on with step_, which rewrites memories in place.
-    kept = (_copied(layer) if isinstance(layer, KDAState) else layer.latent.shape[1] for layer in state.layers)
-    return Checkpoint(tuple(kept), state.position)
-
-
-def _copied(layer: KDAState) -> KDAState:
-    return KDAState(layer.memory.clone(), tuple(window.clone() for window in layer.conv))
+    return Checkpoint(tuple(layer.bookmark() for layer in state.layers), state.position)

@@ -15,14 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from palimpsest.layers.kimi_delta_attention import KimiDeltaAttention
-from palimpsest.layers.latent_attention import MultiHeadLatentAttention
-from palimpsest.layers.layer_state import KDAState, LatentState
 from palimpsest.layers.mlp import GatedMLP
 from palimpsest.layers.moe import Experts, MoE
 from palimpsest.layers.norms import RMSNorm
 from palimpsest.layers.padding import check_rows, pack, unpack
-from palimpsest.models.kimi_linear.config import LATENT_TYPES, KimiLinearConfig
+from palimpsest.models.kimi_linear.checkpoint import check_files, fill_, read_config, save
+from palimpsest.models.kimi_linear.config import KimiLinearConfig
+from palimpsest.models.kimi_linear.mixers import make_mixer
 from palimpsest.models.kimi_linear.model_state import ModelState
 from palimpsest.ops.cross_entropy import IGNORED, cross_entropy_sum
 from palimpsest.ops.packing import check_cu_seqlens
@@ -39,7 +38,7 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: KimiLinearConfig, index: int):
         super().__init__()
-        self.self_attn = _mixer(config, index)
+        self.self_attn = make_mixer(config, index)
         if config.is_sparse(index):
             self.block_sparse_moe = MoE(
                 config.hidden_size,
@@ -61,7 +60,7 @@ class DecoderLayer(nn.Module):
     def forward(self, x: Tensor, state=None, cu_seqlens: Tensor | None = None, keep_state: bool = True):
         """y [B, T, D] and the mixer's state after it; None in its place if it is not to be kept, as in training."""
         normed = self.input_layernorm(x)
-        if not keep_state and isinstance(self.self_attn, MultiHeadLatentAttention):
+        if not keep_state and hasattr(self.self_attn, "without_state"):
             y = self.self_attn.without_state(normed, cu_seqlens=cu_seqlens)  # type: ignore[operator]  # a method
         else:
             y, state = self.self_attn(normed, state, cu_seqlens=cu_seqlens)
@@ -91,6 +90,7 @@ class KimiLinearModel(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
+        self._kinds_of_states: list[type] | None = None
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -173,8 +173,9 @@ class KimiLinearModel(nn.Module):
             raise ValueError(
                 f"state has {len(state.position)} sequences and input_ids {rows}; give one state a sequence"
             )
-        kinds = [LatentState if name in LATENT_TYPES else KDAState for name in self.config.layer_types]
-        if [type(layer) for layer in state.layers] != kinds:
+        if self._kinds_of_states is None:
+            self._kinds_of_states = [type(layer) for layer in ModelState.empty(self.config, device="meta").layers]
+        if [type(layer) for layer in state.layers] != self._kinds_of_states:
             raise ValueError(
                 f"state is of another model: its layers are {', '.join(type(layer).__name__ for layer in state.layers)} "
                 f"and the model's {', '.join(self.config.layer_types)}"
@@ -291,17 +292,39 @@ class KimiLinearForCausalLM(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | PathLike, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+        cls,
+        folder: str | PathLike,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        verify: bool = True,
     ) -> KimiLinearForCausalLM:
-        """A model from a folder in the official layout. See checkpoint.load."""
-        from palimpsest.models.kimi_linear.checkpoint import load
+        """A model from a folder in the official layout; it is in evaluation mode.
 
-        return load(folder, dtype=dtype, device=device)
+        Args:
+            folder: holds config.json and the weights.
+            dtype: of the weights; as stored if None. Decay rates and biases and router biases stay float32.
+            device: where to.
+            verify: check each file against its own digest, where it has one.
+
+        Raises:
+            ValueError: something is missing, damaged, of another model, or does not fit the config.
+        """
+        config = read_config(folder)
+        check_files(config, folder)
+        try:
+            with torch.device("meta"):
+                model = cls(config)
+        except (RuntimeError, OverflowError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(
+                f"the config in {str(folder)!r} makes no model ({reason}); its sizes are too large"
+            ) from error
+        fill_(model, folder, dtype=dtype, device=device, verify=verify)
+        return model.eval()
 
     def save_pretrained(self, folder: str | PathLike, *, max_shard_bytes: int = 5 * 10**9) -> None:
         """Write the model to a folder in the official layout. See checkpoint.save."""
-        from palimpsest.models.kimi_linear.checkpoint import save
-
         save(self, folder, max_shard_bytes=max_shard_bytes)
 
 
@@ -353,24 +376,3 @@ def _last(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
         raise ValueError("last_only asks for the last token of every sequence; mask has a row without a token")
     at = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)
     return x[torch.arange(len(x), device=x.device), at][:, None]
-
-
-def _mixer(config: KimiLinearConfig, index: int) -> KimiDeltaAttention | MultiHeadLatentAttention:
-    if config.layer_types[index] in LATENT_TYPES:
-        return MultiHeadLatentAttention(
-            config.hidden_size,
-            config.num_attention_heads,
-            kv_lora_rank=config.kv_lora_rank,
-            qk_nope_head_dim=config.qk_nope_head_dim,
-            qk_rope_head_dim=config.qk_rope_head_dim,
-            v_head_dim=config.v_head_dim,
-            rope=config.rope_theta if config.layer_types[index] == "mla_rope" else None,
-        )
-    return KimiDeltaAttention(
-        config.hidden_size,
-        config.linear_num_heads,
-        config.linear_head_dim,
-        conv_size=config.short_conv_kernel_size,
-        norm_eps=config.rms_norm_eps,
-        options=config.options_of(index),
-    )

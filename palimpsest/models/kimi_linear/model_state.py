@@ -6,19 +6,16 @@ Letters as in layers/layer_state.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from palimpsest.layers.layer_state import KDAState, LatentState
+from palimpsest.layers.layer_state import LayerState
 from palimpsest.models.kimi_linear.config import KimiLinearConfig
-from palimpsest.ops.arguments import state_dtype
-
-if TYPE_CHECKING:
-    from palimpsest.models.kimi_linear.model import KimiLinearForCausalLM
+from palimpsest.models.kimi_linear.mixers import MIXERS, Mixer, make_mixer
 
 
 @dataclass(frozen=True)
@@ -30,7 +27,7 @@ class ModelState:
         position: [B], int64, tokens seen; padding is not a token.
     """
 
-    layers: tuple[KDAState | LatentState, ...]
+    layers: tuple[LayerState, ...]
     position: Tensor
 
     @classmethod
@@ -49,19 +46,10 @@ class ModelState:
             batch_size: sequences.
             device, dtype: the model's; memories are float32 whatever dtype says, and float64 where it says float64.
         """
-        memory_dtype = state_dtype(dtype)
-        H, K = config.linear_num_heads, config.linear_head_dim
-        window = (batch_size, H * K, config.short_conv_kernel_size - 1)
-        layers: list[KDAState | LatentState] = []
-        for layer_type in config.layer_types:
-            if layer_type in config.LATENT_TYPES:
-                width = config.kv_lora_rank + config.qk_rope_head_dim
-                layers.append(LatentState(torch.empty(batch_size, 0, width, device=device, dtype=dtype)))
-            else:
-                memory = torch.zeros(batch_size, H, K, K, device=device, dtype=memory_dtype)
-                windows = 3 if config.mixer_options.conv else 0
-                conv = tuple(torch.zeros(window, device=device, dtype=dtype) for _ in range(windows))
-                layers.append(KDAState(memory, conv))
+        layers = (
+            _mixer_on_meta(MIXERS[name], config, i).empty_state(batch_size, device=device, dtype=dtype)
+            for i, name in enumerate(config.layer_types)
+        )
         return cls(tuple(layers), torch.zeros(batch_size, device=device, dtype=torch.int64))
 
     @property
@@ -78,8 +66,7 @@ class ModelState:
         A forward pass never changes the state it is given, so there keeping a state needs no copy. Latent caches are
         shared with the copy: no step rewrites a row of theirs.
         """
-        layers = (_mapped(layer, Tensor.clone) if isinstance(layer, KDAState) else layer for layer in self.layers)
-        return ModelState(tuple(layers), self.position)
+        return ModelState(tuple(layer.copy() for layer in self.layers), self.position)
 
     def select(self, rows: Sequence[int]) -> ModelState:
         """The state of some sequences, in the order given; a sequence may occur more than once. Always a copy.
@@ -92,8 +79,8 @@ class ModelState:
         if not rows or not all(0 <= row < self.batch_size for row in rows):
             raise ValueError(f"rows is {rows}; expected sequences from 0 to {self.batch_size - 1}, at least one")
         index = torch.tensor(rows, device=self.device)
-        picked = self._map(lambda x: x.index_select(0, index))
-        return replace(picked, layers=tuple(map(_without_gaps, picked.layers)))
+        layers = tuple(layer.select(index) for layer in self.layers)
+        return ModelState(layers, self.position.index_select(0, index))
 
     def fork(self, count: int) -> ModelState:
         """Each sequence `count` times, its copies side by side: one prompt, many continuations.
@@ -118,7 +105,7 @@ class ModelState:
         for state in states[1:]:
             if problem := state.differs(states[0]):
                 raise ValueError(f"the states to join are not of one model: {problem}")
-        layers = tuple(_joined(layers) for layers in zip(*(state.layers for state in states)))
+        layers = tuple(type(layers[0]).join(layers) for layers in zip(*(state.layers for state in states)))
         return ModelState(layers, torch.cat([state.position for state in states]))
 
     def to(self, device: torch.device | str) -> ModelState:
@@ -135,12 +122,7 @@ class ModelState:
         """Every tensor by name, such as "layers.0.memory"; what a saved state holds."""
         named: dict[str, Tensor] = {"position": self.position}
         for i, layer in enumerate(self.layers):
-            if isinstance(layer, KDAState):
-                named[f"layers.{i}.memory"] = layer.memory
-                named |= {f"layers.{i}.conv.{j}": window for j, window in enumerate(layer.conv)}
-            else:
-                named[f"layers.{i}.latent"] = layer.latent
-                named[f"layers.{i}.valid"] = _valid(layer)
+            named |= {f"layers.{i}.{name}": tensor for name, tensor in layer.tensors().items()}
         return named
 
     def account(self) -> tuple[LayerBytes, ...]:
@@ -150,16 +132,7 @@ class ModelState:
         >>> [(a.kind, a.memory, a.bytes_per_token) for a in state.account()]
         [('kda', 2048, 0), ('latent', 0, 160)]
         """
-        rows = []
-        for i, layer in enumerate(self.layers):
-            if isinstance(layer, KDAState):
-                rows.append(LayerBytes(i, "kda", layer.memory.nbytes, sum(w.nbytes for w in layer.conv), 0, 0, 0))
-            else:
-                size = layer.latent.nbytes + (0 if layer.valid is None else layer.valid.nbytes)
-                spare = 0 if layer.buffer is None else layer.buffer.rows.nbytes - layer.latent.nbytes
-                per_token = layer.latent.shape[-1] * layer.latent.element_size()
-                rows.append(LayerBytes(i, "latent", 0, 0, size, spare, per_token))
-        return tuple(rows)
+        return tuple(LayerBytes(i, layer.kind, **layer.account()) for i, layer in enumerate(self.layers))
 
     @property
     def nbytes(self) -> int:
@@ -168,40 +141,27 @@ class ModelState:
 
     def nonfinite(self) -> tuple[NonFinite, ...]:
         """Where numbers are infinite or NaN: for each sequence that has any, its first layer and first head there."""
-        bad_LB = torch.stack([~_finite_heads(layer).flatten(1).all(1) for layer in self.layers])
+        finite = [layer.finite() for layer in self.layers]  # [B, heads] each
+        bad_LB = torch.stack([~finite_BH.all(1) for finite_BH in finite])
         if not bad_LB.any():  # the common case: one number leaves the device
             return ()
-        found = []
+        places = []
         for row in bad_LB.any(0).nonzero().flatten().tolist():
             layer = int(bad_LB[:, row].int().argmax())
-            is_memory = isinstance(self.layers[layer], KDAState)
-            heads = _finite_heads(self.layers[layer])[row]
-            found.append(NonFinite(row, layer, int(heads.int().argmin()) if is_memory else None))
-        return tuple(found)
-
-    def save(self, path: str | Path, model: KimiLinearForCausalLM) -> None:
-        """Write the state to a file; see `state_file.save_state`."""
-        from palimpsest.models.kimi_linear.state_file import save_state
-
-        save_state(path, self, model)
-
-    @staticmethod
-    def load(path: str | Path, model: KimiLinearForCausalLM) -> ModelState:
-        """Read the state of a file for the model that it belongs to; see `state_file.load_state`."""
-        from palimpsest.models.kimi_linear.state_file import load_state
-
-        return load_state(path, model)
+            heads = finite[layer][row]
+            places.append(NonFinite(row, layer, int(heads.int().argmin()) if self.layers[layer].in_heads else None))
+        return tuple(places)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> ModelState:
-        return ModelState(tuple(_mapped(layer, change) for layer in self.layers), change(self.position))
+        return ModelState(tuple(layer.map(change) for layer in self.layers), change(self.position))
 
     def differs(self, other: ModelState) -> str | None:
         """Why the two cannot be states of one model; None if they can."""
         if len(self.layers) != len(other.layers):
             return f"one has {len(self.layers)} layers, another {len(other.layers)}"
         for i, (a, b) in enumerate(zip(self.layers, other.layers)):
-            if _form(a) != _form(b):
-                return f"layer {i} is {_form(a)} in one and {_form(b)} in another"
+            if a.form() != b.form():
+                return f"layer {i} is {a.form()} in one and {b.form()} in another"
         return None
 
 
@@ -210,19 +170,19 @@ class LayerBytes:
     """What one layer holds, in bytes.
 
     Attributes:
-        layer, kind: its place (from 0), and "kda" or "latent".
-        memory, windows, latent: the matrix memory, the convolution windows, the latent cache.
+        layer, kind: its place (from 0), and "kda" for a memory, "latent", or what the state of another layer calls itself.
+        memory, windows, latent: the matrix memory or what else has one size, the convolution windows, the latent cache.
         spare: reserved behind the latent cache for tokens to come; not part of the total.
         bytes_per_token: what each further token of each sequence adds; 0 for a memory.
     """
 
     layer: int
     kind: str
-    memory: int
-    windows: int
-    latent: int
-    spare: int
-    bytes_per_token: int
+    memory: int = 0
+    windows: int = 0
+    latent: int = 0
+    spare: int = 0
+    bytes_per_token: int = 0
 
     @property
     def total(self) -> int:
@@ -237,44 +197,8 @@ class NonFinite(NamedTuple):
     head: int | None
 
 
-def _mapped(layer: KDAState | LatentState, change: Callable[[Tensor], Tensor]) -> KDAState | LatentState:
-    if isinstance(layer, KDAState):
-        return KDAState(change(layer.memory), tuple(change(window) for window in layer.conv))
-    return LatentState(change(layer.latent), None if layer.valid is None else change(layer.valid))
-
-
-def _form(layer: KDAState | LatentState) -> str:
-    """Kind, shape without the batch and without tokens, and type: what must agree between states of one model."""
-    if isinstance(layer, KDAState):
-        windows = "".join(f", a window {tuple(x.shape[1:])} {_type(x)}" for x in layer.conv)
-        return f"a memory {tuple(layer.memory.shape[1:])} {_type(layer.memory)}{windows}"
-    return f"a latent cache of width {layer.latent.shape[-1]} {_type(layer.latent)}"
-
-
-def _type(x: Tensor) -> str:
-    return str(x.dtype).removeprefix("torch.")
-
-
-def _valid(layer: LatentState) -> Tensor:
-    return torch.ones_like(layer.latent[..., 0], dtype=torch.bool) if layer.valid is None else layer.valid
-
-
-def _without_gaps(layer: KDAState | LatentState) -> KDAState | LatentState:
-    return layer if isinstance(layer, KDAState) or layer.valid is None else LatentState.of_rows(layer.rows())
-
-
-def _joined(layers: Sequence[KDAState | LatentState]) -> KDAState | LatentState:
-    if memories := [layer for layer in layers if isinstance(layer, KDAState)]:
-        windows = zip(*(layer.conv for layer in memories))
-        return KDAState(torch.cat([layer.memory for layer in memories]), tuple(torch.cat(parts) for parts in windows))
-    return LatentState.of_rows([row for layer in layers if isinstance(layer, LatentState) for row in layer.rows()])
-
-
-def _finite_heads(layer: KDAState | LatentState) -> Tensor:
-    """[B, H] for a memory and its windows, [B, 1] for a latent cache, whose padding does not count."""
-    if isinstance(layer, LatentState):
-        return (layer.latent.isfinite().all(-1) | ~_valid(layer)).all(-1, keepdim=True)
-    finite_BH = layer.memory.isfinite().flatten(2).all(-1)
-    for window in layer.conv:
-        finite_BH &= window.unflatten(1, (layer.memory.shape[1], -1)).isfinite().flatten(2).all(-1)
-    return finite_BH
+@lru_cache(maxsize=512)
+def _mixer_on_meta(mixer: Mixer, config: KimiLinearConfig, index: int) -> Any:
+    """A layer without numbers, to ask for its empty state."""
+    with torch.device("meta"):
+        return make_mixer(config, index)

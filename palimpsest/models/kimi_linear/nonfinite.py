@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from palimpsest.models.kimi_linear.model import KimiLinearForCausalLM
 from palimpsest.models.kimi_linear.model_state import ModelState
-
-if TYPE_CHECKING:
-    from palimpsest.models.kimi_linear.model import KimiLinearForCausalLM
 
 
 class NonFiniteError(ArithmeticError):

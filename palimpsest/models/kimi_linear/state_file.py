@@ -9,22 +9,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
+from palimpsest.checks import shown
 from palimpsest.files import replacing
-from palimpsest.layers.layer_state import KDAState, LatentState
+from palimpsest.layers.precision import Float32Tensors
 from palimpsest.models.kimi_linear.config import KimiLinearConfig
+from palimpsest.models.kimi_linear.model import KimiLinearForCausalLM
 from palimpsest.models.kimi_linear.model_state import ModelState
 
-if TYPE_CHECKING:
-    from palimpsest.models.kimi_linear.model import KimiLinearForCausalLM
-
-FORMAT, VERSION = "palimpsest.model_state", "1"
+FORMAT, VERSION = "palimpsest.model_state", "2"
 NO_DIGEST = "0" * 64
+SAMPLE = 4096  # numbers of each tensor that the fingerprint reads, about
 # What a state does not depend on: two configs that differ only here continue alike. head_dim follows from others.
 WITHOUT_EFFECT = {"initializer_range", "model_max_length", "bos_token_id", "eos_token_id", "pad_token_id", "head_dim"}
 
@@ -81,14 +83,20 @@ def read_state(path: str | Path, model: KimiLinearForCausalLM) -> tuple[ModelSta
     safetensors = _safetensors()
     path = Path(path)
     metadata = _checked_metadata(path)
-    _check_same_config(path, json.loads(metadata["config"]), model.config)
+    _check_same_config(path, metadata["config"], model.config)
     if metadata["weights"] != weights_fingerprint(model):
         raise ValueError(
             f"{str(path)!r} was saved with other weights of the same config; load the checkpoint it was made with"
         )
-    named = safetensors.torch.load_file(path, device=str(next(model.parameters()).device))
-    state = _from_tensors(named)
-    check_state(state, model)
+    try:
+        named = safetensors.torch.load_file(path, device=str(next(model.parameters()).device))
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"{str(path)!r} is damaged or not safetensors ({error})") from error
+    try:
+        state = _from_tensors(named, model)
+        check_state(state, model)
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r}: {error}") from error
     return state, {name.removeprefix("extra."): x for name, x in named.items() if name.startswith("extra.")}
 
 
@@ -98,6 +106,18 @@ def check_state(state: ModelState, model: KimiLinearForCausalLM, batch_size: int
     expected = ModelState.empty(model.config, 1, device="meta", dtype=weight.dtype)
     if problem := expected.differs(state):
         raise ValueError(f"the state is not one of this model's: {problem}; make it with this model")
+    position = state.position
+    if position.dtype != torch.int64 or position.ndim != 1 or not len(position):
+        raise ValueError(
+            f"the state is not one of this model's: its position is {position.dtype} of shape {tuple(position.shape)}; "
+            "expected torch.int64 [sequences]"
+        )
+    for name, x in state.tensors().items():
+        if x.shape[:1] != position.shape:
+            raise ValueError(
+                f"the state is not one of this model's: {name} has shape {tuple(x.shape)} and there are {len(position)} "
+                "sequences; expected a row for each"
+            )
     if batch_size is not None and state.batch_size != batch_size:
         raise ValueError(
             f"the state is of {state.batch_size} sequences and {batch_size} came; "
@@ -107,30 +127,68 @@ def check_state(state: ModelState, model: KimiLinearForCausalLM, batch_size: int
         raise ValueError(f"the state is on {state.device} and the model on {weight.device}; use state.to(device)")
 
 
+@torch.no_grad()
 def weights_fingerprint(model: KimiLinearForCausalLM) -> str:
-    """A name for the weights, the same in bfloat16 and float32 and on any device; every training step changes it.
+    """A name for the weights, the same in bfloat16 and float32 and on any device.
 
-    A hash over what stays float32 in every precision (decay rates, router biases) and over the embedding's first channel
-    as bfloat16.
+    A hash over numbers of every tensor, some 4096 of each spread over all its columns: what trains, merges, prunes or
+    replaces a tensor changes it. Tensors that every precision keeps in float32 count in full width, others as bfloat16.
     """
-    contract = ("A_log", "dt_bias", "e_score_correction_bias")
-    kept = {name: x.float() for name, x in model.state_dict().items() if name.endswith(contract)}
-    kept["embedding"] = model.model.embed_tokens.weight[:, 0].detach().bfloat16()
-    digest = hashlib.sha256()
-    for name, x in sorted(kept.items()):
-        digest.update(f"{name} {x.flatten().tolist()}\n".encode())
+    wide = {
+        f"{prefix}.{name}" for prefix, module in model.named_modules() if isinstance(module, Float32Tensors)
+        for name in module.float32_names
+    }  # fmt: skip
+    names, samples = [], []
+    for name, tensor in sorted(model.state_dict().items()):
+        sample = _sample(tensor.detach()).float()
+        samples.append(sample if name in wide else sample.bfloat16().float())
+        names.append(f"{name} {tuple(tensor.shape)} {len(sample)}\n")
+    digest = hashlib.sha256("".join(names).encode())
+    digest.update(torch.cat(samples).cpu().numpy().tobytes())  # one transfer, whatever the number of tensors
     return digest.hexdigest()
 
 
-def _from_tensors(named: Mapping[str, Tensor]) -> ModelState:
-    layers: list[KDAState | LatentState] = []
-    while (start := f"layers.{len(layers)}.") + "latent" in named or start + "memory" in named:
-        if start + "memory" in named:
-            count = sum(name.startswith(start + "conv.") for name in named)
-            layers.append(KDAState(named[start + "memory"], tuple(named[f"{start}conv.{j}"] for j in range(count))))
-        else:
-            valid = named[start + "valid"]
-            layers.append(LatentState(named[start + "latent"], None if valid.all() else valid))
+def _sample(x: Tensor) -> Tensor:
+    """Some SAMPLE numbers of x: every so many, by a step that shares no factor with the length of a row.
+
+    Such a step comes to another column each time until it has been to all of them.
+    """
+    flat, columns = x.reshape(-1), x.shape[-1] if x.ndim else 1
+    step = max(1, flat.numel() // max(SAMPLE, columns))
+    while math.gcd(step, columns) != 1:
+        step -= 1
+    return flat[::step]
+
+
+_OF_LAYER = re.compile(r"layers\.(\d{1,6})\.(.+)")
+
+
+def _from_tensors(named: Mapping[str, Tensor], model: KimiLinearForCausalLM) -> ModelState:
+    """The state whose tensors are named so, each layer's by the class that its mixer has.
+
+    Raises:
+        ValueError: tensors are missing, unknown, or not what this layer's are.
+    """
+    expected = ModelState.empty(model.config, 1, device="meta", dtype=next(model.parameters()).dtype).layers
+    of_layer: list[dict[str, Tensor]] = [{} for _ in expected]
+    for name, tensor in named.items():
+        if name == "position" or name.startswith("extra."):
+            continue
+        place = _OF_LAYER.fullmatch(name)
+        if place is None or int(place[1]) >= len(expected):
+            raise ValueError(f"it holds {shown(name)}, which is no tensor of a state of {len(expected)} layers")
+        of_layer[int(place[1])][place[2]] = tensor
+    if "position" not in named:
+        raise ValueError("it lacks the tensor 'position'")
+    for i, (layer, tensors) in enumerate(zip(expected, of_layer)):
+        for name, like in layer.tensors().items():
+            came = tensors.get(name, like)
+            if came.ndim != like.ndim or came.dtype.is_floating_point != like.dtype.is_floating_point:
+                raise ValueError(
+                    f"layers.{i}.{name} is {came.dtype} of shape {tuple(came.shape)}; expected {like.dtype} in "
+                    f"{like.ndim} dimensions"
+                )
+    layers = (type(layer).from_tensors(tensors) for layer, tensors in zip(expected, of_layer))
     return ModelState(tuple(layers), named["position"])
 
 
@@ -161,15 +219,19 @@ def _checked_metadata(path: Path) -> dict[str, str]:
     with open(path, "rb") as f:
         try:
             _, parsed = _read_header(f)
-        except (ValueError, OverflowError) as error:
+        except (ValueError, OverflowError, RecursionError) as error:
             raise ValueError(f"{str(path)!r} is not a saved state: it has no safetensors header") from error
-        metadata = parsed.get("__metadata__") or {}
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"{str(path)!r} is a safetensors file but not a saved state; ModelState.save makes one")
+        metadata = parsed.get("__metadata__")
+        if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+            raise ValueError(f"{str(path)!r} is a safetensors file but not a saved state; save_state makes one")
         if metadata.get("version") != VERSION:
             raise ValueError(
-                f"{str(path)!r} is a saved state of version {metadata.get('version')!r}; this release reads {VERSION!r}"
+                f"{str(path)!r} is a saved state of version {shown(metadata.get('version'))}; this release reads "
+                f"{VERSION!r}: read the text again and save its state"
             )
+        missing = [name for name in ("config", "weights", "digest") if not isinstance(metadata.get(name), str)]
+        if missing:
+            raise ValueError(f"{str(path)!r} is not a saved state: its metadata has no {missing[0]}")
         if _digest(f, metadata.get("digest", "")) != metadata.get("digest"):
             raise ValueError(f"{str(path)!r} was cut short or changed after it was saved (its digest differs)")
     return metadata
@@ -195,16 +257,20 @@ def _digest(f, written: str) -> str:
     return digest.hexdigest()
 
 
-def _check_same_config(path: Path, saved: dict, config: KimiLinearConfig) -> None:
+def _check_same_config(path: Path, text: str, config: KimiLinearConfig) -> None:
+    try:
+        saved = json.loads(text)
+    except (ValueError, RecursionError):
+        saved = None
+    if not isinstance(saved, dict):
+        raise ValueError(f"{str(path)!r} is not a saved state: its config is {shown(text)}")
     ours = json.loads(json.dumps(config.to_dict()))
-    different = [
-        k for k in sorted(saved.keys() | ours.keys()) if saved.get(k) != ours.get(k) and k not in WITHOUT_EFFECT
-    ]
-    if different:
-        name = different[0]
-        raise ValueError(
-            f"{str(path)!r} is the state of another model: {name} is {saved.get(name)} there and {ours.get(name)} here"
-        )
+    for name in sorted(saved.keys() | ours.keys()):
+        if saved.get(name) != ours.get(name) and name not in WITHOUT_EFFECT:
+            raise ValueError(
+                f"{str(path)!r} is the state of another model: {name} is {shown(saved.get(name))} there and "
+                f"{shown(ours.get(name))} here"
+            )
 
 
 def _safetensors():
