@@ -96,7 +96,7 @@ class LayerState:
         return self.map(lambda x: x.index_select(0, index))
 
     @classmethod
-    def join(cls, states: Sequence[Self]) -> Self:
+    def join(cls, states: Sequence[Any]) -> Self:
         """The sequences of several states as one batch."""
         named = [state.tensors() for state in states]
         return cls.from_tensors({name: torch.cat([tensors[name] for tensors in named]) for name in named[0]})
@@ -286,7 +286,7 @@ class LatentState(LayerState):
         return picked if picked.valid is None else LatentState.of_rows(picked.rows())
 
     @classmethod
-    def join(cls, states: Sequence[LatentState]) -> LatentState:
+    def join(cls, states: Sequence[Any]) -> LatentState:
         return cls.of_rows([row for state in states for row in state.rows()])
 
     def bookmark(self) -> int:

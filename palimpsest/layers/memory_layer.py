@@ -9,6 +9,7 @@ Source   Kimi Linear, arXiv:2510.26692; parameter names, shapes and numerics are
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -225,11 +226,12 @@ class MemoryLayer(Float32Tensors):
     def _window_shapes(self, rows: int) -> list[tuple[int, int, int]]:
         return [(rows, width, self.conv_size - 1) for width in self._stream_widths() if self.options.conv]
 
-    def _in_heads(self, streams) -> list[Tensor]:
+    def _in_heads(self, streams: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """q [..., H, K], and k and v [..., H, K] or, for more sub-steps than one, [..., n, H, K]."""
         heads, n = (self.num_heads, self.head_dim), self.sub_steps
         q, k, v = streams
-        return [q.unflatten(-1, heads), *(s.unflatten(-1, heads if n == 1 else (n, *heads)) for s in (k, v))]
+        sizes = heads if n == 1 else (n, *heads)
+        return q.unflatten(-1, heads), k.unflatten(-1, sizes), v.unflatten(-1, sizes)
 
     def _streams(self, x: Tensor, state: KDAState | None, cu_seqlens: Tensor | None = None):
         """q, k and v in heads, through their convolutions, and the windows that these leave."""

@@ -267,7 +267,7 @@ def _check(config: KimiLinearConfig) -> None:
         raise ValueError(f"num_experts_per_token {k} is more than the {E // groups * config.topk_group} to choose from")
 
 
-LEAST = dict.fromkeys(  # where it is not 1
+LEAST: dict[str, int] = dict.fromkeys(  # where it is not 1
     ("num_experts", "num_shared_experts", "first_k_dense_replace", "qk_rope_head_dim", "initializer_range"), 0
 )
 

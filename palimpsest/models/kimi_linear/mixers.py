@@ -101,7 +101,7 @@ def is_full_attention(name: str) -> bool:
     return name in MIXERS and MIXERS[name].full_attention
 
 
-def make_mixer(config: Any, index: int) -> nn.Module:
+def make_mixer(config: Any, index: int) -> Any:
     """The mixer of layer `index`, as its factory makes it.
 
     Raises:

@@ -165,7 +165,7 @@ class KimiLinearModel(nn.Module):
         check_tokens("input_ids", ids, self.config.vocab_size)
         check_rows(ids, mask, cu_seqlens)
         if cu_seqlens is not None:
-            check_cu_seqlens(cu_seqlens, *ids.shape)
+            check_cu_seqlens(cu_seqlens, ids.shape[0], ids.shape[1])
         rows = len(ids) if cu_seqlens is None else len(cu_seqlens) - 1
         if state is None:
             return
