@@ -14,4 +14,4 @@ def delta_rule_layers(model: KimiLinearForCausalLM) -> dict[int, KimiDeltaAttent
     [0, 3]
     """
     mixers = [cast(DecoderLayer, layer).self_attn for layer in model.model.layers]
-    return {i: m for i, m in enumerate(mixers) if isinstance(m, KimiDeltaAttention) and m.options.rule == "delta"}
+    return {i: m for i, m in enumerate(mixers) if isinstance(m, KimiDeltaAttention)}
