@@ -36,15 +36,18 @@ class GatedDeltaProduct(MemoryLayer):
         return self.options.num_householder
 
     def add_gates(self) -> None:
+        """The projection to the betas of all sub-steps."""
         self.b_proj = linear(self.hidden_size, self.sub_steps * self.num_heads)
 
     def remember(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, memory: Tensor | None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
+        """As MemoryLayer.remember."""
         q, k, v, log_decay, beta = self._inputs(x, q, k, v)
         return gated_delta_product(q, k, v, log_decay, beta, state=memory, cu_seqlens=cu_seqlens)
 
     def remember_step_(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, memory: Tensor, mask: Tensor | None) -> Tensor:
+        """As MemoryLayer.remember_step_."""
         q, k, v, log_decay, beta = self._inputs(x, q, k, v)
         if mask is not None:
             log_decay, beta = log_decay * mask[:, None, None], beta * mask[:, None, None]

@@ -21,12 +21,14 @@ class GatedDeltaNet2(MemoryLayer):
     """
 
     def add_gates(self) -> None:
+        """The projections to the erase and the write gate."""
         D = self.num_heads * self.head_dim
         self.e_proj, self.w_proj = linear(self.hidden_size, D), linear(self.hidden_size, D)
 
     def remember(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, memory: Tensor | None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
+        """As MemoryLayer.remember."""
         if self.options.qk_norm:
             q, k = l2norm(q), l2norm(k)
         erase, write = (float32(p(x)).sigmoid().view(k.shape) for p in (self.e_proj, self.w_proj))

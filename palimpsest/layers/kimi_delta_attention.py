@@ -41,11 +41,13 @@ class KimiDeltaAttention(MemoryLayer):
     """
 
     def add_gates(self) -> None:
+        """The projection to beta."""
         self.b_proj = linear(self.hidden_size, self.num_heads)
 
     def remember(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, memory: Tensor | None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
+        """As MemoryLayer.remember: one operator from logits for the released layer."""
         options = self.options
         if options.decay == "channel" and options.qk_norm:
             logits = self._decay_logits(x), self.b_proj(x)
@@ -60,6 +62,7 @@ class KimiDeltaAttention(MemoryLayer):
         return kda(q, k, v, log_decay.expand_as(k), beta, state=memory, cu_seqlens=cu_seqlens)
 
     def remember_step_(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, memory: Tensor, mask: Tensor | None) -> Tensor:
+        """As MemoryLayer.remember_step_."""
         log_decay, beta = self._log_decay(x), self._beta(x)
         if mask is not None:
             log_decay, beta = log_decay * mask[:, None, None], beta * mask[:, None]

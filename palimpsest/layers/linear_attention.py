@@ -25,6 +25,7 @@ class GatedLinearAttention(MemoryLayer):
     def remember(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, memory: Tensor | None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
+        """As MemoryLayer.remember."""
         if self.options.qk_norm:
             q, k = l2norm(q), l2norm(k)
         log_decay = self._log_decay(x).expand_as(k)
@@ -42,7 +43,9 @@ class ScalarDecay(GatedLinearAttention):
     """
 
     def add_gates(self) -> None:
+        """The projection to beta."""
         self.b_proj = linear(self.hidden_size, self.num_heads)
 
     def written(self, x: Tensor, v: Tensor) -> Tensor:
+        """The values times beta."""
         return (v * self._beta(x)[..., None]).to(v.dtype)
