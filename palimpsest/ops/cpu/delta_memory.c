@@ -265,7 +265,7 @@ typedef struct {
     float *reads;                 /* [2C, K] erase since, then q since */
     float *kd;                    /* [K, C] the keys, decayed to the end of the chunk */
     float *pairs;                 /* [2C, C] A, then P; only j < i, j <= i mean anything */
-    float *fresh;                 /* [C, V] W, then U */
+    float *v_new;                 /* [C, V] W, then U */
     float *beta;                  /* [C] */
 } Chunk;
 
@@ -293,7 +293,7 @@ static Chunk take_chunk(Arena *arena, Shape s) {
     Chunk x;
     x.q = take(arena, C * s.ks), x.k = take(arena, C * s.ks), x.erase = take(arena, C * s.ks);
     x.decay = take(arena, C * s.ks), x.since = take(arena, C * s.ks), x.reads = take(arena, 2 * C * s.ks);
-    x.kd = take(arena, s.K * C), x.pairs = take(arena, 2 * C * C), x.fresh = take(arena, C * s.vs);
+    x.kd = take(arena, s.K * C), x.pairs = take(arena, 2 * C * C), x.v_new = take(arena, C * s.vs);
     x.beta = take(arena, C);
     return x;
 }
@@ -330,7 +330,7 @@ static void load_chunk(const Call *c, Shape s, int64_t row, int64_t ahead, int64
         const int64_t real = i < ahead, K = real ? c->K : 0, V = real ? c->V : 0;
         const int64_t at = real ? (row + i) * HV + head : 0, key = real ? ((row + i) * H + head / (HV / H)) * K : 0;
         float *q = x.q + i * s.ks, *k = x.k + i * s.ks, *e = x.erase + i * s.ks, *a = x.decay + i * s.ks;
-        float *since = x.since + i * s.ks, *reads = x.reads + i * s.ks, *w = x.fresh + i * s.vs;
+        float *since = x.since + i * s.ks, *reads = x.reads + i * s.ks, *w = x.v_new + i * s.vs;
         if (i + C < ahead) {
             fetch(c->q, key + next_key, K), fetch(c->k, key + next_key, K);
             fetch(c->value, (at + next) * V, V), fetch(c->log_decay, (at + next) * K, K);
@@ -398,9 +398,9 @@ static void solve(Shape s, Chunk x, const float *S, float *held, float *out) {
     for (int64_t n = 0; n < s.V; n += VL) {
         vec u[C];
         UNROLL for (int i = 0; i < C; i++) {
-            u[i] = AT(x.fresh + i * s.vs + n) - AT(held + i * s.vs + n);
+            u[i] = AT(x.v_new + i * s.vs + n) - AT(held + i * s.vs + n);
             UNROLL for (int j = 0; j < i; j++) u[i] -= A[i * C + j] * u[j];
-            AT(x.fresh + i * s.vs + n) = u[i];
+            AT(x.v_new + i * s.vs + n) = u[i];
         }
         if (!out) continue;
         UNROLL for (int i = 0; i < C; i++) {
@@ -413,7 +413,7 @@ static void solve(Shape s, Chunk x, const float *S, float *held, float *out) {
 
 /* S_after = Diag(since_last) S + kd^T U. The two may be the same memory. */
 static void advance(Shape s, Chunk x, const float *S, float *S_after) {
-    product(s.K, s.V, C, x.kd, C, 1, x.fresh, s.vs, x.since + (C - 1) * s.ks, S, S_after, s.vs);
+    product(s.K, s.V, C, x.kd, C, 1, x.v_new, s.vs, x.since + (C - 1) * s.ks, S, S_after, s.vs);
 }
 
 /* One token, law for law, in two passes over S: what e and q read after the decay; then the edit. Any V, any stride.
@@ -452,9 +452,9 @@ static void step_token(int64_t K, int64_t V, float *S, int64_t stride, const flo
         float held = 0, read = 0;
         for (int64_t c = 0; c < K; c++)
             held += erase_decayed[c] * S[c * stride + n], read += q_decayed[c] * S[c * stride + n];
-        const float fresh = w[n] - held;
-        for (int64_t c = 0; c < K; c++) S[c * stride + n] = decay[c] * S[c * stride + n] + k[c] * fresh;
-        out[n] = read + qk * fresh;
+        const float v_new = w[n] - held;
+        for (int64_t c = 0; c < K; c++) S[c * stride + n] = decay[c] * S[c * stride + n] + k[c] * v_new;
+        out[n] = read + qk * v_new;
     }
 }
 
@@ -481,7 +481,7 @@ static void forward_task(const Call *c, Shape s, int64_t n, int64_t first_head, 
             if (tokens <= SHORT && !c->checkpoints)
                 for (int64_t i = 0; i < real; i++)
                     step_token(s.K, s.V, S_h, s.vs, x.decay + i * s.ks, x.erase + i * s.ks, x.q + i * s.ks,
-                               x.k + i * s.ks, x.fresh + i * s.vs, out + i * s.vs);
+                               x.k + i * s.ks, x.v_new + i * s.vs, out + i * s.vs);
             else {
                 pair_tokens(s, x);
                 solve(s, x, S_h, held, out);
@@ -498,7 +498,7 @@ static void forward_task(const Call *c, Shape s, int64_t n, int64_t first_head, 
 typedef struct {
     float *d;       /* [2C, V] minus dR, the gradient of the right-hand side, then dO */
     float *d_t;     /* [V, 2C] its transpose */
-    float *fresh_t; /* [V, C] */
+    float *v_new_t; /* [V, C] */
     float *d_pairs; /* [2C, C] dA, then dP */
     float *d_reads_t, *d_reads; /* [K, 2C] and [2C, K] */
     float *d_kd_t, *d_kd;       /* [K, C] and [C, K] */
@@ -510,7 +510,7 @@ typedef struct {
 
 static Adjoint take_adjoint(Arena *arena, Shape s) {
     Adjoint y;
-    y.d = take(arena, 2 * C * s.vs), y.d_t = take(arena, s.V * 2 * C), y.fresh_t = take(arena, s.V * C);
+    y.d = take(arena, 2 * C * s.vs), y.d_t = take(arena, s.V * 2 * C), y.v_new_t = take(arena, s.V * C);
     y.d_pairs = take(arena, 2 * C * C), y.d_reads_t = take(arena, s.K * 2 * C), y.d_reads = take(arena, 2 * C * s.ks);
     y.d_kd_t = take(arena, s.K * C), y.d_kd = take(arena, C * s.ks), y.d_since = take(arena, s.K);
     y.d_erase = take(arena, C * s.ks), y.d_decay = take(arena, C * s.ks), y.d_beta = take(arena, C);
@@ -606,10 +606,10 @@ static void backward_chunk(const Call *c, Shape s, int64_t row, int64_t tokens, 
         load(y.d + (C + i) * s.vs, c->d_out, i < tokens ? ((row + i) * HV + head) * V : 0, i < tokens ? V : 0, s.V, 1);
     solve_adjoint(s, x, d_S, y);
     transpose(2 * C, s.V, y.d, s.vs, y.d_t, 2 * C);
-    transpose(C, s.V, x.fresh, s.vs, y.fresh_t, C);
-    product(2 * C, C, s.V, y.d, s.vs, 1, y.fresh_t, C, 0, y.d_pairs, y.d_pairs, C);
+    transpose(C, s.V, x.v_new, s.vs, y.v_new_t, C);
+    product(2 * C, C, s.V, y.d, s.vs, 1, y.v_new_t, C, 0, y.d_pairs, y.d_pairs, C);
     product(s.K, 2 * C, s.V, S, s.vs, 1, y.d_t, 2 * C, 0, y.d_reads_t, y.d_reads_t, 2 * C);
-    product(s.K, C, s.V, d_S, s.vs, 1, y.fresh_t, C, 0, y.d_kd_t, y.d_kd_t, C);
+    product(s.K, C, s.V, d_S, s.vs, 1, y.v_new_t, C, 0, y.d_kd_t, y.d_kd_t, C);
     for (int64_t m = 0; m < s.K; m++) {
         vec dot = splat(0);
         for (int64_t n = 0; n < s.V; n += VL) dot += AT(S + m * s.vs + n) * AT(d_S + m * s.vs + n);
@@ -746,19 +746,19 @@ EXPORT void delta_memory_step(int64_t B, int64_t H, int64_t HV, int64_t K, int64
     threads = threads < useful ? threads : useful;
 #pragma omp parallel for num_threads((int)threads) if (threads > 1)
     for (int64_t i = 0; i < B * HV; i++) {
-        float q_row[MAX_K], k_row[MAX_K], erase[MAX_K], decay[MAX_K] __attribute__((aligned(64))), strength;
+        float q_row[MAX_K], k_row[MAX_K], erase[MAX_K], decay[MAX_K] __attribute__((aligned(64))), beta;
         float w[MAX_K], o[MAX_K];
         const int64_t key = (i / HV * H + i % HV / (HV / H)) * K;
         uint64_t mode = flush_denormals();
         load(q_row, q_, key, K, K, (float)scale);
         load(k_row, k_, key, K, K, 1);
         load(decay, log_decay_, i * K, K, Kp, 1);
-        load(&strength, beta_, i, 1, 1, 1);
+        load(&beta, beta_, i, 1, 1, 1);
         for (int64_t n = 0; n < K; n += VL) AT(decay + n) = exp_vec(AT(decay + n));
-        for (int64_t n = 0; n < K; n++) erase[n] = strength * k_row[n];
+        for (int64_t n = 0; n < K; n++) erase[n] = beta * k_row[n];
         for (int64_t n = 0; n < V; n += MAX_K) {
             const int64_t width = V - n < MAX_K ? V - n : MAX_K;
-            load(w, v_, i * V + n, width, width, strength);
+            load(w, v_, i * V + n, width, width, beta);
             step_token(K, width, state + i * K * V + n, V, decay, erase, q_row, k_row, w, o);
             store(out_, i * V + n, o, width, 1);
         }

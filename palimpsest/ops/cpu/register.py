@@ -131,9 +131,9 @@ def _gradients(ctx, d_out, d_end_state, _):
     d_out = torch.zeros_like(value) if d_out is None else d_out.to(value.dtype)
     d_end_state = torch.zeros_like(state) if d_end_state is None else d_end_state
     found = iter(backward(d_out, d_end_state, checkpoints, *tensors, ctx.scale, ctx.gate, ctx.floor))
-    by_tensor = [None if x is None else next(found) for x in tensors[:7]]
-    by_parameter = [None if x is None else next(found).sum(0) for x in tensors[7:9]]  # shared by all sequences
-    return *by_tensor, *by_parameter, None, None, None, None, None
+    of_tensors = [None if x is None else next(found) for x in (q, k, value, log_decay, erase, beta, state)]
+    of_parameters = [None if x is None else next(found).sum(0) for x in (A_log, dt_bias)]  # shared by all sequences
+    return *of_tensors, *of_parameters, *[None] * 5  # cu_seqlens, scale, gate, floor, keep
 
 
 forward.register_autograd(_gradients, setup_context=_save)

@@ -100,9 +100,7 @@ def _check_memory(x: MemoryArguments, *gradients: Tensor | None) -> None:
     if x.gate not in (0, 1, 2) or (x.A_log is not None) != gated or (x.dt_bias is not None) != gated:
         raise ValueError(f"gate is {x.gate}; it must be 0, without A_log and dt_bias, or 1 or 2, with both")
     if (vectors and gated) or (x.erase_before_decay and not vectors):
-        raise ValueError(
-            "a gate needs a strength, erase [B, T, HV], and erase_before_decay a vector, erase [B, T, HV, K]"
-        )
+        raise ValueError("a gate needs beta, erase [B, T, HV], and erase_before_decay a vector, erase [B, T, HV, K]")
     if x.hopper and x.q.device.type == "cpu":
         raise ValueError("q is on the CPU; the Hopper kernels read tensors on a GPU")
     if x.hopper and (x.q.dtype not in (torch.bfloat16, torch.float16) or {x.q.shape[3], x.v.shape[3]} - {64, 128}):

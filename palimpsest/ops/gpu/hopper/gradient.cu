@@ -16,6 +16,9 @@
 //              sum_{j < t <= i} s_ij = sum_{u >= t} p_u,   p_u = sum_{j < u} s_uj - sum_{i > u} s_iu
 //          Both s of a pair come from the same rounded factors, so pairs that lie wholly after t cancel to fp32. A token's own
 //          term q_i . k_i spans no decay and enters none of the sums. In the code: passed = p + b, to_end = c, kept = h . dS.
+// Phases   1 load, 2 dv, 3 v_new, 4 scores, 5 operands, 6 rows (a to j, 16 key channels a turn), 7 finish: marked below. All in
+//          one function: as functions of their own, inlined, they cost registers (with a gate, at 128 value channels, 120 bytes
+//          of stack instead of 80, nvcc 13.0).
 // ERASE    0: erase = beta k, write = beta v.  1: vectors.  2: vectors, and erase reads before its own token's decay: `before`
 //          is the part of s and b that then does not span g_i.
 #include "warp.cuh"
@@ -131,6 +134,7 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
     constexpr int PIECES = V / 8;
     if (threadIdx.x == 0) bulk_prefetch(a.memories + tile * V * K, 2 * V * K), bulk_prefetch(a.d_memories + tile * V * K, 2 * V * K);
 
+    // ---- 1. Load: do, dw, R and M to shared memory, and beta
     {
         const int row = threadIdx.x / PIECES, piece = threadIdx.x % PIECES;
         const long long from = (at.start + row) * value_step + head * V + 8 * piece;
@@ -163,6 +167,7 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
     // Tiles of 16 rows and 16 columns of a swizzled tile: pieces 2 y and 2 y + 1 of 8 lie at (2 y ^ turn).
     const int my_rows = (16 * w + lane % 16) * 64, turn = lane / 16 ^ l8;           // rows down the lanes, then columns
     const int columns = (t8 / 2 * 8 + l8) * 64, column_turn = t8 % 2 ^ l8;          // columns first
+    // ---- 2. dv = beta dw
     if (ERASE == 0) {
         const int row = threadIdx.x / PIECES, piece = threadIdx.x % PIECES;
         u16* to = a.dv + (at.start + row) * value_step + head * V + 8 * piece;
@@ -176,7 +181,8 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
             if (row + down < at.count) *(Uint4*)(to + down * value_step) = d;
         }
     }
-    {  // v_new = M R
+    // ---- 3. v_new = M R
+    {
         Uint4 m[4];
 #pragma unroll
         for (int J = 0; J < 4; J++)
@@ -203,7 +209,8 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
         }
     }
     block_barrier();
-    {  // scale dP, or dA; and with dA, dw . v
+    // ---- 4. Scores: scale dP of the warps z = 0, dA of z = 1; and with dA, dw . v_new, and dw . v where a beta is 0
+    {
         const u16* rows = z ? s.d_write : s.d_out;
         u16* out = z ? s.dA : s.dP;
         const float factor = z ? -1.0f : a.scale;
@@ -246,6 +253,7 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
     }
     block_barrier();
 
+    // ---- 5. Operands: first operands of levels 4 and 8; pairs inside four tokens
     {
         const u16 *dP = s.dP + 16 * w * (PITCH + 1), *dA = s.dA + 16 * w * (PITCH + 1);
         s.level[w][z][lane] = z ? level_operands<8>(dP, dA, r, c) : level_operands<4>(dP, dA, r, c);
@@ -274,9 +282,11 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
                 h[y] = *(const Uint4*)(a.memories + from), dS[y] = *(const Uint4*)(a.d_memories + from);
             }
     };
+    // ---- 6. Rows: 16 key channels a turn
 #pragma unroll 1
     for (int turns = 0; turns < K / 32; turns++) {
         const int step = z * (K / 32) + turns, channel = 16 * step + 2 * l8;
+        // 6a. Load: the memory and its gradient; q, k, erase and log_decay of this lane's tokens
         fetch(step);
         u32 q[4], k[4], e[4];
         Float2 decay[4];
@@ -290,7 +300,8 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
                 decay[i] = a.wide_g ? *(const Float2*)((const float*)a.g + from) : halves(pair_at((const u16*)a.g + from));
             }
         }
-        {  // the memory, transposed, for all four warps; its columns are now value channels
+        // 6b. Share: the memory, transposed, for all four warps (its columns are now value channels); this warp's part of h . dS
+        {
             float kept[2] = {};
 #pragma unroll
             for (int y = 0; y < V / 64; y++) {
@@ -309,7 +320,8 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
             }
         }
         group_barrier(z);
-        float dq[2][4] = {}, de[2][4] = {}, dk[2][4] = {};  // do h, dw h, v_new dS
+        // 6c. Across the border: do h, dw h, v_new dS, without decays
+        float dq[2][4] = {}, de[2][4] = {}, dk[2][4] = {};
 #pragma unroll 1
         for (int half = 0; half < V / 64; half++)
 #pragma unroll
@@ -325,7 +337,7 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
                 }
             }
 
-        // Decays: since the start of blocks of 4, 8, 16 tokens and until their end; `wide`: what level 4 and level 8 ask for.
+        // 6d. Decays: since the start of blocks of 4, 8, 16 tokens and until their end; `wide`: what level 4 and level 8 ask for.
         u32 wide[2][4], wide_e[2][4];  // of erase, where it differs
         Float2 start = {{1.0f, 1.0f}}, end = {{1.0f, 1.0f}};  // of this lane's four in the 16: decay before them, and after
 #pragma unroll
@@ -395,7 +407,7 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
         }
         group_barrier(z);
 
-        // Other blocks, by Horner's rule towards this one.
+        // 6e. Other blocks, by Horner's rule towards this one.
         float dk_far[2][4] = {};
 #pragma unroll
         for (int n = 0; n < 2; n++)
@@ -434,7 +446,7 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
                 }
             }
 
-        // From here on four tokens a lane. `passed`: what passes a token on its way, of pairs and from before the chunk, at
+        // 6f. To rows: from here on four tokens a lane. `passed`: what passes a token on its way, of pairs and from before the chunk, at
         // its later end, less what begins here; `to_end`: what this token leaves to the chunk's end.
         Float2 q_sum[4], e_sum[4], k_sum[4], passed[4], to_end[4], before[4];
         {
@@ -468,7 +480,7 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
             }
         }
 
-        // Inside the four tokens: each pair by itself, a later i that brings q and erase, an earlier j that brings k.
+        // 6g. Inside the four tokens: each pair by itself, a later i that brings q and erase, an earlier j that brings k.
 #pragma unroll
         for (int j = 0; j < 3; j++) {
             const Float2 kj = halves(k[j]);
@@ -493,7 +505,7 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
                 }
             }
         }
-        // Levels 4 and 8: all four tokens of a lane are later ones, or all are earlier ones.
+        // 6h. Levels 4 and 8: all four tokens of a lane are later ones, or all are earlier ones.
         warp_barrier();
 #pragma unroll
         for (int slot = 0; slot < 2; slot++) {
@@ -545,7 +557,7 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
             }
         }
 
-        // Sums from a token on, and up to it: over this lane's four, the warp's 16, then the chunk's 64.
+        // 6i. d log_decay: sums from a token on, and up to it, over this lane's four, the warp's 16, then the chunk's 64.
         Float2 dg[4];
         {
             Float2 run = {{0.0f, 0.0f}}, ahead, behind;
@@ -593,6 +605,7 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
                 }
         }
 
+        // 6j. Out: own terms, beta and the gate
         float d_bias[2] = {};
 #pragma unroll
         for (int i = 0; i < 4; i++) {
@@ -638,6 +651,7 @@ template <int V, bool GATED> DEVICE void gradients(const Arguments& a) {
             }
     }
 
+    // ---- 7. Finish what needs all key channels: d beta, d A_log, and q and k through their norms
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         float sums[3] = {d_beta[i], q_along[i], k_along[i]};
