@@ -6,12 +6,11 @@ behind it can be called by anybody.
 
 Letters  B sequences, T tokens, H key heads, HV value heads, K key channels, V value channels; N memories, B of them or one
          for each packed sequence; P memories that a backward pass starts from.
-Cost     some 2 microseconds for a call that is right. What is wrong with another is looked for afterwards, row by row.
+Cost     some 2 microseconds for a call like one that was right before; the first of its kind is walked through, row by row.
 """
 
 import math
 from collections.abc import Sequence
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -119,21 +118,6 @@ TABLES: dict[str, Table] = {
 }
 
 
-def _rules(table: Table) -> dict[torch.dtype, tuple[tuple, ...]]:
-    """Of every row: its shape out of the sizes of all letters, and what else `check` reads. By the dtype of q."""
-    letters = table.letters.split()
-    found = {}
-    for q_dtype in table.q_dtypes:
-        rules = []
-        for row in table.rows:
-            at = [letters.index(letter) for letter in row.shape.removeprefix(NUMBERS).split()]
-            pick = itemgetter(*at) if len(at) > 1 else itemgetter(slice(at[0], at[0] + 1))  # a tuple, of one letter too
-            numbers = row.shape.startswith(NUMBERS)
-            rules.append((pick, numbers, frozenset(_dtypes(row, q_dtype)), row.optional, row.in_place))
-        found[q_dtype] = tuple(rules)
-    return found
-
-
 def _dtypes(row: Row, q_dtype: torch.dtype) -> tuple[torch.dtype, ...]:
     if isinstance(row.dtypes, tuple):
         return row.dtypes
@@ -174,11 +158,8 @@ def state_dtype(q_dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if q_dtype == torch.float64 else torch.float32
 
 
-STRIDED = torch.strided
-RULES = {
-    op: (_rules(table), len(table.rows[0].shape.split()), table.key_channels, table.value_channels, table.on)
-    for op, table in TABLES.items()
-}
+_RIGHT: set[tuple] = set()  # what calls were, in all that `_walk` reads, when they were found right
+_MOST = 4096
 
 
 def check(op: str, tensors: Sequence[Tensor | None], cu_seqlens: Tensor | None = None, kept: int = 0) -> None:
@@ -194,46 +175,28 @@ def check(op: str, tensors: Sequence[Tensor | None], cu_seqlens: Tensor | None =
     Traceback (most recent call last):
     ValueError: v has shape (1, 2, 2, 4); q and v ask for (1, 3, 2, 4)
     """
-    if torch.compiler.is_compiling() or not _fits(op, tensors, cu_seqlens, kept):  # a compiler reads the plain form
-        _walk(op, tensors, cu_seqlens, kept)
-
-
-def _fits(op: str, tensors: Sequence[Tensor | None], cu_seqlens: Tensor | None, kept: int) -> bool:
-    """Whether the call is right, in as few steps as Python can find it; `_walk` has the last word."""
-    (rows, ndim, max_K, max_V, on), q, v = RULES[op], tensors[0], tensors[2]
-    if not (isinstance(q, Tensor) and isinstance(v, Tensor)):
-        return False
-    rules, device, sizes = rows.get(q.dtype), q.device, (*q.shape, *v.shape[-2:])
-    if rules is None or len(sizes) != ndim + 2:
-        return False
-    H, K, HV, V = sizes[-4:]
-    N = sizes[0]
-    if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, N, sizes[1], device)
-        N = cu_seqlens.shape[0] - 1
-    if H < 1 or HV < 1 or HV % H or not 0 < K <= max_K or not 0 < V <= max_V:
-        return False
-    sizes = (*sizes, N, kept, HV * K)
-    on_cpu = q.is_cpu
-    if on and device.type != on:
-        return False
+    if torch.compiler.is_compiling():  # a compiler reads the plain form
+        return _walk(op, tensors, cu_seqlens, kept)
+    borders = None if cu_seqlens is None else getattr(cu_seqlens, "shape", None)
     try:
-        for (pick, numbers, dtypes, optional, in_place), x in zip(rules, tensors):
-            if x is None:
-                if optional:
-                    continue
-                return False
-            if (
-                ((x.numel(),) if numbers else x.shape) != pick(sizes)
-                or x.dtype not in dtypes
-                or not (x.is_cpu if on_cpu else x.device == device)
-                or x.layout is not STRIDED
-                or (in_place and (not x.is_contiguous() or x.is_neg()))
-            ):
-                return False
-    except AttributeError:  # no tensor
-        return False
-    return True
+        call = (op, kept, borders, *[None if x is None else (x.shape, x.dtype, x.device, x.layout) for x in tensors])
+        known = call in _RIGHT
+    except (AttributeError, TypeError):  # not a tensor; or a shape that is still a symbol
+        return _walk(op, tensors, cu_seqlens, kept)
+    if not known or (op in _IN_PLACE and not _is_ordered(tensors[_IN_PLACE[op]])):
+        _walk(op, tensors, cu_seqlens, kept)
+        if len(_RIGHT) >= _MOST:
+            _RIGHT.clear()
+        _RIGHT.add(call)
+    elif cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, call[3][0][0], call[3][0][1], call[3][2])
+
+
+_IN_PLACE = {op: i for op, table in TABLES.items() for i, row in enumerate(table.rows) if row.in_place}
+
+
+def _is_ordered(x) -> bool:
+    return x.is_contiguous() and not x.is_neg()
 
 
 def _walk(op: str, tensors: Sequence[Tensor | None], cu_seqlens: Tensor | None, kept: int) -> None:
@@ -260,17 +223,8 @@ def _walk(op: str, tensors: Sequence[Tensor | None], cu_seqlens: Tensor | None, 
     H, K, HV, V = (sizes[letter] for letter in ("H", "K", "HV", "V"))
     sizes.update({"N": sizes["B"] if cu_seqlens is None else len(cu_seqlens) - 1, "P": kept, "HV*K": HV * K})
 
-    def expect_shape(row):
-        x, shape = named[row.name], tuple(sizes[letter] for letter in row.shape.removeprefix(NUMBERS).split())
-        if row.shape.startswith(NUMBERS) and x.numel() != shape[0]:
-            raise ValueError(
-                f"{row.name} has {x.numel()} numbers, its shape is {_shape(x)}; q and v ask for {shape[0]}"
-            )
-        if not row.shape.startswith(NUMBERS) and tuple(x.shape) != shape:
-            raise ValueError(f"{row.name} has shape {_shape(x)}; q and v ask for {shape}")
-
     for row in table.rows[1:3]:
-        expect_shape(row)
+        _expect_shape(row, named[row.name], sizes)
     if H < 1 or HV < 1 or HV % H:
         raise ValueError(f"{v_row.name} has {HV} heads and q has {H}; the heads of v must be a multiple of those of q")
     if K < 1 or V < 1:
@@ -289,7 +243,7 @@ def _walk(op: str, tensors: Sequence[Tensor | None], cu_seqlens: Tensor | None, 
         allowed = _dtypes(row, q.dtype)
         if row.dtypes == Q and x.dtype != q.dtype:
             raise ValueError(f"{row.name} is {x.dtype} and q is {q.dtype}; q, k and v must share one floating dtype")
-        expect_shape(row)
+        _expect_shape(row, x, sizes)
         if row.dtypes == MEMORY and x.dtype not in allowed:
             raise ValueError(
                 f"{row.name} is {x.dtype}; with v in {q.dtype} it must be {_or(allowed)}: use {row.name}.to(...)"
@@ -306,6 +260,17 @@ def _walk(op: str, tensors: Sequence[Tensor | None], cu_seqlens: Tensor | None, 
             raise ValueError(
                 f"{row.name} is a view yet to be negated; it is edited in place, so pass {row.name}.resolve_neg() and keep that"
             )
+
+
+def _expect_shape(row: Row, x: Tensor, sizes: dict[str, int]) -> None:
+    shape = tuple(sizes[letter] for letter in row.shape.removeprefix(NUMBERS).split())
+    if row.shape.startswith(NUMBERS):
+        if x.numel() != shape[0]:
+            raise ValueError(
+                f"{row.name} has {x.numel()} numbers, its shape is {_shape(x)}; q and v ask for {shape[0]}"
+            )
+    elif tuple(x.shape) != shape:
+        raise ValueError(f"{row.name} has shape {_shape(x)}; q and v ask for {shape}")
 
 
 def _shape(x: Tensor) -> tuple[int, ...]:

@@ -63,7 +63,8 @@ class Backend:
 
     Every run function gets checked tensors: heads as the caller gave them (q and k may have fewer than v), state None
     only where the backend `starts_empty`, scale a number, cu_seqlens int or None. It returns (output in v's dtype, state
-    in fp32, or fp64 for fp64 inputs) and is differentiable. `step` edits its state in place and returns the output alone.
+    in fp32, or fp64 for fp64 inputs) and is differentiable. `step` edits its state in place and returns the output alone;
+    it takes microseconds, so it alone checks for itself what it gets: `arguments.check("kda_step_", ...)`.
 
         core(q, k, erase, write, log_decay, state, scale, cu_seqlens)
         kda(q, k, v, log_decay, beta, state, scale, cu_seqlens)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.ops import chunked, reference
+from palimpsest.ops.arguments import check
 from palimpsest.ops.backends import Backend, linear_by_core
 from palimpsest.ops.packing import by_sequence
 
@@ -77,6 +78,7 @@ def _wide(sequences, state):
 
 def step_(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor, scale: float) -> Tensor:
     """One token of KDA, in place: fade, see what is held, erase and write, read."""
+    check("kda_step_", (q, k, v, log_decay, beta, state))
     with _full_precision(state.device.type):
         B, HV, K, V = state.shape
         S = state.view(B * HV, K, V)

@@ -607,10 +607,14 @@ def kda_step_(
             [5., 5.]])
     """
     tensors = (q, k, v, log_decay, beta, state)
-    arguments.check("kda_step_", tensors)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+    try:  # what the choice of a backend depends on; the backend's own door checks everything, once
+        wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        (B, H, K), (_, HV, V) = q.shape, v.shape
+    except (AttributeError, ValueError):
+        arguments.check("kda_step_", tensors)
+        raise
+    if wants_gradient:
         raise RuntimeError("kda_step_ edits the state in place and has no gradient; call kda, or enter torch.no_grad()")
-    (B, H, K), (_, HV, V) = q.shape, v.shape
     problem = Problem(
         "step", "kda", q.device.type, v.dtype, K, V, 1, B, H, HV,
         capability=_capability(q), transformed=within_a_transform(),
