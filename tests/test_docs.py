@@ -119,6 +119,6 @@ def _defined(path: Path) -> set[str]:
     """Names of functions, classes and module variables."""
     tree = ast.parse(path.read_text())
     defined = {n.name for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
-    return defined | {
-        t.id for n in tree.body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)
-    }
+    assigned = [t for n in tree.body if isinstance(n, ast.Assign) for t in n.targets]
+    assigned += [n.target for n in tree.body if isinstance(n, ast.AnnAssign)]
+    return defined | {t.id for t in assigned if isinstance(t, ast.Name)}
