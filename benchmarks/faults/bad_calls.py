@@ -449,9 +449,15 @@ FUNCTIONS: dict[str, Function] = {
 # ---- what comes of a call ----
 
 
-def outcome(name: str, arguments: Arguments) -> str | None:
-    """None if the call gave the law's numbers or a sentence; else what it did instead."""
+def outcome(name: str, arguments: Arguments, device: str = "cpu") -> str | None:
+    """None if the call gave the law's numbers or a sentence; else what it did instead.
+
+    device: where the call is made. A GPU multiplies in the dtype of its inputs, and its numbers are judged elsewhere, within
+    the budget of that: here they must be near.
+    """
     function = FUNCTIONS[name]
+    if device != "cpu":
+        return _outcome_on(device, function, arguments)
     given, edited = dict(arguments), arguments.get(function.edits)
     if isinstance(edited, Tensor) and edited.is_contiguous() and _is_plain(edited):
         given[function.edits] = edited.clone()
@@ -492,6 +498,37 @@ def outcome(name: str, arguments: Arguments) -> str | None:
         ):
             return f"result {i} {wrong}"
     return None
+
+
+def _outcome_on(device: str, function: Function, arguments: Arguments) -> str | None:
+    try:
+        results = function.call({name: _moved(x, device) for name, x in arguments.items()})
+        results = [x.cpu() for part in results for x in (part if isinstance(part, tuple) else (part,))]
+    except (ValueError, TypeError) as error:
+        return unreadable(error)
+    except Exception as error:
+        own = str(error).startswith("kda_step_ edits the state in place and has no gradient")
+        return None if own else f"ended in a trace: {type(error).__name__}: {str(error)[:300]}"
+    try:
+        truth = function.law(arguments, torch.float64)
+    except MeaninglessError as error:
+        return f"was answered, but it has no meaning: {error}"
+    for i, (actual, t) in enumerate(zip(results, truth, strict=True)):
+        near = 1e-4 if arguments["q"].dtype == torch.float32 else 5e-2
+        if actual.shape != t.shape or not rms(actual.double() - t) <= near * rms(t) + 1e-6:
+            return f"result {i} is {tuple(actual.shape)}, off by {rms(actual.double() - t):.1e} of {rms(t):.1e}"
+    return None
+
+
+def _moved(x: Any, device: str) -> Any:
+    """x on another device, with its strides; what is on meta or sparse stays wrong there."""
+    if isinstance(x, Tensor) and x.device.type == "cpu":
+        return x.detach().to(device).requires_grad_(x.requires_grad)
+    if isinstance(x, tuple):
+        return tuple(_moved(part, device) for part in x)
+    if isinstance(x, (gates.SoftplusDecay, gates.SigmoidDecay)):
+        return replace(x, A_log=_moved(x.A_log, device), dt_bias=_moved(x.dt_bias, device))
+    return x
 
 
 def _off(actual: Tensor, truth: Tensor, honest: Tensor, dtype: torch.dtype, roundings: int) -> str | None:

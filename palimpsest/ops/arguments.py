@@ -137,7 +137,7 @@ def expect_floats(name: str, x: Tensor, device: torch.device | None = None) -> N
 def scale_of(scale: float | None, q: Tensor) -> float:
     """What multiplies q: 1 / sqrt(K) if None; a TypeError or ValueError unless it is a finite number."""
     if scale is None:
-        return q.shape[-1] ** -0.5
+        return q.shape[-1] ** -0.5 if q.shape[-1] else 1.0  # no channels are refused elsewhere
     if not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"scale is a {type(scale).__name__}; it must be a number: multiply q by a tensor yourself")
     if isinstance(scale, float) and not math.isfinite(scale):
