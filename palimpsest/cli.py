@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from palimpsest.commands.convert import convert, validate
 from palimpsest.commands.explain import explain
 from palimpsest.commands.generate import generate
 from palimpsest.commands.info import info
@@ -82,6 +83,6 @@ def main(
     pass
 
 
-for command in (train, generate, info, explain):
+for command in (train, generate, info, explain, convert, validate):
     app.command(cls=Command)(command)
 app.add_typer(lab)

@@ -28,7 +28,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from palimpsest.integrations.transformers.documents import documents
 from palimpsest.integrations.transformers.state_cache import StateCache
-from palimpsest.layers.kimi_delta_attention import KimiDeltaAttention
+from palimpsest.layers.memory_layer import MemoryLayer
 from palimpsest.layers.moe import Experts, MoE, Router, update_router_bias
 from palimpsest.layers.norms import RMSNorm
 from palimpsest.layers.short_conv import ShortConvolution
@@ -234,7 +234,7 @@ class PalimpsestForCausalLM(PreTrainedModel, GenerationMixin):
         elif isinstance(module, MoE):
             init.zeros_(module.last_load)
             init.zeros_(module.total_load)
-        elif isinstance(module, KimiDeltaAttention) and not getattr(
+        elif isinstance(module, MemoryLayer) and not getattr(
             getattr(module, "A_log", None), "_is_hf_initialized", False
         ):
             module.reset_decay()

@@ -40,7 +40,7 @@ class Heads(NamedTuple):
 class Family:
     """One native model.
 
-    Fields:
+    Attributes:
         model_type: its name in transformers, and of its folder there.
         layer, model, pretrained: names of its classes: the memory layer, the stack of layers, the base of all its models.
         logits: reads a layer.

@@ -30,7 +30,7 @@ CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 class Enabled:
     """What enable() did.
 
-    Fields:
+    Attributes:
         version: of transformers.
         models: the native models that now run on our kernels.
         absent: those that this version of transformers does not have.
