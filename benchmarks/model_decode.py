@@ -24,6 +24,7 @@ from palimpsest.generate import Sampling, generate, prefill
 from palimpsest.generate.session import DecodeSession
 from palimpsest.layers.moe import MoE
 from palimpsest.models.kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
+from palimpsest.models.kimi_linear.mixers import is_full_attention
 
 BANDWIDTH = 3.0e12  # bytes a second, measured by a large copy on an H100
 SECONDS = 240  # of one cell
@@ -89,7 +90,7 @@ def floor_bytes(model: KimiLinearForCausalLM, B: int, context: int) -> float:
         weights -= sum(p.nbytes for p in moe.experts.parameters()) * (1 - k / E) ** B
     state = 0
     for name in config.layer_types:
-        if name in config.LATENT_TYPES:
+        if is_full_attention(name):
             state += context * (config.kv_lora_rank + config.qk_rope_head_dim) * 2
         else:
             D = config.linear_num_heads * config.linear_head_dim

@@ -257,6 +257,7 @@ class MultiHeadLatentAttention(nn.Module):
 
     @property
     def scale(self) -> float:
+        """What queries are multiplied by: one over the root of a key's channels."""
         return (self.N + self.P) ** -0.5
 
     def extra_repr(self) -> str:

@@ -120,10 +120,12 @@ class KimiLinearConfig:
 
     @property
     def num_hidden_layers(self) -> int:
+        """Layers of the pattern."""
         return len(self.layer_types)
 
     @property
     def qk_head_dim(self) -> int:
+        """Channels of a head's query and key in latent attention."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     def is_sparse(self, layer: int) -> bool:

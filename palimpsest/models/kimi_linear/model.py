@@ -28,6 +28,14 @@ from palimpsest.ops.packing import check_cu_seqlens
 
 
 class CausalOutput(NamedTuple):
+    """What the causal model returns.
+
+    Attributes:
+        logits: [B, T, vocabulary], or one row a sequence with last_only; None where only the loss was formed.
+        state: after the last token.
+        loss: mean cross entropy in nats a predicted token; None without labels.
+    """
+
     logits: Tensor | None  # [B, T, vocabulary], or one row a sequence with last_only; None with labels
     state: ModelState | None  # after the last token; None with labels and no state to go on from
     loss: Tensor | None  # mean cross entropy in nats a predicted token; None without labels
@@ -221,10 +229,12 @@ class KimiLinearForCausalLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where its weights are."""
         return self.lm_head.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of its output projection; decay rates and router biases stay float32."""
         return self.lm_head.weight.dtype
 
     def forward(

@@ -54,10 +54,12 @@ class ModelState:
 
     @property
     def batch_size(self) -> int:
+        """Sequences."""
         return self.position.shape[0]
 
     @property
     def device(self) -> torch.device:
+        """Where its tensors are."""
         return self.position.device
 
     def snapshot(self) -> ModelState:
