@@ -34,6 +34,7 @@ ON_CPU: dict[
     str, Callable
 ] = {}  # compiled functions, by the name of what they compute; None says: not for these tensors
 GATHERED_PAIRS = 16
+MOST_COMPILED = 4  # tokens that the compiled functions of a CPU take at once
 MOST_TOKENS = 64  # beyond, products of whole matrices are faster
 
 

@@ -20,6 +20,7 @@ from palimpsest.layers.moe import Experts, MoE
 from palimpsest.layers.norms import RMSNorm
 from palimpsest.layers.padding import check_rows, pack, unpack
 from palimpsest.models.kimi_linear.checkpoint import check_files, fill_, read_config, save
+from palimpsest.models.kimi_linear.compiled_step import CompiledStep
 from palimpsest.models.kimi_linear.config import KimiLinearConfig
 from palimpsest.models.kimi_linear.mixers import make_mixer
 from palimpsest.models.kimi_linear.model_state import ModelState
@@ -99,6 +100,7 @@ class KimiLinearModel(nn.Module):
         self.config = config
         self.gradient_checkpointing = False
         self._kinds_of_states: list[type] | None = None
+        self._compiled_step = CompiledStep()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -157,6 +159,8 @@ class KimiLinearModel(nn.Module):
 
     def step_layers_(self, input_ids: Tensor, layers: Sequence, mask: Tensor | None = None) -> tuple[Tensor, tuple]:
         """`step_` on the states of the layers alone, unchecked: what a CUDA graph can hold."""
+        if mask is None and (whole := self._compiled_step.run(self, input_ids, layers)) is not None:
+            return whole
         x = self.embed_tokens(input_ids)
         parts, after = x.new_zeros(len(x), 0, x.shape[1]), []
         for layer, layer_state in zip(cast("list[DecoderLayer]", self.layers), layers):

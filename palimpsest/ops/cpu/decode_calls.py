@@ -146,7 +146,174 @@ def experts(
     return parts
 
 
-ON_CPU = {f.__name__: f for f in (project, add_norm, memory_layer_step_, route, experts)}
+class TokenLayer(ctypes.Structure):
+    """`TokenLayer` of delta_memory.c, field for field."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("latent", "sparse", "length_stride")),
+        ("norm_in", c_void_p),
+        ("norm_post", c_void_p),
+        ("inward", c_void_p * 6),
+        *((name, c_void_p) for name in ("f_b", "g_b", "out")),
+        ("memory", LayerStep),
+        ("rows", c_void_p),
+        ("row_stride", c_int64),
+        *((name, c_void_p) for name in ("length", "router", "bias", "gate", "up", "down")),
+        ("shared", c_void_p * 3),
+    )
+
+
+class Token(ctypes.Structure):
+    """`Token` of delta_memory.c, field for field."""
+
+    _fields_ = (
+        *(
+            (name, c_int64)
+            for name in ("B", "layers", "D", "heads", "N", "P", "V", "R", "E", "k", "I", "S", "dense", "low")
+        ),
+        *((name, c_int64) for name in ("renormalize", "biased", "threads")),
+        *((name, c_double) for name in ("eps", "latent_eps", "scaling")),
+        *((name, c_void_p) for name in ("ids", "embedding", "norm", "layer", "out")),
+    )
+
+
+class TokenPlan:
+    """A whole model as addresses: `run` reads a token in one call. Holds the weights it was made of; see ops/decode.py.
+
+    Args:
+        embedding: [any, D]. norm: [D]. sizes: the fields of `Token` up to `scaling`, but for B, layers and threads.
+        layers: for each its tensors by name, and `latent` and `sparse` as 0 or 1; a memory layer also H, K, W, kind, silu,
+            eps, floor and beta_max.
+
+    Raises:
+        ValueError: a tensor is not what `sizes` says, in fp32, contiguous, on the CPU.
+    """
+
+    def __init__(self, embedding: Tensor, norm: Tensor, sizes: dict, layers: list[dict]):
+        self.sizes, self.layers, self.kept = sizes, layers, (embedding, norm)
+        self.vocabulary, D = embedding.shape
+        heads, N, P, V, R = (sizes[name] for name in ("heads", "N", "P", "V", "R"))
+        E, I, S, low = (sizes[name] for name in ("E", "I", "S", "low"))
+        _require("embedding", embedding, (self.vocabulary, D))
+        _require("norm", norm, (D,))
+        three = c_void_p * 3
+        self._layers = (TokenLayer * len(layers))()
+        for at, (layer, to) in enumerate(zip(layers, self._layers)):
+
+            def address(name: str, *shape: int, layer: dict = layer, at: int = at) -> int:
+                _require(f"{name} of layer {at}", layer[name], shape)
+                return layer[name].data_ptr()
+
+            to.latent, to.sparse = layer["latent"], layer["sparse"]
+            to.norm_in, to.norm_post = address("norm_in", D), address("norm_post", D)
+            if layer["latent"]:
+                inward = (
+                    address("q", heads * (N + P), D), address("kv_a", R + P, D), address("kv_norm", R),
+                    address("kv_b", heads * (N + V), R), 0, 0,
+                )  # fmt: skip
+                to.out = address("out", D, heads * V)
+            else:
+                H, K, W = (layer[name] for name in ("H", "K", "W"))
+                if not (K <= MAX_K and 2 <= W <= MAX_TAPS):
+                    raise ValueError(
+                        f"layer {at} has {K} channels a head and {W} taps; expected {MAX_K} and {MAX_TAPS} at most"
+                    )
+                inward = (
+                    *(address(name, H * K, D) for name in "qkv"), address("f_a", low, D), address("g_a", low, D),
+                    address("b", H, D),
+                )  # fmt: skip
+                to.f_b, to.g_b, to.out = (
+                    address("f_b", H * K, low),
+                    address("g_b", H * K, low),
+                    address("out", D, H * K),
+                )
+                memory = to.memory
+                for name in ("H", "K", "W", "kind", "silu", "eps", "floor", "beta_max"):
+                    setattr(memory, name, layer[name])
+                memory.weight = three(*(address(f"{name}_conv", H * K, 1, W) for name in "qkv"))
+                memory.norm, memory.dt_bias = address("o_norm", K), address("dt_bias", H * K)
+                memory.A_log = address("A_log", 1, 1, H, 1)
+            to.inward = (c_void_p * 6)(*inward)
+            if layer["sparse"]:
+                to.router, to.bias = address("router", E, D), address("bias", E)
+                to.gate, to.up, to.down = address("gate", E, I, D), address("up", E, I, D), address("down", E, D, I)
+                if S:
+                    shared = address("shared_gate", S, D), address("shared_up", S, D), address("shared_down", D, S)
+                    to.shared = three(*shared)
+            else:
+                dense = sizes["dense"]
+                to.gate, to.up, to.down = address("gate", dense, D), address("up", dense, D), address("down", D, dense)
+
+    def run(self, ids: Tensor, states: list[tuple]) -> Tensor | None:
+        """The hidden states [B, D] after the final norm; None, and nothing done, if this is not for the kernel.
+
+        Args:
+            ids: [B], int64.
+            states: for each layer (memory, windows) or (rows [B, any, R + P], length), which are edited in place: a length
+                is a number, rows filled before, or [B] int64. A number stays what it is.
+        """
+        B = len(ids)
+        if B > MOST_ROWS or not _is(ids, (B,), torch.int64):
+            return None
+        if not all(0 <= token < self.vocabulary for token in ids.tolist()):
+            raise ValueError(f"ids is {ids.tolist()}; the model's tokens are 0 to {self.vocabulary - 1}")
+        width, numbers, lengths = self.sizes["R"] + self.sizes["P"], [], []
+        layers = type(self._layers).from_buffer_copy(self._layers)  # of this call alone: threads may share a model
+        for layer, to, state in zip(self.layers, layers, states, strict=True):
+            if layer["latent"]:
+                rows, length = state
+                number = isinstance(length, int)
+                most = length if number else max(length.tolist())
+                if rows.ndim != 3 or rows.shape[0] != B or rows.shape[2] != width or rows.dtype is not torch.float32:
+                    return None
+                if rows.stride()[1:] != (width, 1) or not rows.is_cpu or not 0 <= most < rows.shape[1]:
+                    return None
+                if number:
+                    numbers.append(c_int64(length))
+                    to.length, to.length_stride = ctypes.addressof(numbers[-1]), 0
+                elif _is(length, (B,), torch.int64) and min(length.tolist()) >= 0:
+                    lengths.append(length)
+                    to.length, to.length_stride = length.data_ptr(), 1
+                else:
+                    return None
+                to.rows, to.row_stride = rows.data_ptr(), rows.stride(0)
+            else:
+                memory, windows = state
+                H, K, W = layer["H"], layer["K"], layer["W"]
+                if not _is(memory, (B, H, K, K)) or not all(_is(window, (B, H * K, W - 1)) for window in windows):
+                    return None
+                if len(windows) != 3:
+                    return None
+                call = to.memory
+                call.B, call.threads, call.state = B, torch.get_num_threads(), memory.data_ptr()
+                call.window = (c_void_p * 3)(*(window.data_ptr() for window in windows))
+        embedding, norm = self.kept
+        out = embedding.new_empty(B, embedding.shape[1])
+        call = Token(
+            B=B, layers=len(self.layers), threads=torch.get_num_threads(), ids=ids.data_ptr(),
+            embedding=embedding.data_ptr(), norm=norm.data_ptr(), layer=ctypes.addressof(layers), out=out.data_ptr(),
+            **self.sizes,
+        )  # fmt: skip
+        if _function("decode_token", "p")(ctypes.addressof(call)):
+            raise MemoryError("the CPU kernel found no memory for a token's scratch space")
+        for length in lengths:
+            length.add_(1)
+        return out
+
+
+def token_plan(embedding: Tensor, norm: Tensor, sizes: dict, layers: list[dict]) -> TokenPlan | None:
+    """The plan, or None on a machine without a compiler."""
+    return None if jit.refusal() else TokenPlan(embedding, norm, sizes, layers)
+
+
+def _require(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    if not _is(x, shape):
+        raise ValueError(
+            f"{name} is {x.dtype} of shape {tuple(x.shape)} on {x.device}; expected contiguous fp32 {shape}"
+        )
+
+
+ON_CPU = {f.__name__: f for f in (project, add_norm, memory_layer_step_, route, experts, token_plan)}
 
 
 def _is(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> bool:

@@ -935,3 +935,133 @@ EXPORT int decode_experts(int64_t N, int64_t k, int64_t E, int64_t D, int64_t W,
     free(scratch);
     return 0;
 }
+
+/* ---- a whole token of a model, so that a small one is not bound by the calls ------------------------------------ */
+
+typedef struct {
+    int64_t latent, sparse, length_stride; /* which mixer, which MLP; 1 if each sequence has a length of its own, or 0 */
+    const float *norm_in, *norm_post;      /* [D] */
+    const float *in[6];                    /* KDA: q, k, v, f_a, g_a, b. Latent: q, kv_a, its norm [R], kv_b */
+    const float *f_b, *g_b, *out;
+    LayerStep memory;                      /* KDA; of its fields all but x, decay, beta, gate and out are filled */
+    float *rows;                           /* latent: [B, any, R + P], `row_stride` floats apart from b to b + 1 */
+    int64_t row_stride;
+    const int64_t *length;                 /* rows filled before */
+    const float *router, *bias, *gate, *up, *down, *shared[3];
+} TokenLayer;
+
+typedef struct {
+    int64_t B, layers, D, heads, N, P, V, R, E, k, I, S, dense, low, renormalize, biased, threads;
+    double eps, latent_eps, scaling;
+    const int64_t *ids;
+    const float *embedding, *norm;
+    TokenLayer *layer;
+    float *out; /* [B, D] */
+} Token;
+
+/* One new token reads the rows before it and itself: queries and values go through the latents. */
+static void latent_token(const Token *t, const TokenLayer *l, int64_t b, const float *q, const float *latent, float *y,
+                         float *scratch) {
+    const int64_t R = t->R, P = t->P, C_ = R + P, N = t->N, V = t->V, held = l->length[b * l->length_stride];
+    float *row = l->rows + b * l->row_stride + held * C_;
+    const float squares = dot(latent, latent, R), norm = 1 / sqrtf(squares / (float)R + (float)t->latent_eps);
+    for (int64_t r = 0; r < R; r++) row[r] = latent[r] * norm * l->in[2][r];
+    memcpy(row + R, latent + R, sizeof(float) * P);
+    const float *rows = l->rows + b * l->row_stride, scale = 1 / sqrtf((float)(N + P));
+    float *against = scratch, *read = against + C_, *weights = read + R;
+    for (int64_t h = 0; h < t->heads; h++) {
+        const float *mine = q + h * (N + P), *keys = l->in[3] + h * (N + V) * R, *values = keys + N * R;
+        memset(against, 0, sizeof(float) * R), memset(read, 0, sizeof(float) * R);
+        for (int64_t n = 0; n < N; n++)
+            for (int64_t r = 0; r < R; r++) against[r] += scale * mine[n] * keys[n * R + r];
+        for (int64_t p = 0; p < P; p++) against[R + p] = scale * mine[N + p];
+        float largest = -INFINITY, total = 0;
+        rows_times(rows, against, held + 1, C_, weights);
+        for (int64_t s = 0; s <= held; s++) largest = weights[s] > largest ? weights[s] : largest;
+        for (int64_t s = 0; s <= held; s++) total += weights[s] = expf(weights[s] - largest);
+        for (int64_t s = 0; s <= held; s++)
+            for (int64_t r = 0; r < R; r++) read[r] += weights[s] * rows[s * C_ + r];
+        rows_times(values, read, V, R, y + h * V);
+        for (int64_t v = 0; v < V; v++) y[h * V + v] /= total;
+    }
+}
+
+INLINE float *cut(float **scratch, int64_t floats) {
+    float *part = *scratch;
+    *scratch += (floats + 15) / 16 * 16;
+    return part;
+}
+
+/* Returns 1 where there was no memory. */
+EXPORT int decode_token(Token *t) {
+    const int64_t B = t->B, D = t->D, J = t->k + 1;
+    int64_t mix = t->heads * (t->N + t->P + t->V) + t->R + t->P, longest = 0, wide = t->I > t->S ? t->I : t->S;
+    for (int64_t i = 0; i < t->layers; i++) {
+        const TokenLayer *l = t->layer + i;
+        const int64_t own = l->latent ? 0 : l->memory.H * (8 * l->memory.K + 1) + 2 * t->low;
+        mix = own > mix ? own : mix;
+        for (int64_t b = 0; l->latent && b < B; b++)
+            longest = l->length[b * l->length_stride] > longest ? l->length[b * l->length_stride] : longest;
+    }
+    wide = t->dense > wide ? t->dense : wide;
+    const int64_t floats = B * (4 * D + J * D + mix + 64 * 16) + 2 * wide + 2 * t->E + 2 * B * (t->E + t->k) +
+                           2 * t->R + t->P + longest + 1024, even = (floats + 15) / 16 * 16;
+    float *all = malloc(sizeof(float) * even + sizeof(int64_t) * B * (t->k + 1)), *free_ = all;
+    if (!all) return 1;
+    float *x = cut(&free_, B * D), *sums = cut(&free_, B * D), *y = cut(&free_, B * D), *z = cut(&free_, B * D);
+    float *parts = cut(&free_, B * J * D), *logits = cut(&free_, B * t->E), *weights = cut(&free_, B * t->k);
+    float *scores = cut(&free_, 2 * t->E), *hidden = cut(&free_, 2 * wide);
+    float *latent_scratch = cut(&free_, 2 * t->R + t->P + longest + 1), *streams = free_;
+    int64_t *experts = (int64_t *)(all + even);
+    int64_t have = 0, status = 0;
+    for (int64_t b = 0; b < B; b++) memcpy(x + b * D, t->embedding + t->ids[b] * D, sizeof(float) * D);
+    for (int64_t i = 0; i < t->layers && !status; i++) {
+        TokenLayer *l = t->layer + i;
+        decode_add_norm(B, have, D, t->eps, x, parts, l->norm_in, sums, y);
+        float *left = streams;
+        if (l->latent) {
+            const int64_t outputs[2] = {t->heads * (t->N + t->P), t->R + t->P};
+            float *to[2] = {cut(&left, B * outputs[0]), cut(&left, B * outputs[1])}, *o = cut(&left, B * t->heads * t->V);
+            const float *from[2] = {y, y};
+            decode_project(2, B, D, t->threads, outputs, from, l->in, to);
+            for (int64_t b = 0; b < B; b++)
+                latent_token(t, l, b, to[0] + b * outputs[0], to[1] + b * outputs[1], o + b * t->heads * t->V,
+                             latent_scratch);
+            const int64_t width = D;
+            decode_project(1, B, t->heads * t->V, t->threads, &width, (const float *const[]){o},
+                           (const float *const[]){l->out}, &z);
+        } else {
+            LayerStep *m = &l->memory;
+            const int64_t HK = m->H * m->K, outputs[6] = {HK, HK, HK, t->low, t->low, m->H}, both[2] = {HK, HK};
+            float *to[6], *gates[2];
+            const float *from[6] = {y, y, y, y, y, y};
+            for (int j = 0; j < 6; j++) to[j] = cut(&left, B * outputs[j]);
+            for (int j = 0; j < 2; j++) gates[j] = cut(&left, B * HK);
+            float *o = cut(&left, B * HK);
+            decode_project(6, B, D, t->threads, outputs, from, l->in, to);
+            decode_project(2, B, t->low, t->threads, both, (const float *const[]){to[3], to[4]},
+                           (const float *const[]){l->f_b, l->g_b}, gates);
+            for (int j = 0; j < 3; j++) m->x[j] = to[j];
+            m->decay = gates[0], m->gate = gates[1], m->beta = to[5], m->out = o;
+            memory_layer_step(m);
+            const int64_t width = D;
+            decode_project(1, B, HK, t->threads, &width, (const float *const[]){o}, (const float *const[]){l->out}, &z);
+        }
+        decode_add_norm(B, 1, D, t->eps, sums, z, l->norm_post, x, y);
+        if (l->sparse) {
+            const int64_t E = t->E;
+            decode_project(1, B, D, t->threads, &E, (const float *const[]){y}, (const float *const[]){l->router}, &logits);
+            decode_route(B, E, t->k, t->renormalize, t->biased, t->scaling, logits, l->bias, scores, experts, weights);
+            status = decode_experts(B, t->k, E, D, t->I, t->S, t->threads, y, experts, weights, l->gate, l->up, l->down,
+                                    l->shared, parts);
+            have = t->k + (t->S > 0);
+        } else {
+            for (int64_t b = 0; b < B; b++)
+                gated_mlp(y + b * D, l->gate, l->up, l->down, D, t->dense, 1, hidden, parts + b * D);
+            have = 1;
+        }
+    }
+    decode_add_norm(B, have, D, t->eps, x, parts, t->norm, sums, t->out);
+    free(all);
+    return (int)status;
+}
