@@ -17,6 +17,7 @@ from palimpsest.generate.decode_state import DecodeState
 from palimpsest.generate.decoder import Decoder, SessionDecoder
 from palimpsest.generate.prompts import Prompts, read_prompts
 from palimpsest.generate.sampling import GREEDY, Sampling, choose_tokens
+from palimpsest.generate.session import fits_a_session
 from palimpsest.generate.stop import StopScan
 from palimpsest.models.kimi_linear.history import StateHistory
 from palimpsest.models.kimi_linear.model import KimiLinearForCausalLM
@@ -198,6 +199,7 @@ def stream(
     _check_graph(model, graph, draft, history)
     if graph is None:
         graph = draft is None and history is None and max_new_tokens >= WORTH_A_GRAPH and model.device.type == "cuda"
+        graph = graph and all(map(fits_a_session, start.state.layers))
     decoder = _decoder(model, start, max_new_tokens, on_nonfinite == "stop", history, graph)
     writers = [_Writer(i, max_new_tokens, tokenizer, stop, end_tokens) for i in range(count)]
     return _run(decoder, rows, prefill_chunk, writers, sampling, seeds, draft)

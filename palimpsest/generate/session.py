@@ -14,7 +14,7 @@ import torch
 from palimpsest.generate.decode_state import DecodeState
 from palimpsest.generate.sampling import Sampling, as_int64, choose_tokens
 from palimpsest.layers.latent_cache import LatentCache
-from palimpsest.layers.layer_state import LatentState
+from palimpsest.layers.layer_state import LatentState, LayerState
 from palimpsest.models.kimi_linear.model import KimiLinearForCausalLM
 from palimpsest.models.kimi_linear.model_state import ModelState
 
@@ -30,7 +30,7 @@ class DecodeSession:
         graph: run as CUDA graphs.
 
     Raises:
-        ValueError: a graph on a CPU, or no room.
+        ValueError: a graph on a CPU, no room, or a layer whose state is not stepped in place.
 
     >>> from palimpsest.generate import prefill
     >>> from palimpsest.models.kimi_linear import KimiLinearConfig
@@ -65,8 +65,13 @@ class DecodeSession:
             )
         self.capacity, self.steps = capacity, 0
         self._model, self._sampling = model, sampling
+        grows = [type(x).__name__ for x in start.state.layers if not fits_a_session(x)]
+        if grows:
+            raise ValueError(
+                f"states of kind {grows[0]} are not stepped in place; decode without a session: graph=False"
+            )
         self._lengths = [
-            layer.num_tokens().tolist() if isinstance(layer, LatentState) else positions for layer in start.state.layers
+            layer.num_tokens().tolist() if isinstance(layer, LatentState) else [] for layer in start.state.layers
         ]
         self._layers = tuple(
             LatentCache.of(layer, capacity) if isinstance(layer, LatentState) else layer.copy()
@@ -143,6 +148,11 @@ class DecodeSession:
         self._position.copy_(start.state.position)
         self._logits.copy_(start.logits)
         self._seen.copy_(start.seen)
+
+
+def fits_a_session(layer: LayerState) -> bool:
+    """Whether the steps of a layer leave its state where it is, or could."""
+    return isinstance(layer, LatentState) or layer.in_place
 
 
 def _captured(body: Callable[[], None]) -> Callable[[], None]:

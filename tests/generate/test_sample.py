@@ -10,6 +10,7 @@ from palimpsest.generate import DecodeState, Sampling, generate, prefill, prompt
 from palimpsest.generate.sampling import choose_tokens
 from palimpsest.models.kimi_linear import KimiLinearConfig, KimiLinearForCausalLM, ModelState
 from palimpsest.models.kimi_linear.history import StateHistory
+from palimpsest.models.kimi_linear.state_file import save_state
 from palimpsest.text import ByteTokenizer
 
 PROMPTS = [[1, 2, 3], list(range(50, 90)), [7], list(range(100, 117))]
@@ -408,6 +409,6 @@ def test_states_that_do_not_fit_are_refused_in_a_sentence(model):
 
 
 def test_a_state_alone_is_not_a_ready(model, tmp_path):
-    ModelState.empty(model.config).save(tmp_path / "state", model)
+    save_state(tmp_path / "state", ModelState.empty(model.config), model)
     with pytest.raises(ValueError, match="holds a state alone"):
         DecodeState.load(tmp_path / "state", model)
