@@ -12,6 +12,7 @@ import typer
 from rich.markup import escape
 
 from palimpsest.commands.convert import convert, validate
+from palimpsest.commands.eval import evaluate
 from palimpsest.commands.explain import explain
 from palimpsest.commands.generate import generate
 from palimpsest.commands.info import info
@@ -31,7 +32,7 @@ app = typer.Typer(
     cls=Group,
     help="Train, run and inspect Kimi Linear: language models whose memory keeps its size, however long the text.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -85,4 +86,5 @@ def main(
 
 for command in (train, generate, info, explain, convert, validate):
     app.command(cls=Command)(command)
+app.command(name="eval", cls=Command)(evaluate)
 app.add_typer(lab)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -241,6 +242,37 @@ def test_how_to_choose_travels_with_the_checkpoint(capsys, place, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "own")
     (tmp_path / "own" / "generation_config.json").write_text('{"do_sample": false}')
     assert tokens(tmp_path / "own") == greedy
+
+
+def test_eval_is_what_the_model_pays(capsys, place, tmp_path):
+    """In chunks with a carried state, the same as in one piece; the first byte at a guess."""
+    (tmp_path / "a.txt").write_bytes("def f(x): return 'h\u00e9'".encode() * 3)
+    (tmp_path / "b.txt").write_bytes(b"x")
+    options = ["--device", "cpu", "--json"]
+    files = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    code, out, _ = run(capsys, "eval", place / "run", *files, "--chunk", "16", *options)
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert code == 0
+    ids = torch.tensor([list(files[0].read_bytes())])
+    loss = KimiLinearForCausalLM.from_pretrained(latest(place / "run"))(ids, labels=ids).loss.item()
+    nats = loss * (ids.shape[1] - 1) + math.log(257)
+    assert rows[0]["bits_per_byte"] == pytest.approx(nats / math.log(2) / ids.shape[1], rel=1e-5)
+    assert rows[0]["perplexity"] == pytest.approx(math.exp(nats / ids.shape[1]), rel=1e-5)
+    assert rows[1]["bits_per_byte"] == pytest.approx(math.log2(257))
+    assert rows[2]["bytes"] == ids.shape[1] + 1
+    (tmp_path / "c.txt").touch()
+    assert "is empty" in refusal(capsys, "eval", place / "run", tmp_path / "c.txt", *options)
+
+
+def test_convert_and_validate(capsys, place, tmp_path):
+    code, out, _ = run(capsys, "convert", place / "run", tmp_path / "native", "--to", "native", "--quiet")
+    assert code == 0
+    assert "from official to native" in out
+    assert run(capsys, "validate", tmp_path / "native")[:2] == (0, "a whole native checkpoint\n")
+    code, out, _ = run(capsys, "validate", tmp_path / "native", "--layout", "official", "--json")
+    assert code == 1
+    assert {finding["kind"] for finding in json.loads(out)["findings"]} == {"missing", "extra"}
+    assert "holds a model already" in refusal(capsys, "convert", place / "run", tmp_path / "native", "--to", "fla")
 
 
 def test_saved_and_loaded_is_one_text(capsys, place, tmp_path):

@@ -76,7 +76,7 @@ def generate(
         raise ValueError(f"--save {str(save)!r} is in no folder that exists; make it first, or give another place")
     if load is None and not prompts:
         raise ValueError("no prompt was given; use --prompt TEXT, --prompt-file FILE or --load FILE")
-    network = KimiLinearForCausalLM.from_pretrained(folder, device=_device(device))
+    network = KimiLinearForCausalLM.from_pretrained(folder, device=device_of(device))
     words = tokenizer_of(folder, tokenizer)
     start = None if load is None else DecodeState.load(load, network)
     options = {"max_new_tokens": max_new_tokens, "sampling": sampling, "stop": tuple(stop or ()), "tokenizer": words}
@@ -138,7 +138,8 @@ def _read_prompt(file: Path) -> str:
         ) from error
 
 
-def _device(name: str) -> str:
+def device_of(name: str) -> str:
+    """The device that --device names."""
     import torch
 
     if name == "auto":
