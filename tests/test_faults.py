@@ -54,7 +54,8 @@ def test_a_refusal_is_a_readable_sentence():
 
 def test_the_page_adds_up():
     stored = {
-        "machine": {"cpu": "CPU", "torch": "2", "python": "3", "date": "today"},
+        "date": "today",
+        "machine": {"cpu": "8086", "threads": 1, "torch": "2", "python": "3"},
         "campaigns": {
             "a": {"about": "x", "tried": 1000, "survived": 1000, "failures": []},
             "b": {"about": "y", "tried": 30, "survived": 29, "failures": ["one: lost"]},

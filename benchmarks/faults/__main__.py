@@ -12,13 +12,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager, suppress
 from datetime import date
 from pathlib import Path
 
 from benchmarks import faults
 from benchmarks.faults import Campaign, Counts
-from palimpsest.files import read_object, write_json, write_text
-from palimpsest.machine import in_words, machine
+from palimpsest.files import LockedError, locked, read_object, write_json, write_text
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "faults.json"
@@ -89,19 +89,46 @@ def _lines(process: subprocess.Popen, patience: float):
     """The lines of a child as lists; ["hang", 0, None] when none comes for too long."""
     assert process.stdout is not None
     held, descriptor = b"", process.stdout.fileno()
+    wait = max(patience, 300.0)  # the first line comes when all is imported
     while True:
-        if not select.select([descriptor], [], [], patience)[0]:
+        if not select.select([descriptor], [], [], wait)[0]:
             yield ["hang", 0, None]
             return
         block = os.read(descriptor, 1 << 16)
         if not block:
             return
+        wait = patience
         *whole, held = (held + block).split(b"\n")
         yield from map(json.loads, whole)
 
 
+def store(rows: dict[str, dict], listed: list[str]) -> None:
+    """Adds rows to what is stored, in the order listed, and writes the page; other commands may do so meanwhile."""
+    from palimpsest.machine import machine  # loads torch, which a child need not
+
+    with waiting(RESULTS.parent):
+        stored = read_object(RESULTS)["campaigns"] if RESULTS.is_file() else {}
+        merged = {name: row for name, row in (stored | rows).items() if name in listed}
+        ordered = {name: merged[name] for name in listed if name in merged}
+        whole = {"date": date.today().isoformat(), "machine": machine(), "campaigns": ordered}
+        write_json(RESULTS, whole, indent=1)
+        write_text(PAGE, page(whole))
+
+
+@contextmanager
+def waiting(folder: Path):
+    """Holds a folder, however long another holds it before."""
+    while True:
+        with suppress(LockedError), locked(folder, "busy"):
+            yield
+            return
+        time.sleep(0.1)
+
+
 def page(stored: dict) -> str:
     """The table as Markdown."""
+    from palimpsest.machine import in_words
+
     rows = stored["campaigns"]
     tried, survived = (sum(row[key] for row in rows.values()) for key in ("tried", "survived"))
     lines = [
@@ -142,8 +169,6 @@ def main() -> None:
     listed = campaigns()
     if options.list:
         return print("\n".join(listed))
-    stored = read_object(RESULTS) if RESULTS.is_file() else {"campaigns": {}}
-    rows = {name: row for name, row in stored["campaigns"].items() if name in listed}
     for name, campaign in listed.items():
         if options.only is not None and options.only not in name:
             continue
@@ -152,12 +177,8 @@ def main() -> None:
         print(f"{name}: {counts.tried} tried, {counts.survived} survived, {time.monotonic() - began:.0f} s")
         for failure in counts.failures:
             print(f"  {failure}")
-        rows[name] = {"about": campaign.about, **counts._asdict()}
         if not options.no_page:
-            ordered = {name: rows[name] for name in listed if name in rows}
-            stored = {"date": date.today().isoformat(), "machine": machine(), "campaigns": ordered}
-            write_json(RESULTS, stored, indent=1)
-            write_text(PAGE, page(stored))
+            store({name: {"about": campaign.about, **counts._asdict()}}, list(listed))
 
 
 if __name__ == "__main__":
