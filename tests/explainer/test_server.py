@@ -62,7 +62,14 @@ def test_a_scene_is_the_librarys(address, library):
 def test_about_and_code(address):
     about = json.loads(ask(address, "GET", "/api/about")[2])
     assert about["model"]["layer_types"] == ["kda", "kda", "kda", "mla"]
-    assert set(json.loads(ask(address, "GET", "/api/code")[2])) == {"whiteboard", "touch", "family", "chunks", "hybrid"}
+    assert set(json.loads(ask(address, "GET", "/api/code")[2])) == {
+        "whiteboard",
+        "answer",
+        "touch",
+        "family",
+        "chunks",
+        "hybrid",
+    }
 
 
 @pytest.mark.parametrize(

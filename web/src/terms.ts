@@ -42,9 +42,10 @@ export function explainTerms(): void {
     if (!TERMS[element.dataset.term!]) continue;
     if (element.tagName === "BUTTON") element.setAttribute("aria-description", TERMS[element.dataset.term!][1]);
     element.addEventListener("pointerenter", () => show(element));
-    element.addEventListener("pointerleave", hide);
+    // the pointer may leave one element, moved away by scrolling, while another that has the focus is explained
+    element.addEventListener("pointerleave", () => shown === element && document.activeElement !== element && hide());
     element.addEventListener("focus", () => show(element));
-    element.addEventListener("blur", hide);
+    element.addEventListener("blur", () => shown === element && hide());
     element.addEventListener("click", () => (shown === element ? undefined : show(element)));
   }
   addEventListener("keydown", (event) => event.key === "Escape" && hide());
