@@ -179,7 +179,12 @@ def check(op: str, tensors: Sequence[Tensor | None], cu_seqlens: Tensor | None =
         return _walk(op, tensors, cu_seqlens, kept)
     borders = None if cu_seqlens is None else getattr(cu_seqlens, "shape", None)
     try:
-        call = (op, kept, borders, *[None if x is None else (x.shape, x.dtype, x.device, x.layout) for x in tensors])
+        call: tuple[Any, ...] = (
+            op,
+            kept,
+            borders,
+            *[None if x is None else (x.shape, x.dtype, x.device, x.layout) for x in tensors],
+        )
         known = call in _RIGHT
     except (AttributeError, TypeError):  # not a tensor; or a shape that is still a symbol
         return _walk(op, tensors, cu_seqlens, kept)
