@@ -188,8 +188,9 @@ def build(who: ModelVariant, size: Size, vocab_size: int) -> KimiLinearForCausal
     return model
 
 
+@cache
 def count_parameters(config: KimiLinearConfig) -> int:
-    """Of the model, without building it."""
+    """Of the model, without building it: a sweep asks of a few models hundreds of times."""
     with torch.device("meta"):
         return sum(p.numel() for p in KimiLinearForCausalLM(config).parameters())
 
