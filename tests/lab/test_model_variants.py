@@ -47,7 +47,7 @@ def test_the_state_is_counted_as_it_is(name):
 
 
 def test_every_matrix_memory_holds_as_many_numbers():
-    matrix = [name for name in MODEL_VARIANTS if "softmax" not in name]
+    matrix = [name for name in MODEL_VARIANTS if "softmax" not in name and name != "deltaproduct"]  # twice the windows
     assert len({state_numbers(config(model_variant(name), SIZE, 20), 999) for name in matrix}) == 1
 
 
