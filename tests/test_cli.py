@@ -180,6 +180,7 @@ def test_overwrite_removes_runs_and_nothing_else(capsys, place, tmp_path):
             "another recipe: seed was 0 and is now 3",
         ),
         (["train", "{small}:large"], "has no function 'large'; it has recipe"),
+        (["train", "{small}:"], "names no function after its colon"),
         (["train", "{small}", "-s", "data.source.paths=/nowhere", "--out", "{run}2"], "'/nowhere' does not exist"),
         (["train", "{small}", "--out", "{small}"], "is a file; a run needs a folder"),
         (["generate", "/nowhere", "-p", "x"], "'/nowhere' is no folder"),

@@ -21,9 +21,10 @@ GOOD = {
     "sentence": {"text": "The door is red.", "layer": 0, "head": 0},
     "heads": {"text": "The door is red."},
     "touch": {"alpha": [1, 0.5], "beta": 1, "angle": 30, "value": [1, 1], "times": 2, "eraser": True},
-    "family": {"story": "twice", "beta": 1, "keep": [0.5, 1]},
+    "family": {"story": "twice", "beta": 1, "keep": [0.5, 1], "positions": False},
     "chunk": {"text": "The door is red. Now it is blue.", "layer": 0, "head": 0, "start": 0, "size": 8},
     "hybrid": {},
+    "answers": {"text": "The door is red. What colour is the door?"},
     "order": {"text": "The door is red. Now it is blue."},
 }
 JSON = {"Content-Type": "application/json"}
@@ -49,7 +50,7 @@ WRONG = {  # argument -> JSON values that it must not take
     **dict.fromkeys(("alpha", "value", "keep"), PAIRS),
     **dict.fromkeys(("layer", "head", "times", "start", "size"), (*NUMBERS, "0.5", "99999999999999999999", "-1")),
     **dict.fromkeys(("beta", "angle"), NUMBERS),
-    "eraser": FLAGS,
+    **dict.fromkeys(("eraser", "positions"), FLAGS),
 }
 BODIES = (
     b"", b"{", b"[]", b"null", b"3", b'"x"', b"\xff\xfe", b"[" * 20_000, b'{"a":' * 5_000, b"\0" * 1000, b"{}{}", b"NaN",
@@ -71,7 +72,6 @@ class Page:
     """A running server, and what a trial asks of it."""
 
     def __init__(self):
-        server.PATIENCE = 1.0  # of the server with those who say nothing
         listener, up = listen(), threading.Event()
         self.port = listener.getsockname()[1]
         threading.Thread(target=serve, args=(listener, Library(), lambda url: up.set()), daemon=True).start()
@@ -145,7 +145,7 @@ def requests(page: Page) -> Iterator[tuple[str, object]]:
             held = {**{k: json.dumps(v) for k, v in arguments.items()}, name: value}
             body = "{" + ", ".join(f'"{k}": {v}' for k, v in held.items()) + "}"
             yield f"{scene}, {name} {value[:20]}", post(scene, body.encode())
-        for name in arguments:
+        for name in (each for each in arguments if each != "positions"):  # which has a default
             yield (
                 f"{scene} without {name}",
                 post(scene, json.dumps({k: v for k, v in arguments.items() if k != name}).encode()),
@@ -193,6 +193,7 @@ def trials(folder: Path) -> Iterable[Trial]:
         assert set(arguments) == set(signature(scenes.SCENES[scene]).parameters) - {"model"}, scene
         status, content = page.ask("POST", f"/api/scene/{scene}", json.dumps(arguments).encode(), JSON)
         assert status == 200, content
+    server.PATIENCE = 2.0  # from here on, with those who say nothing
     for name, run in requests(page):
         yield Trial(name, run)  # type: ignore[arg-type]
 

@@ -15,7 +15,7 @@ import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from inspect import signature
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
@@ -121,7 +121,10 @@ def arguments_of(function: Callable, body: bytes) -> dict[str, Any]:
         name: kind for name, kind in get_type_hints(function).items() if name not in ("model", "return")
     }
     strict = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-    fields: dict[str, Any] = {name: (kind, ...) for name, kind in types.items()}
+    defaults = {name: parameter.default for name, parameter in signature(function).parameters.items()}
+    fields: dict[str, Any] = {
+        name: (kind, ... if defaults[name] is Parameter.empty else defaults[name]) for name, kind in types.items()
+    }
     expected = create_model("arguments", __config__=strict, **fields)
     try:
         return dict(expected.model_validate_json(body))

@@ -277,7 +277,10 @@ def load_recipe(place: str, settings: Mapping[str, str] | None = None) -> Recipe
     Raises:
         ValueError: the file or function is missing, fails, or returns something else.
     """
-    path, _, name = place.partition(":")
+    path, colon, name = place.partition(":")
+    check(
+        bool(name) or not colon, f"recipe {place!r} names no function after its colon; give one, or leave the colon out"
+    )
     name = name or "recipe"
     module = load_file(path, "recipe")
     function = getattr(module, name, None)
