@@ -18,6 +18,7 @@ from palimpsest.commands.generate import generate
 from palimpsest.commands.info import info
 from palimpsest.commands.lab import app as lab
 from palimpsest.commands.options import INTERRUPTED, Command, Group
+from palimpsest.commands.recipes import recipes
 from palimpsest.commands.train import train
 from palimpsest.display import notes
 
@@ -84,7 +85,7 @@ def main(
     pass
 
 
-for command in (train, generate, info, explain, convert, validate):
+for command in (train, recipes, generate, info, explain, convert, validate):
     app.command(cls=Command)(command)
 app.command(name="eval", cls=Command)(evaluate)
 app.add_typer(lab)

@@ -245,6 +245,19 @@ def test_how_to_choose_travels_with_the_checkpoint(capsys, place, tmp_path):
     assert tokens(tmp_path / "own") == greedy
 
 
+def test_recipes_go_by_name(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # away from the checkout
+    listed = [json.loads(line) for line in run(capsys, "recipes", "--json")[1].splitlines()]
+    assert "demo" in [recipe["recipe"] for recipe in listed]
+    assert all(recipe["about"] and recipe["names"] for recipe in listed)
+    assert "wikitext103:local" in run(capsys, "recipes")[1]
+    by_name = run(capsys, "train", "wikitext103:local", "--show")
+    assert by_name[0] == 0
+    file = next(recipe["file"] for recipe in listed if recipe["recipe"] == "wikitext103")
+    assert by_name[1] == run(capsys, "train", f"{file}:local", "--show")[1]
+    assert "recipe 'dmeo' is unknown; give a .py file, or one of demo" in refusal(capsys, "train", "dmeo")
+
+
 def test_eval_is_what_the_model_pays(capsys, place, tmp_path):
     """In chunks with a carried state, the same as in one piece; the first byte at a guess."""
     (tmp_path / "a.txt").write_bytes("def f(x): return 'h\u00e9'".encode() * 3)

@@ -80,6 +80,7 @@ def test_commands_can_be_run(page):
     """Options, values and names are those of the command line; what reads only is run, what takes long is not."""
     typer = pytest.importorskip("typer", reason="commands need the cli extra")
     from palimpsest import cli
+    from palimpsest.commands.recipes import known
     from palimpsest.lab.framework.experiment import NAMES, load_experiment
 
     whole = typer.main.get_command(cli.app)
@@ -98,7 +99,11 @@ def test_commands_can_be_run(page):
         if name == "info" and words and not words[0].isupper():
             assert cli.run(["info", *words]) == 0, line
         if name == "train" and words:
-            assert (ROOT / words[0].partition(":")[0]).is_file() or words[0] == "recipes/yours.py:debug", line
+            assert (
+                (ROOT / words[0].partition(":")[0]).is_file()
+                or words[0].partition(":")[0] in known()
+                or words[0] == "recipes/yours.py:debug"
+            ), line
         if name == "run" and words and not words[0].endswith(".py") and words[0] != "NAME":
             assert words[0] in NAMES, line
             if "--scale" in words:

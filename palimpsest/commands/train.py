@@ -13,12 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from palimpsest.commands.options import INTERRUPTED, Json, Quiet
+from palimpsest.commands.recipes import place_of
 from palimpsest.display import clock, display, notes, size
 
 
 def train(
     recipe: Annotated[
-        str, typer.Argument(help="A recipe file, or one of its functions: `recipes/demo.py`, `recipes/mine.py:large`.")
+        str, typer.Argument(help="A recipe by name, `demo` or `wikitext103:local`, or a file, `recipes/mine.py:large`.")
     ],
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder of the run; `runs/NAME` by default.", show_default=False)
@@ -50,7 +51,7 @@ def train(
     from palimpsest.train import train as run_recipe
     from palimpsest.train.recipe import as_dict
 
-    loaded = load_recipe(recipe, _settings(set or []))
+    loaded = load_recipe(place_of(recipe), _settings(set or []))
     if show:
         typer.echo(json.dumps(as_dict(loaded), indent=2))
         return 0
