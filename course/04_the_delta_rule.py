@@ -74,6 +74,9 @@ def _():
 
     $\beta = 0$ ignores the token, $\beta = 1$ replaces the answer, $\beta = 2$ reflects it: as far beyond the value as it was short of
     it. Beyond 2 every step makes the error larger, and the board explodes.
+
+    One reflection can swap two things; two make a rotation. *Gated DeltaProduct*, `palimpsest.gated_delta_product`, lets each
+    token erase and write several times before it reads, and so carry a step of a larger group than parity.
     """)
     return
 

@@ -47,8 +47,14 @@ def test_the_state_is_counted_as_it_is(name):
 
 
 def test_every_matrix_memory_holds_as_many_numbers():
-    matrix = [name for name in MODEL_VARIANTS if "softmax" not in name and name != "deltaproduct"]  # twice the windows
-    assert len({state_numbers(config(model_variant(name), SIZE, 20), 999) for name in matrix}) == 1
+    """Gated DeltaProduct has, beside the same memory, windows for the keys and values of a second sub-step."""
+    matrix = [name for name in MODEL_VARIANTS if "softmax" not in name]
+    layers = {name: ModelState.empty(config(model_variant(name), SIZE, 20)).layers for name in matrix}
+    assert len({state.memory.shape for states in layers.values() for state in states}) == 1
+    held = {name: state_numbers(config(model_variant(name), SIZE, 20), 999) for name in matrix}
+    assert len({held[name] for name in matrix if name != "deltaproduct"}) == 1
+    more = sum(state.conv[1].numel() for state in layers["deltaproduct"])
+    assert held["deltaproduct"] - held["kda"] == more
 
 
 @pytest.mark.parametrize("name", EVERYONE)

@@ -15,6 +15,7 @@ from palimpsest import (
     delta_rule,
     dplr,
     gated_delta,
+    gated_delta_product,
     gated_linear_attention,
     gdn2,
     kda,
@@ -268,6 +269,10 @@ def test_the_family(backend, K, V):
         "gla": (gated_linear_attention, (q, k, v, g)),
         "dplr": (dplr, (q, k, v, a, -b / 2, g)),
         "gated delta": (gated_delta, (q, k, v, g[..., 0], beta)),
+        "gated delta product": (
+            gated_delta_product,
+            (q, torch.stack((k, a), 2), torch.stack((v, v.flip(1)), 2), g[..., 0], torch.stack((beta, beta), 2)),
+        ),
         "delta rule": (delta_rule, (q, k, v, beta)),
         "linear attention": (linear_attention, (q, k.abs(), v)),
         "plain linear attention": (partial(linear_attention, feature_map=lambda x: x, normalise=False), (q, k, v)),
