@@ -94,7 +94,7 @@ def test_commands_can_be_run(page):
                 break
             name, command, words = command.resolve_command(context, words)
         else:
-            if words or name not in ("train", "generate", "run", "show", "compare"):
+            if words:  # a command that is only named needs nothing
                 command.make_context(name, list(words), parent=context)
         if name == "info" and words and not words[0].isupper():
             assert cli.run(["info", *words]) == 0, line
