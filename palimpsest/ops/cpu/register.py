@@ -156,8 +156,8 @@ def _step_now(q, k, v, log_decay, beta, state, scale):
     for x in tensors:
         if x.is_neg():  # a view that says "times -1": torch works it out on the way to an operator
             return _step(*tensors, scale)
-    q, k, v = _supported(q).contiguous(), _supported(k).contiguous(), _supported(v).contiguous()
-    log_decay, beta = _supported(log_decay).contiguous(), _supported(beta).contiguous()
+    readable = arguments.C_READS
+    q, k, v, log_decay, beta = [(x if x.dtype in readable else x.float()).contiguous() for x in tensors[:5]]
     B, HV, K, V = state.shape
     out = torch.empty_like(v)
     bf16 = 0
