@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from palimpsest.generate.decode_state import DecodeState
 from palimpsest.generate.sampling import Sampling, as_int64, choose_tokens
@@ -74,7 +75,7 @@ class DecodeSession:
             layer.num_tokens().tolist() if isinstance(layer, LatentState) else [] for layer in start.state.layers
         ]
         self._layers = tuple(
-            LatentCache.of(layer, capacity) if isinstance(layer, LatentState) else layer.copy()
+            LatentCache.of(layer, capacity) if isinstance(layer, LatentState) else layer.map(_own)
             for layer in start.state.layers
         )
         self._seeds = torch.tensor([as_int64(seed) for seed in seeds], device=device)
@@ -148,6 +149,10 @@ class DecodeSession:
         self._position.copy_(start.state.position)
         self._logits.copy_(start.logits)
         self._seen.copy_(start.seen)
+
+
+def _own(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def fits_a_session(layer: LayerState) -> bool:

@@ -180,7 +180,8 @@ class MemoryLayer(Float32Tensors):
             raise RuntimeError(
                 "step_ edits the state in place and has no gradient; call forward, or enter torch.no_grad()"
             )
-        if mask is None and self._steps_whole:
+        in_order = all(x.is_contiguous() for x in (state.memory, *state.conv))  # as those that the layer makes are
+        if mask is None and in_order and self._steps_whole:
             return self._step_whole_(x, state), state
         held = None if mask is None else [window.clone() for window in state.conv]
         streams = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]

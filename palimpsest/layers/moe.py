@@ -66,8 +66,9 @@ class Router(Float32Tensors):
         """As forward, for a few tokens."""
         if self.num_groups != self.groups_per_token:
             return self(x_ND)
+        wide = x_ND.dtype if x_ND.dtype == torch.float64 else torch.float32
         return route(
-            project([x_ND], [self.weight], dtype=float32(x_ND).dtype)[0], self.e_score_correction_bias,
+            project([x_ND], [self.weight], dtype=wide)[0], self.e_score_correction_bias,
             self.num_experts_per_token, scaling=self.scaling, renormalize=self.renormalize,
             biased=self.weigh_by != "unbiased",
         )  # fmt: skip
@@ -181,12 +182,12 @@ class MoE(nn.Module):
         reading the chosen experts' weights alone."""
         shared = getattr(self, "shared_experts", None)
         three = () if shared is None else (shared.gate_proj, shared.up_proj, shared.down_proj)
-        if not gathers(x_ND, self.gate.num_experts_per_token) or not all(map(is_plain, three)):
+        stacked = self.experts.w1, self.experts.w3, self.experts.w2
+        plain = all(map(is_plain, three)) and all(w.is_contiguous() and type(w) is nn.Parameter for w in stacked)
+        if not plain or stacked[0].dtype != x_ND.dtype or not gathers(x_ND, self.gate.num_experts_per_token):
             return self(x_ND)[:, None]
         chosen, weights = self.gate.step(x_ND)
-        return experts(
-            x_ND, chosen, weights, self.experts.w1, self.experts.w3, self.experts.w2, shared=[m.weight for m in three]
-        )
+        return experts(x_ND, chosen, weights, *stacked, shared=[m.weight for m in three])
 
     def route(self, x_ND: Tensor, experts_Nk: Tensor, weights_Nk: Tensor) -> Tensor:
         """Each token through the experts given for it, times the weights given, summed in float32."""

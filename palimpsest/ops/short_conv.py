@@ -165,7 +165,7 @@ def _last_inputs(x: Tensor, state: Tensor, borders: Tensor) -> Tensor:
     index = borders.diff()[:, None] + torch.arange(-(W - 1), 0, device=x.device)
     from_x = x[0, (borders[:-1, None] + index).clamp(0, T - 1)].mT
     from_state = state.gather(2, (index + W - 1).clamp(0, max(W - 2, 0))[:, None].expand(-1, D, -1))
-    return torch.where((index >= 0)[:, None], from_x, from_state)
+    return torch.where((index >= 0)[:, None], from_x, from_state).contiguous()  # from_x is transposed
 
 
 def short_conv_step_(x: Tensor, weight: Tensor, state: Tensor) -> Tensor:

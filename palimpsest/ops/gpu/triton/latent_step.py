@@ -3,12 +3,13 @@
 Grid      query   (head, and one more that writes the new rows; tile of R; tile of sequences): queries against latents.
           split   (sequence, tile of BLOCK_M of the T H queries, split of the keys). A split takes its share of the length
                   that it reads on the device, so one grid serves every length.
-          merge   (sequence x query), or
-          values  (head, tile of V, tile of sequences): merged, and then each head's values.
+          merge   (sequence x query).
 Holds     split   BLOCK_M x R sums in fp32; a tile of rows is read once, as keys and as values.
 Bound     by the rows' bytes: 2 (R + P) a token and sequence in half precision.
 Answers   to ops/decode.py, `latent_step` and `latent_layer_step_`.
 """
+
+import math
 
 import torch
 import triton
@@ -119,38 +120,6 @@ def latent_query_kernel(
         tl.store(length + b, held_M + 1, mask=in_B)
 
 
-@triton.jit(do_not_specialize=["B", "SPLITS"])
-def latent_values_kernel(
-    read, largest, total, weights, y, B, SPLITS,
-    H: tl.constexpr, N: tl.constexpr, V: tl.constexpr, R: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_X: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    head, v = tl.program_id(0), tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    b = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
-    in_B, x = b < B, tl.arange(0, BLOCK_X)
-    row_M = (b.to(tl.int64) * H + head) * SPLITS
-    in_MX = in_B[:, None] & (x < SPLITS)[None, :]
-    largest_MX = tl.load(largest + row_M[:, None] + x[None, :], mask=in_MX, other=float("-inf"))
-    top_M = tl.max(largest_MX, 1)
-    top_M = tl.where(top_M == float("-inf"), 0.0, top_M)
-    total_MX = tl.load(total + row_M[:, None] + x[None, :], mask=in_MX, other=0.0)
-    total_M = tl.sum(total_MX * tl.exp2(largest_MX - top_M[:, None]), 1)
-    y_MV = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
-    for start in range(0, R, BLOCK_R):
-        r = start + tl.arange(0, BLOCK_R)
-        in_MR = in_B[:, None] & (r < R)[None, :]
-        sum_MR = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-        for i in range(0, SPLITS):
-            fade_M = tl.exp2(tl.load(largest + row_M + i, mask=in_B, other=float("-inf")) - top_M)
-            sum_MR += fade_M[:, None] * tl.load(read + (row_M + i)[:, None] * R + r[None, :], mask=in_MR, other=0.0)
-        read_MR = (sum_MR / tl.where(in_B, total_M, 1.0)[:, None]).to(weights.dtype.element_ty)
-        w_at = (head * (N + V) + N + v)[None, :] * R + r[:, None]
-        w_RV = tl.load(weights + w_at, mask=(r < R)[:, None] & (v < V)[None, :], other=0.0)
-        y_MV = tl.dot(read_MR, w_RV, y_MV, input_precision=PRECISION)
-    at = (b * H + head)[:, None] * V + v[None, :]
-    tl.store(y + at, y_MV.to(y.dtype.element_ty), mask=in_B[:, None] & (v < V)[None, :])
-
-
 def latent_layer_step_(
     q: Tensor, latent: Tensor, norm: Tensor, weights: Tensor, rows: Tensor, length: Tensor, eps: float
 ) -> Tensor:
@@ -162,37 +131,35 @@ def latent_layer_step_(
     V = X - N
     wide = q.dtype == torch.float32
     precision = "ieee" if wide else "tf32"
-    absorbed, y = q.new_empty(B, 1, H, C), q.new_empty(B, H * V)
+    absorbed = q.new_empty(B, 1, H, C)
     block_r = min(64 if wide else 128, max(16, triton.next_power_of_2(R)))
     latent_query_kernel[(H + 1, triton.cdiv(R, block_r), triton.cdiv(B, 16))](
         q, latent, norm, weights, rows, length, absorbed, B, S, (N + P) ** -0.5, eps, H=H, N=N, P=P, V=V, R=R,
         BLOCK_N=max(16, triton.next_power_of_2(N)), BLOCK_P=max(16, triton.next_power_of_2(max(P, 1))), BLOCK_R=block_r,
         WHOLE_R=triton.next_power_of_2(R), BLOCK_M=16, PRECISION=precision, num_warps=4,
     )  # fmt: skip
-    read, largest, total, splits = split(absorbed, rows, length, R)
-    block_v = 32
-    latent_values_kernel[(H, triton.cdiv(V, block_v), triton.cdiv(B, 16))](
-        read, largest, total, weights, y, B, splits, H=H, N=N, V=V, R=R, BLOCK_V=block_v, BLOCK_R=block_r,
-        BLOCK_X=max(2, triton.next_power_of_2(splits)), BLOCK_M=16, PRECISION=precision, num_warps=4,
-    )  # fmt: skip
-    return y
+    read_HBR = merge(*split(absorbed, rows, length, R), q.dtype).view(B, H, R).transpose(0, 1)
+    return torch.bmm(read_HBR, weights[:, N:].mT).transpose(0, 1).reshape(B, H * V)
 
 
 def latent_step(q: Tensor, rows: Tensor, length: Tensor, value_dim: int, splits: int = 0) -> Tensor:
     """q [B, T, H, C], rows [B, S, C], contiguous; length [B] int64, T at least -> [B, T, H, R] in q's dtype."""
     B, T, H, _ = q.shape
-    read, largest, total, splits = split(q, rows, length, value_dim, splits)
-    out = q.new_empty(B, T, H, value_dim)
-    latent_merge_kernel[(B * T * H,)](
-        read, largest, total, out, splits, R=value_dim, BLOCK_R=max(16, triton.next_power_of_2(value_dim)),
+    return merge(*split(q, rows, length, value_dim, splits), q.dtype).view(B, T, H, value_dim)
+
+
+def merge(read: Tensor, largest: Tensor, total: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the splits of each query read together, [queries, R]."""
+    *queries, splits, R = read.shape
+    out = read.new_empty(math.prod(queries), R, dtype=dtype)
+    latent_merge_kernel[(len(out),)](
+        read, largest, total, out, splits, R=R, BLOCK_R=max(16, triton.next_power_of_2(R)),
         BLOCK_X=triton.next_power_of_2(splits), num_warps=4,
     )  # fmt: skip
     return out
 
 
-def split(
-    q: Tensor, rows: Tensor, length: Tensor, value_dim: int, splits: int = 0
-) -> tuple[Tensor, Tensor, Tensor, int]:
+def split(q: Tensor, rows: Tensor, length: Tensor, value_dim: int, splits: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """What each split of the keys reads, [B, T H, splits, R] fp32, its largest score and its sum of weights."""
     (B, T, H, C), S, R = q.shape, rows.shape[1], value_dim
     wide = q.dtype == torch.float32
@@ -208,4 +175,4 @@ def split(
         PRECISION="ieee" if wide else "tf32", num_warps=8 if block_m * block_r > 8192 else 4,
         num_stages=1 if wide else 2,
     )  # fmt: skip
-    return read, largest, total, splits
+    return read, largest, total
