@@ -194,7 +194,9 @@ def check(op: str, tensors: Sequence[Tensor | None], cu_seqlens: Tensor | None =
             _RIGHT.clear()
         _RIGHT.add(call)
     elif cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, call[3][0][0], call[3][0][1], call[3][2])
+        q = tensors[0]
+        assert q is not None  # a call that is known to be right
+        check_cu_seqlens(cu_seqlens, q.shape[0], q.shape[1], q.device)
 
 
 _IN_PLACE = {op: i for op, table in TABLES.items() for i, row in enumerate(table.rows) if row.in_place}
