@@ -34,6 +34,7 @@ ON_CPU: dict[
     str, Callable
 ] = {}  # compiled functions, by the name of what they compute; None says: not for these tensors
 GATHERED_PAIRS = 16
+MOST_CHANNELS = 256  # of a head whose memory a multiprocessor holds
 MOST_COMPILED = 4  # tokens that the compiled functions of a CPU take at once
 MOST_TOKENS = 64  # beyond, products of whole matrices are faster
 
@@ -158,7 +159,7 @@ def memory_layer_step_(
         q, k, v, weights, windows, decay_logits, decay.A_log, decay.dt_bias, beta_logits, gate_logits, norm, state,
         eps, beta_max, kind, floor, silu_gate,
     )  # fmt: skip
-    if fused(q, form):
+    if (state.shape[-1] <= MOST_CHANNELS or form == "triton") and fused(q, form):
         return torch.ops.palimpsest_gpu.memory_layer_step_(*arguments)
     if (y := _on_cpu("memory_layer_step_", q, form, *arguments)) is not None:
         return y
