@@ -102,14 +102,14 @@ def _lines(process: subprocess.Popen, patience: float):
         yield from map(json.loads, whole)
 
 
-def store(rows: dict[str, dict], listed: list[str]) -> None:
+def store(rows: dict[str, dict], listed: dict[str, Campaign]) -> None:
     """Adds rows to what is stored, in the order listed, and writes the page; other commands may do so meanwhile."""
     from palimpsest.machine import machine  # loads torch, which a child need not
 
     with waiting(RESULTS.parent):
         stored = read_object(RESULTS)["campaigns"] if RESULTS.is_file() else {}
-        merged = {name: row for name, row in (stored | rows).items() if name in listed}
-        ordered = {name: merged[name] for name in listed if name in merged}
+        merged = stored | rows
+        ordered = {name: merged[name] | {"about": c.about} for name, c in listed.items() if name in merged}
         whole = {"date": date.today().isoformat(), "machine": machine(), "campaigns": ordered}
         write_json(RESULTS, whole, indent=1)
         write_text(PAGE, page(whole))
@@ -149,7 +149,7 @@ def page(stored: dict) -> str:
     lines += [
         "",
         f"{stored['date']}; {in_words(stored['machine'])}; `python -m benchmarks.faults`.",
-        "A campaign is a file of `benchmarks/faults/`; each check that stands behind a row has a test that fails without it.",
+        "A campaign is a file of `benchmarks/faults/`.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -178,7 +178,7 @@ def main() -> None:
         for failure in counts.failures:
             print(f"  {failure}")
         if not options.no_page:
-            store({name: {"about": campaign.about, **counts._asdict()}}, list(listed))
+            store({name: counts._asdict()}, listed)
 
 
 if __name__ == "__main__":

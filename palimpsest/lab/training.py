@@ -27,6 +27,8 @@ from palimpsest.lab.framework.experiment import InterruptedSweep, Progress, Row
 from palimpsest.lab.model_variants import ModelVariant, Size, build, config, count_parameters, state_numbers
 from palimpsest.lab.tasks.task import IGNORED, Batch, Key, Task, describe
 from palimpsest.models.kimi_linear import KimiLinearForCausalLM
+from palimpsest.train.optim import build_optimizer, rate_factor
+from palimpsest.train.recipe import Optim, Schedule
 
 TEST_SEED = 0  # one test set for all
 METRICS = ("accuracy", "exact", "loss", "bits")  # the last is of the same loss
@@ -176,9 +178,6 @@ def learn(
 
     unfinished: where a run that is interrupted is kept, and taken up again: to the bit on a CPU.
     """
-    from palimpsest.train.optim import build_optimizer, rate_factor  # not at import: accelerate comes with it
-    from palimpsest.train.recipe import Optim, Schedule
-
     torch.manual_seed(point.seed)
     model = build(point.who, point.size, point.vocab_size).to(device)
     optimizer = build_optimizer(model, Optim(kind="adamw", lr=point.lr, weight_decay=point.weight_decay))

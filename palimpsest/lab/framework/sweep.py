@@ -17,6 +17,7 @@ from palimpsest.lab.framework.report import write_report
 from palimpsest.lab.framework.results import SweepFolder, read_records, title, write_csv
 from palimpsest.lab.framework.tally import Report, Tally
 from palimpsest.lab.framework.worker import run_here, run_in_processes
+from palimpsest.train.interrupts import interrupts
 
 
 class TimeIsUp(InterruptedSweep):
@@ -96,8 +97,6 @@ def _left(experiment: Experiment, plan: Mapping[str, Any], done: set[str], only:
 @contextmanager
 def _stops(end: float) -> Iterator[Callable[[], None]]:
     """A function that raises once Ctrl-C or SIGTERM has arrived, or the time is up."""
-    from palimpsest.train.interrupts import interrupts
-
     with interrupts() as interrupted:
 
         def keep_on() -> None:

@@ -15,14 +15,13 @@ import numpy as np
 
 from palimpsest.checks import check
 from palimpsest.lab.tasks.task import Batch, Key, batch, check_whole
+from palimpsest.train.data import read_documents
+from palimpsest.train.recipe import TextFiles
 
 
 @cache
 def library(paths: tuple[str, ...], include: tuple[str, ...] = ("*",)) -> dict[str, np.ndarray]:
     """The bytes of the text of each split, end to end."""
-    from palimpsest.train.data import read_documents  # not at import: accelerate comes with it
-    from palimpsest.train.recipe import TextFiles
-
     if paths == ("python",):
         skip = ("*/test/*", "test/*", "*/tests/*", "site-packages/*", "dist-packages/*", "*/idle_test/*", "encodings/*")
         source = TextFiles(paths=(sysconfig.get_path("stdlib"),), include=("*.py",), exclude=skip)
