@@ -27,7 +27,7 @@ def bits_per_byte(accelerator: Accelerator, model: nn.Module, heldout: Heldout, 
         index = i * accelerator.num_processes + accelerator.process_index
         batch, num_predictions = batches[min(index, len(batches) - 1)]
         batch = batch.to(accelerator.device)
-        with accelerator.autocast():
+        with accelerator.autocast(), torch.compiler.set_stance("force_eager"):  # each length would be compiled anew
             loss = model(batch.tokens, labels=batch.labels).loss
         if index < len(batches) and num_predictions:  # pieces of one token predict nothing
             nats += loss.double().cpu() * num_predictions

@@ -5,26 +5,29 @@ Reading order: `train` below, then recipe.py, data.py, optim.py, run_folder.py, 
 
 import math
 import time
-from contextlib import nullcontext
+from collections.abc import Iterable
+from contextlib import closing, nullcontext
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import nn
+from torch import Tensor, nn
 
-from palimpsest.layers.moe import MoE, update_router_bias
+from palimpsest.layers.moe import busiest_shares, update_router_bias
 from palimpsest.models.kimi_linear import KimiLinearForCausalLM
 from palimpsest.train import checkpoints
 from palimpsest.train.checkpoints import NonFiniteError
-from palimpsest.train.data import Corpus, Heldout
+from palimpsest.train.data import Batch, Corpus, Heldout, steps_ahead
 from palimpsest.train.evaluate import bits_per_byte
 from palimpsest.train.interrupts import interrupts
+from palimpsest.train.late import LateNumbers
 from palimpsest.train.logger import Report, RunLogger
 from palimpsest.train.optim import build_optimizer, rate_factor
-from palimpsest.train.parallel import agree, as_float, start_accelerator, total
+from palimpsest.train.parallel import agree, as_scalar, start_accelerator, total
 from palimpsest.train.progress import Progress, Result
 from palimpsest.train.recipe import Recipe
 from palimpsest.train.run_folder import RunFolder, best, latest
@@ -106,8 +109,26 @@ def _train(accelerator: Accelerator, corpus: Corpus, run: RunFolder, saved: Path
         logger.checkpoint(progress, path)
         return path
 
+    def tell(steps: Iterable[tuple[_Said, list[float]]]) -> None:
+        for said, (loss, norm, skipped, *loads) in steps:
+            progress.count(skipped=bool(skipped))
+            if progress.skipped_in_a_row > recipe.max_nonfinite:
+                raise NonFiniteError(_not_finite(progress, loss, norm, latest(run.path)))
+            then = replace(said.progress, skipped=progress.skipped, skipped_in_a_row=progress.skipped_in_a_row)
+            facts = {"rate": said.rate, "share": said.share, "expert_load": [round(load, 4) for load in loads]}
+            logger.step(then, said.num_tokens, loss=loss, gradient_norm=norm, **facts)
+
+    on_gpu = accelerator.device.type == "cuda"
+    if on_gpu if recipe.compile is None else recipe.compile:
+        plain.compile_layers()
+    plain.model.gradient_checkpointing = recipe.recompute
+    late: LateNumbers[_Said] = LateNumbers(accelerator.device)
+    process = accelerator.process_index, accelerator.num_processes
     model.train()
-    with interrupts(lambda signal: logger.interrupt(progress, signal)) as interrupted:
+    with (
+        interrupts(lambda signal: logger.interrupt(progress, signal)) as interrupted,
+        closing(steps_ahead(corpus, progress.step, *process, pin=on_gpu)) as ahead,
+    ):
         while True:
             stop, progress.seconds = agree(accelerator, float(interrupted()), time.monotonic() - began)
             share = progress.share(recipe)
@@ -116,33 +137,19 @@ def _train(accelerator: Accelerator, corpus: Corpus, run: RunFolder, saved: Path
             factor = rate_factor(recipe.schedule, share)
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * factor
-            parts, num_tokens = corpus.step(progress.step, accelerator.process_index, accelerator.num_processes)
-            loss = torch.zeros((), device=accelerator.device)
-            for part in parts:
-                tokens, labels, cu_seqlens, weight = part.to(accelerator.device)
-                with accelerator.accumulate(model), accelerator.autocast():
-                    part_loss = model(tokens, labels=labels, cu_seqlens=cu_seqlens).loss * weight
-                    accelerator.backward(part_loss)
-                loss += part_loss.detach() / len(parts)
-            mean_loss = float(total(accelerator, loss)) / accelerator.num_processes
-            norm = as_float(accelerator.clip_grad_norm_(model.parameters(), recipe.optim.clip))
-            finite = math.isfinite(mean_loss) and math.isfinite(norm)
-            loads = _unevenness(plain)
-            if finite or accelerator.scaler is not None:  # the scaler of fp16 skips by itself, and must learn of it
-                optimizer.step()
-            update_router_bias(plain, recipe.router_bias_rate if finite else 0.0)
-            optimizer.zero_grad()
-            progress.advance(num_tokens, skipped=not finite)
-            if progress.skipped_in_a_row > recipe.max_nonfinite:
-                raise NonFiniteError(_not_finite(progress, mean_loss, norm, latest(run.path)))
-            logger.step(
-                progress, num_tokens, loss=mean_loss, gradient_norm=norm, rate=factor, share=share, expert_load=loads
-            )
+            parts, num_tokens = next(ahead)
+            numbers = _step(accelerator, model, plain, optimizer, parts, recipe)
+            progress.advance(num_tokens)
+            late.push(_Said(replace(progress), num_tokens, factor, share), numbers)
+            tell(late.ready())
             if progress.share(recipe) < 1:  # the end evaluates and saves once more
                 if progress.step % recipe.evaluate.every == 0:
-                    progress.latest_heldout_bits = evaluate(recipe.evaluate.max_bytes)
+                    tell(late.all())
+                    progress.heldout_bits_per_byte = evaluate(recipe.evaluate.max_bytes)
                 if progress.step % recipe.output.checkpoint_every == 0:
+                    tell(late.all())
                     save()
+        tell(late.all())
         checkpoint = save()
         bits = None if stop else evaluate(recipe.evaluate.final_max_bytes, final=True)
     result = Result(not stop, checkpoint, progress, bits, logger.baselines, _other_best(run))
@@ -168,10 +175,45 @@ def _facts(accelerator: Accelerator, model: nn.Module, corpus: Corpus) -> dict[s
     }
 
 
-def _unevenness(model: nn.Module) -> list[float]:
-    """For each mixture of experts, the busiest expert's tokens over the mean, in this process, this step."""
-    loads = [m.total_load.float() for m in model.modules() if isinstance(m, MoE)]
-    return [round(float(load.max() / load.mean().clamp(min=1e-9)), 4) for load in loads]
+class _Said(NamedTuple):
+    """What the host knows of a step whose numbers are still on their way."""
+
+    progress: Progress  # after it
+    num_tokens: int
+    rate: float
+    share: float
+
+
+def _step(
+    accelerator: Accelerator, model: nn.Module, plain: nn.Module, optimizer: Any, parts: list[Batch], recipe: Recipe
+) -> Tensor:
+    """Forward, backward and optimiser.
+
+    Returns:
+        On the device: the mean loss, the gradient's norm, 1 if the step was left out since these are not finite, and for each
+        mixture of experts the busiest expert's tokens over the mean, in this process.
+    """
+    loss = torch.zeros((), device=accelerator.device)
+    for part in parts:
+        tokens, labels, cu_seqlens, weight = part.to(accelerator.device)
+        with accelerator.accumulate(model), accelerator.autocast():
+            part_loss = model(tokens, labels=labels, cu_seqlens=cu_seqlens).loss * weight
+            accelerator.backward(part_loss)
+        loss += part_loss.detach() / len(parts)
+    loss = total(accelerator, loss) / accelerator.num_processes
+    norm = as_scalar(accelerator.clip_grad_norm_(model.parameters(), recipe.optim.clip)).to(loss)
+    broken = ~(loss.isfinite() & norm.isfinite())
+    shares = busiest_shares(plain)
+    if accelerator.scaler is not None:  # of fp16; it skips by itself, and must learn of it
+        optimizer.step()
+    elif loss.is_cuda:
+        optimizer.optimizer.found_inf = broken.float()
+        optimizer.step()
+    elif not broken:
+        optimizer.step()
+    update_router_bias(plain, recipe.router_bias_rate * (~broken).float())
+    optimizer.zero_grad()
+    return torch.cat((torch.stack((loss, norm, broken.to(loss))), shares.to(loss)))
 
 
 def _not_finite(progress: Progress, loss: float, norm: float, last: Path | None) -> str:

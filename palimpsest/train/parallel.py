@@ -52,11 +52,11 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
     return accelerator
 
 
-def as_float(value: torch.Tensor | None) -> float:
-    """The number that a tensor holds, gathered if it is sharded. All processes call this."""
+def as_scalar(value: torch.Tensor | None) -> torch.Tensor:
+    """A scalar tensor, gathered if it is sharded, 0 for none; the host does not wait for it. All processes call this."""
     if value is None:
-        return 0.0
-    return float(value.full_tensor() if isinstance(value, DTensor) else value)
+        return torch.zeros(())
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def agree(accelerator: Accelerator, *numbers: float) -> tuple[float, ...]:

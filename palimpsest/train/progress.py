@@ -47,9 +47,12 @@ class Progress:
         check(min(numbers) >= 0, "its progress is negative")
         return progress
 
-    def advance(self, num_tokens: int, *, skipped: bool) -> None:
-        """One more step is done."""
+    def advance(self, num_tokens: int) -> None:
+        """One more step is begun."""
         self.step, self.tokens = self.step + 1, self.tokens + num_tokens
+
+    def count(self, *, skipped: bool) -> None:
+        """One more step has come to its end; on a GPU that is known some steps later."""
         self.skipped, self.skipped_in_a_row = self.skipped + skipped, self.skipped_in_a_row + 1 if skipped else 0
 
     def share_of(self, steps: int, minutes: float | None) -> float:

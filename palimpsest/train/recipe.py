@@ -217,6 +217,8 @@ class Recipe:
         output: what is written along the way; of all fields, these alone may change when a run is resumed.
         router_bias_rate: how fast the experts' loads are evened out, 0 or more.
         precision: "no" is fp32; "bf16" and "fp16" by autocast.
+        compile: torch.compile of each layer; None: on a GPU, where it pays.
+        recompute: keep no activations inside layers, and compute them again for the gradient.
         parallel: between processes, when there are several: "ddp", copies, or "fsdp", FSDP2 shards.
         max_nonfinite: so many steps in a row whose gradient is not finite are skipped; one more ends the run.
         seed: of weights and order of data, 0 to 2^32 - 1.
@@ -232,6 +234,8 @@ class Recipe:
     output: Output = field(default_factory=Output)
     router_bias_rate: float = 1e-3
     precision: Literal["no", "bf16", "fp16"] = "no"
+    compile: bool | None = None
+    recompute: bool = False
     parallel: Literal["ddp", "fsdp"] = "ddp"
     max_nonfinite: int = 10
     seed: int = 0
