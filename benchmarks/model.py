@@ -22,6 +22,8 @@ from torch import nn
 from benchmarks._timing import Results
 from palimpsest.models.kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
 from palimpsest.train import load_recipe
+from palimpsest.train.captured import CapturedGradients
+from palimpsest.train.data import Batch
 
 PEAK = 790e12  # bf16 operations a second
 SECONDS = 240  # of one cell
@@ -68,15 +70,26 @@ def active_parameters(config: KimiLinearConfig, model: nn.Module) -> float:
     return total - layers * one * (config.num_experts - config.num_experts_per_token)
 
 
-def build(name: str, contestant: str) -> tuple[KimiLinearConfig, nn.Module, Callable[[torch.Tensor], torch.Tensor]]:
-    """The config, the model, and its loss as a function of tokens."""
+def build(name: str, contestant: str) -> tuple[KimiLinearConfig, nn.Module, Callable[[torch.Tensor], object]]:
+    """The config, the model, and what adds the gradient of its loss on tokens."""
+
+    def backward_of(loss_of):
+        def gradients(ids):
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = loss_of(ids)
+            loss.backward()
+
+        return gradients
+
     config = MODELS[name]()
     if contestant.startswith("palimpsest"):
         with torch.device("cuda"):
             model = KimiLinearForCausalLM(config).train()
-        if contestant == "palimpsest":
+        if contestant == "palimpsest":  # as `palimpsest train` runs it: layers compiled, then one graph
             model.compile_layers()
-        return config, model, lambda ids: model(ids, labels=ids).loss
+            captured = CapturedGradients(_Autocast(model))
+            return config, model, lambda ids: captured(Batch(ids, ids, None, 1.0), first=True)
+        return config, model, backward_of(lambda ids: model(ids, labels=ids).loss)
     if contestant == "transformers":
         sys.modules["fla"] = None  # type: ignore[assignment]  # as if it were not installed
     else:
@@ -87,21 +100,29 @@ def build(name: str, contestant: str) -> tuple[KimiLinearConfig, nn.Module, Call
     theirs = AutoConfig.for_model(**{k: v for k, v in official.items() if k != "architectures"})
     with torch.device("cuda"):
         other = AutoModelForCausalLM.from_config(theirs).train()
-    return config, other, lambda ids: other(ids, labels=ids, use_cache=False).loss
+    return config, other, backward_of(lambda ids: other(ids, labels=ids, use_cache=False).loss)
+
+
+class _Autocast(nn.Module):
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args, **kwargs):
+        with torch.autocast("cuda", torch.bfloat16):
+            return self.model(*args, **kwargs)
 
 
 def training_step(work: Training, contestant: str) -> dict:
     torch.manual_seed(0)
-    config, model, loss_of = build(work.model, contestant)
+    config, model, gradients = build(work.model, contestant)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     ids = torch.randint(config.vocab_size, (work.B, work.T), device="cuda")
 
     def step() -> None:
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = loss_of(ids)
-        loss.backward()
+        gradients(ids)
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=contestant != "palimpsest")
 
     began = time.perf_counter()
     step()

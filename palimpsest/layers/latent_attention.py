@@ -10,8 +10,6 @@ Source   DeepSeek-V2, arXiv:2405.04434; without positions as in Kimi Linear, arX
 from __future__ import annotations
 
 import inspect
-from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -26,6 +24,14 @@ from palimpsest.layers.padding import check_input, check_rows, check_sizes, dtyp
 from palimpsest.layers.precision import float32
 from palimpsest.ops.decode import latent_layer_step_, latent_step
 from palimpsest.ops.packing import borders
+
+try:  # torch has attention over packed documents from 2.10 on, and asked for its causal form in another way then
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:
+    varlen_attn = None
+CAUSAL: dict[str, Any] = {"window_size": (-1, 0)}
+if varlen_attn is not None and "is_causal" in inspect.signature(varlen_attn).parameters:
+    CAUSAL = {"is_causal": True}
 
 ABSORB_UP_TO = (
     128  # tokens: absorbing costs R - N more products a pair and head, expanding N + V times R once a held token
@@ -108,7 +114,7 @@ class MultiHeadLatentAttention(nn.Module):
         Returns:
             y [B, T, hidden_size].
         """
-        if cu_seqlens is None or not (x.is_cuda and _has_varlen()) or self.V > self.N + self.P:
+        if cu_seqlens is None or not x.is_cuda or varlen_attn is None or self.V > self.N + self.P:
             return self.forward(x, cu_seqlens=cu_seqlens)[0]
         starts_N = cu_seqlens.to(device=x.device, dtype=torch.int32)
         starts_N = (
@@ -264,28 +270,12 @@ class MultiHeadLatentAttention(nn.Module):
         return f"heads={self.num_heads}, positions={'none' if self.rope is None else f'rotary, base {self.rope:g}'}"
 
 
-@cache
-def _has_varlen() -> bool:
-    """torch has attention over packed documents from 2.10 on."""
-    return find_spec("torch.nn.attention.varlen") is not None
-
-
 def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, tokens: int, scale: float) -> Tensor:
     """Causal attention of packed documents, [T, H, C]; that none is longer than all tokens is known without looking."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    y = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, tokens, tokens, scale=scale, **_causal())
+    assert varlen_attn is not None
+    y = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, tokens, tokens, scale=scale, **CAUSAL)
     assert isinstance(y, Tensor)
     return y
-
-
-@cache
-def _causal() -> dict[str, Any]:
-    """How this version of torch asks for causal attention."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    names = inspect.signature(varlen_attn).parameters
-    return {"is_causal": True} if "is_causal" in names else {"window_size": (-1, 0)}
 
 
 def rotate(x: Tensor, position: Tensor, base: float) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from palimpsest.layers.moe import busiest_shares, update_router_bias
 from palimpsest.models.kimi_linear import KimiLinearForCausalLM
 from palimpsest.train import checkpoints
+from palimpsest.train.captured import CapturedGradients
 from palimpsest.train.checkpoints import NonFiniteError
 from palimpsest.train.data import Batch, Corpus, Heldout, steps_ahead
 from palimpsest.train.evaluate import bits_per_byte
@@ -77,7 +78,7 @@ def train(
 
 
 def _train(accelerator: Accelerator, corpus: Corpus, run: RunFolder, saved: Path | None, report: Report) -> Result:
-    recipe = run.recipe
+    recipe, on_gpu = run.recipe, accelerator.device.type == "cuda"
 
     @cache
     def heldout(max_bytes: int) -> Heldout:
@@ -89,7 +90,7 @@ def _train(accelerator: Accelerator, corpus: Corpus, run: RunFolder, saved: Path
     plain = KimiLinearForCausalLM(recipe.model)
     if saved:
         checkpoints.read_weights_(plain, saved)  # before they are sharded
-    model, optimizer = accelerator.prepare(plain, build_optimizer(plain, recipe.optim))
+    model, optimizer = accelerator.prepare(plain, build_optimizer(plain, recipe.optim, fused=on_gpu))
     progress = checkpoints.restore(accelerator, plain, optimizer, saved) if saved else Progress()
     if accelerator.is_main_process:
         run.start()
@@ -118,10 +119,12 @@ def _train(accelerator: Accelerator, corpus: Corpus, run: RunFolder, saved: Path
             facts = {"rate": said.rate, "share": said.share, "expert_load": [round(load, 4) for load in loads]}
             logger.step(then, said.num_tokens, loss=loss, gradient_norm=norm, **facts)
 
-    on_gpu = accelerator.device.type == "cuda"
     if on_gpu if recipe.compile is None else recipe.compile:
         plain.compile_layers()
     plain.model.gradient_checkpointing = recipe.recompute
+    alone = accelerator.num_processes == 1 and accelerator.scaler is None
+    capture = on_gpu and alone if recipe.capture is None else recipe.capture
+    captured = CapturedGradients(model, share=1 / recipe.data.accumulate) if capture else None
     late: LateNumbers[_Said] = LateNumbers(accelerator.device)
     process = accelerator.process_index, accelerator.num_processes
     model.train()
@@ -138,7 +141,7 @@ def _train(accelerator: Accelerator, corpus: Corpus, run: RunFolder, saved: Path
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * factor
             parts, num_tokens = next(ahead)
-            numbers = _step(accelerator, model, plain, optimizer, parts, recipe)
+            numbers = _step(accelerator, model, plain, optimizer, captured, parts, recipe)
             progress.advance(num_tokens)
             late.push(_Said(replace(progress), num_tokens, factor, share), numbers)
             tell(late.ready())
@@ -185,7 +188,13 @@ class _Said(NamedTuple):
 
 
 def _step(
-    accelerator: Accelerator, model: nn.Module, plain: nn.Module, optimizer: Any, parts: list[Batch], recipe: Recipe
+    accelerator: Accelerator,
+    model: nn.Module,
+    plain: nn.Module,
+    optimizer: Any,
+    captured: CapturedGradients | None,
+    parts: list[Batch],
+    recipe: Recipe,
 ) -> Tensor:
     """Forward, backward and optimiser.
 
@@ -194,11 +203,13 @@ def _step(
         mixture of experts the busiest expert's tokens over the mean, in this process.
     """
     loss = torch.zeros((), device=accelerator.device)
-    for part in parts:
-        tokens, labels, cu_seqlens, weight = part.to(accelerator.device)
-        with accelerator.accumulate(model), accelerator.autocast():
-            part_loss = model(tokens, labels=labels, cu_seqlens=cu_seqlens).loss * weight
-            accelerator.backward(part_loss)
+    for i, part in enumerate(parts):
+        part_loss = None if captured is None else captured(part, first=i == 0)
+        if part_loss is None:
+            tokens, labels, cu_seqlens, weight = part.to(accelerator.device)
+            with accelerator.accumulate(model), accelerator.autocast():
+                part_loss = model(tokens, labels=labels, cu_seqlens=cu_seqlens).loss * weight
+                accelerator.backward(part_loss)
         loss += part_loss.detach() / len(parts)
     loss = total(accelerator, loss) / accelerator.num_processes
     norm = as_scalar(accelerator.clip_grad_norm_(model.parameters(), recipe.optim.clip)).to(loss)
@@ -212,7 +223,7 @@ def _step(
     elif not broken:
         optimizer.step()
     update_router_bias(plain, recipe.router_bias_rate * (~broken).float())
-    optimizer.zero_grad()
+    optimizer.zero_grad(set_to_none=captured is None)
     return torch.cat((torch.stack((loss, norm, broken.to(loss))), shares.to(loss)))
 
 

@@ -148,14 +148,13 @@ class MuonAdamW(Optimizer):
 
     found_inf: Tensor | None = None
 
-    def __init__(self, groups: list[dict[str, Any]], optim: Optim):
+    def __init__(self, groups: list[dict[str, Any]], optim: Optim, *, fused: bool = False):
         muon = [g for g in groups if g["rule"] == "muon"]
         adamw = [g for g in groups if g["rule"] == "adamw"]
         self._rules: dict[str, Optimizer] = {}
         if muon:
             self._rules["muon"] = StackedMuon(muon, momentum=optim.momentum)
         if adamw:
-            fused = any(p.is_cuda for g in adamw for p in g["params"])  # one launch, which heeds found_inf
             self._rules["adamw"] = AdamW(adamw, betas=optim.betas, eps=1e-10, fused=fused or None)
         super().__init__([g for rule in self._rules.values() for g in rule.param_groups], {})
 
@@ -177,8 +176,10 @@ def _evaluated(closure: Callable[[], float] | None) -> float | None:
         return closure()
 
 
-def build_optimizer(model: nn.Module, optim: Optim) -> MuonAdamW:
+def build_optimizer(model: nn.Module, optim: Optim, *, fused: bool = False) -> MuonAdamW:
     """The recipe's optimiser over the model's parameters; every group keeps its full rate as `base_lr`.
+
+    fused: AdamW as one kernel, which heeds `found_inf`: for GPUs, wherever the parameters are now.
 
     Hidden matrices decay, each on its own learning rate; vectors, gates, convolutions, embeddings and routers do not.
     """
@@ -191,7 +192,7 @@ def build_optimizer(model: nn.Module, optim: Optim) -> MuonAdamW:
         {"rule": "adamw", "params": [parameters[n] for n in parameters if n not in hidden], "lr": optim.lr}
         | {"base_lr": optim.lr, "weight_decay": 0.0},
     ]
-    return MuonAdamW([g for g in groups if g["params"]], optim)
+    return MuonAdamW([g for g in groups if g["params"]], optim, fused=fused)
 
 
 def _is_hidden(name: str, parameter: Tensor) -> bool:

@@ -218,6 +218,7 @@ class Recipe:
         router_bias_rate: how fast the experts' loads are evened out, 0 or more.
         precision: "no" is fp32; "bf16" and "fp16" by autocast.
         compile: torch.compile of each layer; None: on a GPU, where it pays.
+        capture: forward and backward as one CUDA graph; None: on a GPU of its own, unless fp16 scales its loss.
         recompute: keep no activations inside layers, and compute them again for the gradient.
         parallel: between processes, when there are several: "ddp", copies, or "fsdp", FSDP2 shards.
         max_nonfinite: so many steps in a row whose gradient is not finite are skipped; one more ends the run.
@@ -235,6 +236,7 @@ class Recipe:
     router_bias_rate: float = 1e-3
     precision: Literal["no", "bf16", "fp16"] = "no"
     compile: bool | None = None
+    capture: bool | None = None
     recompute: bool = False
     parallel: Literal["ddp", "fsdp"] = "ddp"
     max_nonfinite: int = 10

@@ -143,7 +143,9 @@ class KimiLinearModel(nn.Module):
 
     def _layer(self, layer: DecoderLayer, x: Tensor, state, cu_seqlens: Tensor | None, keep_state: bool):
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            x, state = checkpoint(layer, x, state, cu_seqlens, keep_state, use_reentrant=False)
+            x, state = checkpoint(
+                layer, x, state, cu_seqlens, keep_state, use_reentrant=False, preserve_rng_state=False
+            )
         else:
             x, state = layer(x, state, cu_seqlens, keep_state)
         if self.training and hasattr(layer, "block_sparse_moe"):

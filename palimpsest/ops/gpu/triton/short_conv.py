@@ -4,7 +4,7 @@
 
 Grid      (block of channels, block of tokens, stream x batch row).
 Holds     a tile of tokens by channels; neighbouring taps read the same lines again, from L1.
-Bound     by bytes: x in, y out; backward x and dy in, dx out.
+Bound     by bytes: x in, y out; backward x and dy in, du out, du in, dx out.
 Answers   to short_conv.law. Packed: `ages` [T] is each token's distance from the first of its sequence, `rows` [T] its
           sequence.
 """
@@ -73,31 +73,47 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=["T"])
-def backward_kernel(
-    x, weight, state, dy, dx, d_weight, ages, rows, T, D, x_stride, dy_stride,
+def activation_backward_kernel(
+    x, weight, state, dy, du, d_weight, ages, rows, T, D, x_stride, dy_stride,
     W: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """du = dy silu'(u), and this tile's share of the weights' gradient."""
+    batch = tl.program_id(2).to(tl.int64)
+    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    in_T, in_D = t < T, d < D
+    at_T = batch * T + t
+    age_T, row_T = _place(ages, rows, t, batch, at_T, in_T, PACKED)
+    u_TD = _convolved(x, state, weight, at_T, age_T, in_T, row_T, d, in_D, x_stride, D, W, STATE)
+    share = tl.sigmoid(u_TD)
+    in_tile = in_T[:, None] & in_D[None, :]
+    dy_TD = tl.load(dy + at_T[:, None] * dy_stride + d[None, :], mask=in_tile, other=0.0).to(tl.float32)
+    du_TD = dy_TD * share * (1.0 + u_TD * (1.0 - share))
+    tl.store(du + at_T[:, None] * D + d[None, :], du_TD.to(du.dtype.element_ty), mask=in_tile)
+    part = ((batch * tl.num_programs(1) + tl.program_id(1)) * W).to(tl.int64) * D + d
+    for back in tl.static_range(0, W):
+        tap_TD = _tap(x, state, at_T, age_T, in_T, row_T, back, d, in_D, x_stride, D, W, STATE)
+        tl.store(d_weight + part + (W - 1 - back) * D, tl.sum(du_TD * tap_TD, 0), mask=in_D)
+
+
+@triton.jit(do_not_specialize=["T"])
+def backward_kernel(
+    du, weight, dx, ages, rows, T, D,
+    W: tl.constexpr, PACKED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dx_t = sum_a weight_{W - 1 - a} du_{t + a} over the tokens of its sequence that look back on it."""
     batch = tl.program_id(2).to(tl.int64)
     t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     in_D = d < D
     own_T = batch * T + t
-    part = ((batch * tl.num_programs(1) + tl.program_id(1)) * W).to(tl.int64) * D + d
     dx_TD = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-    for ahead in tl.static_range(0, W):  # du of the tokens that look back on this one
+    for ahead in tl.static_range(0, W):
         in_T = t + ahead < T
-        at_T = own_T + ahead
-        age_T, row_T = _place(ages, rows, t + ahead, batch, at_T, in_T, PACKED)
-        u_TD = _convolved(x, state, weight, at_T, age_T, in_T, row_T, d, in_D, x_stride, D, W, STATE)
-        share = tl.sigmoid(u_TD)
-        dy_TD = tl.load(dy + at_T[:, None] * dy_stride + d[None, :], mask=in_T[:, None] & in_D[None, :], other=0.0)
-        du_TD = dy_TD.to(tl.float32) * share * (1.0 + u_TD * (1.0 - share))
-        w_D = tl.load(weight + d * W + W - 1 - ahead, mask=in_D, other=0.0).to(tl.float32)
-        dx_TD += tl.where((in_T & (age_T >= ahead))[:, None], du_TD * w_D[None, :], 0.0)
-        if ahead == 0:
-            for back in tl.static_range(0, W):
-                tap = _tap(x, state, at_T, age_T, in_T, row_T, back, d, in_D, x_stride, D, W, STATE)
-                tl.store(d_weight + part + (W - 1 - back) * D, tl.sum(du_TD * tap, 0), mask=in_D)
+        age_T, _ = _place(ages, rows, t + ahead, batch, own_T + ahead, in_T, PACKED)
+        seen = (in_T & (age_T >= ahead))[:, None] & in_D[None, :]
+        du_TD = tl.load(du + (own_T + ahead)[:, None] * D + d[None, :], mask=seen, other=0.0).to(tl.float32)
+        dx_TD += du_TD * tl.load(weight + d * W + W - 1 - ahead, mask=in_D, other=0.0).to(tl.float32)[None, :]
     in_tile = (t < T)[:, None] & in_D[None, :]
     tl.store(dx + own_T[:, None] * D + d[None, :], dx_TD.to(dx.dtype.element_ty), mask=in_tile)
 
@@ -133,13 +149,16 @@ def backward(
     dxs, d_weights = [], []
     for i, (x, weight, dy) in enumerate(zip(xs, weights, dys)):
         D, W = weight.shape
-        dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+        dx, du = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
         parts = x.new_empty(B, triton.cdiv(T, BLOCK_T), W, D, dtype=torch.float32)
         if B * T:
-            backward_kernel[(triton.cdiv(D, BLOCK_D), triton.cdiv(T, BLOCK_T), B)](
-                x, weight, states[i] if states else x, dy, dx, parts, ages, rows, T, D, x.stride(1), dy.stride(1),
-                W=W, STATE=bool(states), PACKED=ages is not None, BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D, num_warps=4,
+            grid = triton.cdiv(D, BLOCK_D), triton.cdiv(T, BLOCK_T), B
+            shape = dict(W=W, PACKED=ages is not None, BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D, num_warps=4)
+            activation_backward_kernel[grid](
+                x, weight, states[i] if states else x, dy, du, parts, ages, rows, T, D, x.stride(1), dy.stride(1),
+                STATE=bool(states), **shape,
             )  # fmt: skip
+            backward_kernel[grid](du, weight, dx, ages, rows, T, D, **shape)
         dxs.append(dx)
         d_weights.append(parts.sum((0, 1)).mT.to(weight.dtype).contiguous())  # as the operator promises
     return dxs, d_weights
