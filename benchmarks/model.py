@@ -131,7 +131,6 @@ def training_step(work: Training, contestant: str) -> dict:
     for _ in range(3):
         step()
     torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
     samples = []
     for _ in range(5):  # groups of steps that follow one another, as in training
         began = time.perf_counter()

@@ -558,8 +558,9 @@ def kda_from_logits(
     else:
         parameters = (gate.A_log, gate.dt_bias)
         arguments.check("kda_from_logits, gated", (*tensors, *parameters, state), cu_seqlens)
-        problem = _problem("kda_from_logits", "kda", q, v, cu_seqlens, (*tensors, *parameters, state), gate.name)
-        chosen = choose(Problem(**{**vars(problem), "op": "kda"}), backend)
+        everything = (*tensors, *parameters, state)
+        problem = _problem("kda_from_logits", "kda", q, v, cu_seqlens, everything, gate.name)
+        chosen = choose(_problem("kda", "kda", q, v, cu_seqlens, everything, gate.name), backend)
         able = beta_max == 1.0 and chosen.refusal(problem) is None
         whole = chosen.kda_from_logits if able else None
         if whole:  # the backend that runs KDA takes the logits, too
@@ -705,6 +706,8 @@ def _capability(q: Tensor) -> tuple[int, int] | None:
     if not q.is_cuda:
         return None
     device = q.get_device()
+    if torch.compiler.is_compiling():  # a constant to torch.compile; a table that fills up would compile twice
+        return torch.cuda.get_device_capability(device)
     if device not in _CAPABILITIES:
         _CAPABILITIES[device] = torch.cuda.get_device_capability(device)
     return _CAPABILITIES[device]

@@ -88,7 +88,7 @@ class CapturedGradients:
             loss = self._run(inputs)
         self._pool = self._pool or graph.pool()
         with torch.no_grad():
-            torch._foreach_zero_([p.grad for p in self.parameters])
+            torch._foreach_zero_([p.grad for p in self.parameters if p.grad is not None])
             for buffer, before in buffers:
                 buffer.copy_(before)
         return inputs._replace(loss=loss)

@@ -148,7 +148,7 @@ def _train(accelerator: Accelerator, corpus: Corpus, run: RunFolder, saved: Path
             if progress.share(recipe) < 1:  # the end evaluates and saves once more
                 if progress.step % recipe.evaluate.every == 0:
                     tell(late.all())
-                    progress.heldout_bits_per_byte = evaluate(recipe.evaluate.max_bytes)
+                    progress.latest_heldout_bits = evaluate(recipe.evaluate.max_bytes)
                 if progress.step % recipe.output.checkpoint_every == 0:
                     tell(late.all())
                     save()
