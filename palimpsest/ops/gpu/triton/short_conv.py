@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_T, BLOCK_D = 32, 128
+BLOCK_T, BLOCK_D = 32, 128  # forward: 0.14 ms for 3 x 32,768 x 768 bf16 on an H100, of a floor of 0.10
+BACK_T, BACK_D = 64, 32  # backward: 0.83 ms there, and 1.00 with the forward's tile; its floor is 0.25
 
 
 @triton.jit
@@ -150,10 +151,10 @@ def backward(
     for i, (x, weight, dy) in enumerate(zip(xs, weights, dys)):
         D, W = weight.shape
         dx, du = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
-        parts = x.new_empty(B, triton.cdiv(T, BLOCK_T), W, D, dtype=torch.float32)
+        parts = x.new_empty(B, triton.cdiv(T, BACK_T), W, D, dtype=torch.float32)
         if B * T:
-            grid = triton.cdiv(D, BLOCK_D), triton.cdiv(T, BLOCK_T), B
-            shape = dict(W=W, PACKED=ages is not None, BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D, num_warps=4)
+            grid = triton.cdiv(D, BACK_D), triton.cdiv(T, BACK_T), B
+            shape = dict(W=W, PACKED=ages is not None, BLOCK_T=BACK_T, BLOCK_D=BACK_D, num_warps=4)
             activation_backward_kernel[grid](
                 x, weight, states[i] if states else x, dy, du, parts, ages, rows, T, D, x.stride(1), dy.stride(1),
                 STATE=bool(states), **shape,
