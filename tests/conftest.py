@@ -1,5 +1,6 @@
 import contextlib
 import os
+import sys
 import warnings
 
 import pytest
@@ -60,3 +61,10 @@ def chromium():
         chromium = run.chromium.launch(executable_path=program, args=FLAGS, env=dict(os.environ), timeout=120_000)
         yield chromium
         chromium.close()
+
+
+@pytest.fixture(autouse=True)
+def _no_notebook(request, monkeypatch):
+    """transformers takes a process that has imported marimo for a notebook, and its Trainer then asks for IPython."""
+    if "marimo" in sys.modules and (request.path.parent.name == "integrations" or request.path.name == "test_docs.py"):
+        monkeypatch.delitem(sys.modules, "marimo")

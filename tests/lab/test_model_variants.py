@@ -87,7 +87,9 @@ def test_half_precision_reaches_products_and_no_decay(name, monkeypatch):
     logits.float().logsumexp(-1).mean().backward()
     assert all(p.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
     assert bool(told) != all(map(is_full_attention, model.config.layer_types))
-    for op, tensors in told:
+    for i, (op, tensors) in enumerate(told):
+        if op == "kda" and i and told[i - 1][0] == "kda_from_logits":
+            continue  # the same call again, asked of the backends as one of KDA
         width = {"core": 4, "kda": 3, "kda_from_logits": 3}[op]
         assert {x.dtype for x in tensors[:width]} == {torch.bfloat16}
         decays = tensors[5:7] if op == "kda_from_logits" else tensors[width : width + 1]

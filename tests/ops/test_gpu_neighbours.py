@@ -19,7 +19,7 @@ def drawn(*shape, dtype=torch.float64, scale=1.0, seed=0):
 def with_gradients(function, leaves, dtype):
     leaves = [x.to(dtype).requires_grad_() for x in leaves]
     results = function(*leaves)
-    weights = [drawn(*r.shape, seed=7).bfloat16().to(r.dtype) for r in results]
+    weights = [drawn(*(r.shape or (1,)), seed=7).view_as(r).bfloat16().to(r.dtype) for r in results]
     grads = torch.autograd.grad(sum((r * w).sum() for r, w in zip(results, weights)), leaves)
     return [r.detach() for r in results] + [*grads]
 

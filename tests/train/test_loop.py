@@ -167,7 +167,7 @@ def test_overwriting_waits_until_the_new_run_can_start(whole, tmp_path, monkeypa
             train(override(recipe, settings), tmp_path / "run", overwrite=True)
     with monkeypatch.context() as patch:
         patch.setattr(
-            "palimpsest.train.loop.build_optimizer", lambda *a: (_ for _ in ()).throw(MemoryError("too large"))
+            "palimpsest.train.loop.build_optimizer", lambda *a, **k: (_ for _ in ()).throw(MemoryError("too large"))
         )
         with pytest.raises(MemoryError):
             train(override(recipe, {"seed": "3"}), tmp_path / "run", overwrite=True)
