@@ -172,7 +172,7 @@ def _stopped(folder: Path, recipe: Any, wanted: str | None, number: int, after: 
 
     report.seen = 0  # type: ignore[attr-defined]
     code, said = in_child(partial(train_in, run, recipe, report=report))
-    if code not in (0, -signal.SIGKILL):
+    if code not in (0, -number):  # a signal before the first step ends the process as it would any other
         return f"ended with {code}: {said}"
     problem = goes_on(run, recipe, wanted)
     shutil.rmtree(run)
