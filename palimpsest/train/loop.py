@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,7 +120,8 @@ def _train(accelerator: Accelerator, corpus: Corpus, run: RunFolder, saved: Path
             facts = {"rate": said.rate, "share": said.share, "expert_load": [round(load, 4) for load in loads]}
             logger.step(then, said.num_tokens, loss=loss, gradient_norm=norm, **facts)
 
-    if on_gpu if recipe.compile is None else recipe.compile:
+    can_compile = on_gpu and find_spec("triton") is not None  # which torch.compile writes its GPU code in
+    if can_compile if recipe.compile is None else recipe.compile:
         plain.compile_layers()
     plain.model.gradient_checkpointing = recipe.recompute
     alone = accelerator.num_processes == 1 and accelerator.scaler is None
