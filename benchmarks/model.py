@@ -177,14 +177,17 @@ def draw_figure(results: Results) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
+    measured = {key for key, cell in results.cells.items() if "ms" in cell}
+    rows = [row for row in TRAINING if any(f"{row} | {c}" in measured for c in CONTESTANTS)]
+    shown = [c for c in CONTESTANTS if any(f"{row} | {c}" in measured for row in rows)]
     figure, axes = pyplot.subplots(figsize=(9, 4), layout="constrained")
-    width = 0.8 / len(CONTESTANTS)
-    for at, contestant in enumerate(CONTESTANTS):
-        cells = [results.cells.get(f"{row} | {contestant}", {}) for row in TRAINING]
+    width = 0.8 / max(len(shown), 1)
+    for at, contestant in enumerate(shown):
+        cells = [results.cells.get(f"{row} | {contestant}", {}) for row in rows]
         heights = [cell.get("tokens_per_second", 0) / 1e3 for cell in cells]
-        bars = axes.bar([x + at * width for x in range(len(TRAINING))], heights, width, label=contestant)
+        bars = axes.bar([x + at * width for x in range(len(rows))], heights, width, label=contestant)
         axes.bar_label(bars, [f"{h:.0f}" if h else "" for h in heights], fontsize=7)
-    axes.set_xticks([x + 0.4 - width / 2 for x in range(len(TRAINING))], list(TRAINING), fontsize=8)
+    axes.set_xticks([x + 0.4 - width / 2 for x in range(len(rows))], rows, fontsize=8)
     axes.set_ylabel("thousand tokens a second")
     axes.set_title(f"A training step on one {results.measured.get('gpu', 'GPU')}")
     axes.legend(fontsize=8)
