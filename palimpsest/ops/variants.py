@@ -560,7 +560,10 @@ def kda_from_logits(
         arguments.check("kda_from_logits, gated", (*tensors, *parameters, state), cu_seqlens)
         everything = (*tensors, *parameters, state)
         problem = _problem("kda_from_logits", "kda", q, v, cu_seqlens, everything, gate.name)
-        chosen = choose(_problem("kda", "kda", q, v, cu_seqlens, everything, gate.name), backend)
+        if torch.compiler.is_compiling():  # which cannot read a frozen dataclass through vars
+            chosen = choose(_problem("kda", "kda", q, v, cu_seqlens, everything, gate.name), backend)
+        else:
+            chosen = choose(Problem(**{**vars(problem), "op": "kda"}), backend)
         able = beta_max == 1.0 and chosen.refusal(problem) is None
         whole = chosen.kda_from_logits if able else None
         if whole:  # the backend that runs KDA takes the logits, too

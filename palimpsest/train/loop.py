@@ -111,14 +111,14 @@ def _train(accelerator: Accelerator, corpus: Corpus, run: RunFolder, saved: Path
         logger.checkpoint(progress, path)
         return path
 
-    def tell(steps: Iterable[tuple[_Said, list[float]]]) -> None:
-        for said, (loss, norm, skipped, *loads) in steps:
+    def tell(steps: Iterable[tuple[StepFacts, list[float]]]) -> None:
+        for facts, (loss, norm, skipped, *loads) in steps:
             progress.count(skipped=bool(skipped))
             if progress.skipped_in_a_row > recipe.max_nonfinite:
                 raise NonFiniteError(_not_finite(progress, loss, norm, latest(run.path)))
-            then = replace(said.progress, skipped=progress.skipped, skipped_in_a_row=progress.skipped_in_a_row)
-            facts = {"rate": said.rate, "share": said.share, "expert_load": [round(load, 4) for load in loads]}
-            logger.step(then, said.num_tokens, loss=loss, gradient_norm=norm, **facts)
+            then = replace(facts.progress, skipped=progress.skipped, skipped_in_a_row=progress.skipped_in_a_row)
+            rest = {"rate": facts.rate, "share": facts.share, "expert_load": [round(load, 4) for load in loads]}
+            logger.step(then, facts.num_tokens, loss=loss, gradient_norm=norm, **rest)
 
     can_compile = on_gpu and find_spec("triton") is not None  # which torch.compile writes its GPU code in
     if can_compile if recipe.compile is None else recipe.compile:
@@ -127,7 +127,7 @@ def _train(accelerator: Accelerator, corpus: Corpus, run: RunFolder, saved: Path
     alone = accelerator.num_processes == 1 and accelerator.scaler is None
     capture = on_gpu and alone if recipe.capture is None else recipe.capture
     captured = CapturedGradients(model, share=1 / recipe.data.accumulate) if capture else None
-    late: LateNumbers[_Said] = LateNumbers(accelerator.device)
+    late: LateNumbers[StepFacts] = LateNumbers(accelerator.device)
     process = accelerator.process_index, accelerator.num_processes
     model.train()
     with (
@@ -145,7 +145,7 @@ def _train(accelerator: Accelerator, corpus: Corpus, run: RunFolder, saved: Path
             parts, num_tokens = next(ahead)
             numbers = _step(accelerator, model, plain, optimizer, captured, parts, recipe)
             progress.advance(num_tokens)
-            late.push(_Said(replace(progress), num_tokens, factor, share), numbers)
+            late.push(StepFacts(replace(progress), num_tokens, factor, share), numbers)
             tell(late.ready())
             if progress.share(recipe) < 1:  # the end evaluates and saves once more
                 if progress.step % recipe.evaluate.every == 0:
@@ -180,7 +180,7 @@ def _facts(accelerator: Accelerator, model: nn.Module, corpus: Corpus) -> dict[s
     }
 
 
-class _Said(NamedTuple):
+class StepFacts(NamedTuple):
     """What the host knows of a step whose numbers are still on their way."""
 
     progress: Progress  # after it
