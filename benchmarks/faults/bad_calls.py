@@ -386,6 +386,12 @@ def features(x: Tensor) -> Tensor:
     return torch.cat((x.relu(), (-x).relu()), -1) + 1
 
 
+def _dplr_draw(d: Draw) -> Arguments:
+    """a and b of unit length: with any others the memory grows at each token, out of what half precision holds."""
+    a = _memory(a="B T G K", b="B T G K", log_decay="B T G K")(d)
+    return a | {name: torch.nn.functional.normalize(a[name], dim=-1) for name in ("a", "b")}
+
+
 def _kwargs(function, *positional: str):
     return lambda a: function(*(a[x] for x in positional), **{n: x for n, x in a.items() if n not in positional})
 
@@ -415,8 +421,7 @@ FUNCTIONS: dict[str, Function] = {
         lambda d: {**d.qkv(), "feature_map": torch.nn.functional.relu, "normalise": False},
     ),
     "dplr": Function(
-        _kwargs(p.dplr, "q", "k", "v", "a", "b", "log_decay"), dplr_law,
-        _memory(a="B T G K", b="B T G K", log_decay="B T G K"),
+        _kwargs(p.dplr, "q", "k", "v", "a", "b", "log_decay"), dplr_law, _dplr_draw
     ),
     "softmax_lookup": Function(_kwargs(p.softmax_lookup, "q", "k", "v"), lookup_law, _lookup_draw, rounds=True, roundings=4),
     "kda_from_logits": Function(

@@ -303,6 +303,7 @@ def test_steps_are_the_sequence(K, V):
     assert relative(one_by_one, whole.state.cpu()) < 1e-6
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # torch's own
 def test_compiled_and_captured():
     inputs = drawn(130, torch.bfloat16)
     eager = on_gpu(inputs, "auto")
