@@ -27,6 +27,7 @@ from palimpsest.ops import chunked, reference
 from palimpsest.ops.gates import SigmoidDecay, SoftplusDecay, l2norm
 from palimpsest.ops.gpu.triton.step import steps_
 from palimpsest.testing import BETAS, DECAYS, KEYS, MUTANTS, Case, assert_within_budget, rounded_products
+from palimpsest.testing.budget import rms
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -59,9 +60,15 @@ def relative(actual, truth):
     return ((actual.cpu().double() - truth).norm() / truth.norm().clamp_min(1e-20)).item()  # faded by 2^60 is empty
 
 
+EMPTY = 2.0**-70  # a memory that faded so far: its exponent alone is off by 70 units in fp32, and nothing reads it
+
+
 def assert_honest(names, actual, truth, peer, dtype):
     for name, a, t, p in zip(names, actual, truth, peer):
-        assert_within_budget(name, a, t, p, dtype)
+        if rms(t) < EMPTY:
+            assert rms(a) < 2 * EMPTY, f"{name}: {rms(a):.1e} where the law is empty"
+        else:
+            assert_within_budget(name, a, t, p, dtype)
 
 
 @pytest.mark.parametrize("keys", KEYS)
