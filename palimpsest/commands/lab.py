@@ -14,6 +14,7 @@ from rich.markdown import Markdown
 from rich.markup import escape
 from rich.table import Table
 
+from palimpsest.checks import check
 from palimpsest.commands.options import INTERRUPTED, Command, Group, Json
 from palimpsest.display import clock, display, notes
 
@@ -119,6 +120,12 @@ def run(
     workers: Annotated[
         int, typer.Option("--workers", "-w", help="Points run at once, a process each; several small ones share a GPU.")
     ] = 1,
+    side_by_side: Annotated[
+        int,
+        typer.Option(
+            help="Models that learn beside each other on one GPU, in one process: many small ones in little time."
+        ),
+    ] = 1,
     only: Annotated[str, typer.Option(help="Only points whose description contains this, such as `task mqar`.")] = "",
     minutes: Annotated[
         float | None,
@@ -139,6 +146,7 @@ def run(
     from palimpsest.lab.framework.experiment import load_experiment
     from palimpsest.lab.framework.sweep import InterruptedSweep
     from palimpsest.lab.framework.sweep import run as run_sweep
+    from palimpsest.lab.side_by_side import SideBySide
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -149,12 +157,19 @@ def run(
     folder = out or Path("runs") / "lab" / f"{loaded.name}-{scale}"
     command = f"palimpsest lab run {shlex.quote(experiment)} --scale {scale} --out {shlex.quote(str(folder))}"
     command += f" --device {device}" + (f" --workers {workers}" if workers > 1 else "")
+    command += f" --side-by-side {side_by_side}" if side_by_side > 1 else ""
+    check(side_by_side >= 1, f"--side-by-side is {side_by_side}; give at least 1")
+    check(
+        workers == 1 or side_by_side == 1,
+        f"--workers is {workers} and --side-by-side {side_by_side}; give one of them: models beside each other share a process",
+    )
     last: dict[str, Any] = {}
     try:
         with display(_status, _remarks, quiet=quiet, as_json=as_json) as show_event:
             run_sweep(
                 loaded, scale, folder, device=device, workers=workers, only=only, minutes=minutes, command=command,
-                note=note, report=lambda event: (last.update(event), show_event(event))[1],
+                note=note, runner=SideBySide(side_by_side) if side_by_side > 1 else None,
+                report=lambda event: (last.update(event), show_event(event))[1],
             )  # fmt: skip
     except InterruptedSweep:
         notes.print(

@@ -7,6 +7,7 @@ not read, its labels are answers and not next tokens, and its end is an accuracy
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from palimpsest.checks import check, check_fields
 from palimpsest.files import replacing
@@ -135,6 +136,44 @@ class Training:
     def run(self, device: str, progress: Progress, unfinished: Path | None = None) -> Row:
         return learn(self, device, progress, unfinished)[0]
 
+    # What follows makes it a Lesson of side_by_side.py.
+
+    def material(self) -> str:
+        """Those who share it see the same batches and tests, for as many steps."""
+        shared = {
+            k: v
+            for k, v in self.to_dict().items()
+            if k not in ("who", "size", "lr", "weight_decay", "warmup", "decay", "stop_at")
+        }
+        return json.dumps(shared, sort_keys=True)
+
+    def make(self) -> nn.Module:
+        return build(self.who, self.size, self.vocab_size)
+
+    def draw(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """tokens, labels, scored: [B, T] each."""
+        return _train_batch(self, step)[:3]
+
+    def loss(self, model: Any, tokens: Tensor, labels: Tensor, scored: Tensor) -> Tensor:
+        """As `learn` descends: scored answers and other labels averaged apart."""
+        losses, _ = label_losses(model, tokens, labels)
+        others = (labels != IGNORED) & ~scored
+        return sum((losses * part).sum() / part.sum().clamp(min=1) for part in (scored, others))  # type: ignore[return-value]
+
+    def draw_tests(self, device: str) -> list[Test]:
+        return draw_tests(self, device)
+
+    def score_inputs(self, tests: list[Test]) -> list[tuple[Tensor, ...]]:
+        device = tests[0].questions[0].tokens.device
+        return [tuple(x.to(device) for x in batch[:3]) for batch in tests[0].batches]
+
+    def score(self, model: Any, tokens: Tensor, labels: Tensor, scored: Tensor) -> Tensor:
+        losses, right = label_losses(model, tokens, labels)
+        return torch.stack([(right & scored).sum(), scored.sum(), (losses * scored).sum()]).float()
+
+    def report(self, model: Any, curve: list[Row], tests: list[Test], device: str) -> Row:
+        return outcome(self, model, curve, tests, device)
+
 
 class Question(NamedTuple):
     """A batch as a device takes it: tokens, and which of its hidden states are asked for what."""
@@ -185,8 +224,7 @@ def learn(
         group["fused"] = True  # one launch instead of a dozen
     schedule = Schedule(warmup=point.warmup, decay=point.decay)
     parameters = list(model.parameters())
-    rows = {task: max(point.tokens_per_step // task.length, 1) for task in point.asked}
-    tests = [draw_test(task, rows[task], point.test_batches, device) for task in point.asked]
+    tests = draw_tests(point, device)
     step, curve, running = _take_up(unfinished, model, optimizer, device)
     kept = time.monotonic()
     with closing(_ahead(lambda i: question(_train_batch(point, i), device), step, point.steps)) as questions:
@@ -221,6 +259,17 @@ def learn(
             if time.monotonic() - kept > KEEP_EVERY:
                 _keep(unfinished, model, optimizer, step, curve, running)
                 kept = time.monotonic()
+    return outcome(point, model, curve, tests, device), model
+
+
+def draw_tests(point: Training, device: str) -> list[Test]:
+    """The held-out sequences of everything that is asked."""
+    rows = {task: max(point.tokens_per_step // task.length, 1) for task in point.asked}
+    return [draw_test(task, rows[task], point.test_batches, device) for task in point.asked]
+
+
+def outcome(point: Training, model: Any, curve: list[Row], tests: list[Test], device: str) -> Row:
+    """The result of a run that has ended: a row a test, the curve, and accuracy by slice."""
     scores = [evaluate(model, test, device) for test in tests]
     best = max(curve, key=lambda c: c["accuracy"])
     reached = next((c["step"] for c in curve if c["accuracy"] >= 0.99), None)
@@ -237,7 +286,7 @@ def learn(
         {"test": i, "test_task": task.name, "test_length": task.length} | {k: test[k] for k in METRICS} | shared
         for i, (task, test) in enumerate(zip(point.asked, scores))
     ]
-    return {"rows": table, "curve": curve, "slices": [test["slices"] for test in scores]}, model
+    return {"rows": table, "curve": curve, "slices": [test["slices"] for test in scores]}
 
 
 def _over(point: Training, curve: list[Row]) -> bool:
@@ -324,6 +373,15 @@ def answer_losses(
         logits_NA = model.lm_head(hidden_BTD.flatten(0, 1).index_select(0, asked.place)).float()
         losses_N = F.cross_entropy(logits_NA, asked.target, reduction="none")
     return losses_N, logits_NA.detach().argmax(-1) == asked.target
+
+
+def label_losses(model: Any, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Nats of every label [B, T], 0 where nothing is asked, and whether the first choice is right. Never waits for a GPU."""
+    half = torch.autocast("cuda", torch.bfloat16) if tokens.is_cuda else nullcontext()
+    with half:
+        logits_BTA = model.lm_head(model.model.without_state(tokens)).float()
+        losses_N = F.cross_entropy(logits_BTA.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED)
+    return losses_N.view_as(labels), logits_BTA.detach().argmax(-1) == labels
 
 
 def buckets(values: np.ndarray | Sequence[int]) -> np.ndarray:

@@ -19,6 +19,8 @@ from palimpsest.lab.framework.tally import Report, Tally
 from palimpsest.lab.framework.worker import run_here, run_in_processes
 from palimpsest.train.interrupts import interrupts
 
+Runner = Callable[[Mapping[str, Any], str, SweepFolder, Tally, Callable[[], None]], None]  # as `run_here`
+
 
 class TimeIsUp(InterruptedSweep):
     """The sweep used the minutes that it was given."""
@@ -36,6 +38,7 @@ def run(
     report: Report = lambda event: None,
     command: str = "",
     note: str = "",
+    runner: Runner | None = None,
 ) -> bool:
     """Runs the points that are not done yet, then writes CSV, plots and the report.
 
@@ -48,6 +51,7 @@ def run(
         minutes: stop after so many, as an interrupt does but without an exception; the same call goes on.
         report: called with each event, a dict: "start", "progress", "point", "end".
         command, note: for the report: how this was called, and what a reader should know of the machine.
+        runner: takes the points in another way, such as `palimpsest.lab.side_by_side.SideBySide`.
 
     Returns:
         Whether all points of the sweep are done.
@@ -71,7 +75,9 @@ def run(
         report({"event": "start", "points": len(plan), "left": len(left), "device": device, "workers": workers})
         try:
             with suppress(TimeIsUp), _stops(end) as keep_on:
-                if workers == 1:
+                if runner is not None:
+                    runner(left, device, sweep, tally, keep_on)
+                elif workers == 1:
                     run_here(left, device, sweep, tally, keep_on)
                 else:
                     run_in_processes(left, device, workers, sweep, tally, keep_on)
