@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
@@ -20,8 +20,7 @@ _WORDS: dict[Op, str] = {  # of a refusal
 }
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """The facts of one call that a backend may depend on. An option that is not a field here does not exist.
 
     Attributes:

@@ -47,6 +47,9 @@ def cross_entropy_sum(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
         raise ValueError(
             f"hidden has shape {tuple(hidden.shape)} and head {tuple(head.shape)}; expected [N, D] and [V, D]"
         )
+    for name, tensor in (("hidden", hidden), ("head", head)):
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} is {tensor.dtype}; expected floating numbers")
     if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
         raise ValueError(
             f"targets is {targets.dtype} of shape {tuple(targets.shape)}; expected int64 of shape ({len(hidden)},)"

@@ -38,7 +38,7 @@ def run_experts(
 
     Args:
         x: [N, D]. Under autocast the products run in autocast's dtype.
-        experts: [N, k], whole numbers 0 to E - 1; the experts of a token differ.
+        experts: [N, k], int32 or int64, 0 to E - 1. An expert that a token names twice is added twice, as the sum says.
         weights: [N, k], float32 (float64 for float64 x).
         w1, w3: [E, I, D], gate and up. w2: [E, D, I], down.
 
@@ -46,7 +46,8 @@ def run_experts(
         y [N, D] in the dtype of the products, and the number of tokens of each expert, [E] int64, on the device of x.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit.
+        ValueError: shapes, dtypes or devices that do not fit; on a CPU also an expert beyond those there are. A GPU, which is
+            not waited for, gives NaN for the token that names it.
 
     >>> x, experts, weights = torch.ones(1, 2), torch.tensor([[1]]), torch.ones(1, 1)
     >>> y, load = run_experts(x, experts, weights, torch.ones(2, 3, 2), torch.ones(2, 3, 2), torch.ones(2, 2, 3))
@@ -54,9 +55,21 @@ def run_experts(
     (torch.Size([1, 2]), tensor([0, 1]))
     """
     _check(x, experts, weights, w1, w3, w2)
+    if form(x) != "loop":
+        experts, weights = spoil_unknown(experts, weights, len(w1))
     order_M, back_Nk, ends_E = sort_by_expert(experts, len(w1))
     y = _Experts.apply(x.to(_product_dtype(x)), weights, w1, w3, w2, order_M, back_Nk, ends_E)
     return y, torch.diff(ends_E, prepend=ends_E.new_zeros(1)).long()
+
+
+def spoil_unknown(experts: Tensor, weights: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Where `experts` names none that there is: one that there is, so that every address holds, and the weight NaN.
+
+    >>> spoil_unknown(torch.tensor([[1, 9, -1]]), torch.ones(1, 3), 2)
+    (tensor([[1, 1, 0]]), tensor([[1., nan, nan]]))
+    """
+    known = experts.clamp(0, num_experts - 1)
+    return known, torch.where(known == experts, weights, torch.nan)
 
 
 def sort_by_expert(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,11 +80,14 @@ def sort_by_expert(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, T
 
     Returns:
         order [M]: the pair (token k + choice) at each row; back [N, k]: the row of each pair; ends [E] int32: where each
-        expert's rows end.
+        expert's rows end. Pairs of an expert beyond those there are come last, and no end counts them; on a GPU there must
+        be none.
 
     >>> [x.tolist() for x in sort_by_expert(torch.tensor([[2, 0], [0, 1]]), 3)]
     [[1, 2, 3, 0], [[3, 0], [1, 2]], [2, 3, 4]]
     """
+    if not experts.is_cuda:  # judged before it is narrowed, which may make a known expert of any number
+        experts = experts.where((experts >= 0) & (experts < num_experts), num_experts)
     small = torch.int16 if num_experts < 2**15 else torch.int32  # fewer digits to sort
     sorted_M, order_M = experts.flatten().to(small).sort(stable=True)
     back_M = torch.empty_like(order_M).scatter_(0, order_M, torch.arange(len(order_M), device=order_M.device))
@@ -197,8 +213,10 @@ def _check(x, experts, weights, w1, w3, w2) -> None:
     if x.ndim != 2 or not x.is_floating_point():
         raise ValueError(f"x is {x.dtype} of shape {tuple(x.shape)}; expected floating [tokens, channels]")
     N, D = x.shape
-    if experts.ndim != 2 or experts.shape[0] != N or experts.is_floating_point():
-        raise ValueError(f"experts is {experts.dtype} of shape {tuple(experts.shape)}; expected whole numbers [{N}, k]")
+    if experts.ndim != 2 or experts.shape[0] != N or experts.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"experts is {experts.dtype} of shape {tuple(experts.shape)}; expected int32 or int64 of shape [{N}, k]"
+        )
     if weights.shape != experts.shape or not weights.is_floating_point():
         raise ValueError(
             f"weights is {weights.dtype} of shape {tuple(weights.shape)}; expected floating {experts.shape}"

@@ -41,7 +41,7 @@ def draws(draw):
     return Draw(**sizes, **kinds, with_state=draw(st.booleans()), seed=draw(st.integers(0, 3)))
 
 
-@settings(max_examples=300)
+@settings(max_examples=max(300, settings().max_examples))  # more by hand: the profile "long"
 @given(st.sampled_from(list(FUNCTIONS)), draws(), st.sampled_from(["auto", *backends.names()]), st.data())
 @example("kda_from_logits", Draw(B=0), "auto", None)
 @example("trace", Draw(T=0), "auto", None)

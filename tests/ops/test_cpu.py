@@ -313,6 +313,12 @@ def test_torch_compile_sees_one_graph():
     whole = torch.compile(lambda *x: kda(*x), **options)
     assert all(torch.equal(a, b) for a, b in zip(whole(*sequences), kda(*sequences, backend="cpu")))
 
+    gate = gates.SoftplusDecay(torch.zeros(2), torch.zeros(2, 16))
+    from_logits = lambda *x: kda_from_logits(*x, gate=gate)
+    assert all(
+        torch.equal(a, b) for a, b in zip(torch.compile(from_logits, **options)(*sequences), from_logits(*sequences))
+    )
+
     step = torch.compile(lambda *x: kda_step_(*x), **options)
     token, memories = [x[:, 0] for x in sequences], (state.clone(), state.clone())
     assert torch.equal(step(*token, memories[0]), kda_step_(*token, memories[1]))

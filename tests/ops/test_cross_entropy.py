@@ -102,6 +102,9 @@ def test_memory_does_not_grow_with_the_words():
         (2, lambda t: t.float(), "targets is torch.float32"),
         (2, lambda t: t + V, "the head has 0 to 300"),
         (1, lambda w: w.to("meta"), "head is on meta"),
+        (0, lambda h: h.int(), "hidden is torch.int32; expected floating"),
+        (0, lambda h: h.to(torch.complex64), "hidden is torch.complex64; expected floating"),
+        (1, lambda w: w.to(torch.complex64), "head is torch.complex64; expected floating"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_a_sentence(place, change, sentence):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from palimpsest.ops import experts as experts_module
 from palimpsest.ops.experts import law, run_experts, sort_by_expert
 from palimpsest.testing import assert_within_budget
 
@@ -95,6 +96,13 @@ def test_the_same_bits_twice():
         (0, lambda x: x[0], "x is torch.float64 of shape"),
         (1, lambda e: e[1:], "experts is torch.int64 of shape"),
         (1, lambda e: e + E, "experts names some beyond the 6 there are"),
+        *[
+            (1, lambda e, far=far: e.index_fill(0, e.new_tensor([5]), far), "experts names some beyond the 6 there are")
+            for far in (-1, 2**15, 2**16, 2**16 + 1, 2**31, 2**32 + 3, -(2**63))
+        ],
+        (1, lambda e: e.bool(), "experts is torch.bool of shape .*; expected int32 or int64 of shape"),
+        (1, lambda e: e.to(torch.int16), "experts is torch.int16 of shape"),
+        (0, lambda x: x.int(), "x is torch.int32 of shape"),
         (2, lambda w: w[:, :1], "weights is torch.float64 of shape"),
         (3, lambda w: w.mT, "w1 has shape"),
         (5, lambda w: w[1:], "w2 has shape"),
@@ -106,3 +114,27 @@ def test_what_does_not_fit_is_refused_in_a_sentence(place, change, sentence):
     arguments[place] = change(arguments[place])
     with pytest.raises(ValueError, match=sentence):
         run_experts(*arguments)
+
+
+def test_an_expert_named_twice_is_added_twice():
+    x, experts, weights, *matrices = draw()
+    experts[3] = 4
+    y, load = run_experts(x, experts, weights, *matrices)
+    torch.testing.assert_close(y, law(x, experts, weights, *matrices))
+    once = run_experts(x[3:4], experts[3:4, :1], weights[3:4].sum(1, keepdim=True), *matrices)[0]
+    torch.testing.assert_close(y[3:4], once)
+    assert load.sum() == N * TOP
+
+
+@pytest.mark.parametrize("far", [-1, E, 2**15, 2**16 + 1, 2**31, 2**63 - 1])
+def test_where_the_host_is_not_asked_an_unknown_expert_gives_nan_to_its_token_alone(far, monkeypatch):
+    """As on a GPU; the kernels run under Triton's interpreter here."""
+    monkeypatch.setattr(experts_module, "form", lambda x: "triton")
+    x, experts, weights, *matrices = (t if t.dtype == torch.int64 else t.float() for t in draw())
+    honest = run_experts(x, experts, weights, *matrices)[0]
+    experts = experts.clone()
+    experts[5, 1] = far
+    y, _ = run_experts(x, experts, weights, *matrices)
+    assert y[5].isnan().all()
+    others = torch.arange(N) != 5
+    torch.testing.assert_close(y[others], honest[others])
