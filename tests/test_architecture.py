@@ -19,7 +19,8 @@ MAY_IMPORT = {  # room -> rooms it may import, besides itself
     "layers": {"ops"},
     "models": {"ops", "layers"},
     "generate": {"models", "layers", "ops", "text"},
-    "train": {"models", "layers", "text"},  # and generate and train never import each other
+    "parallel": {"ops", "layers", "models"},
+    "train": {"models", "layers", "text", "parallel"},  # and generate and train never import each other
     "lab": {"ops", "layers", "models", "train", "text", "machine"},
     "explainer": {"ops", "layers", "models", "text"},
     "display": set(),
@@ -35,6 +36,7 @@ MAY_IMPORT = {  # room -> rooms it may import, besides itself
         "display",
         "machine",
         "convert",
+        "parallel",
     },
     "cli": {"commands", "display"},
     "__main__": {"cli"},
@@ -161,6 +163,7 @@ MAY_ASK_THE_SYSTEM = {
     "commands",
     "train",
     "explainer",
+    "parallel",
 }  # who launched me; and ops/cpu: where are the compiler and the cache
 
 
