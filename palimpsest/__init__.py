@@ -32,6 +32,7 @@ _HOME = {  # name -> where it lives
     "KimiLinearConfig": "models.kimi_linear.config",
     "KimiLinearForCausalLM": "models.kimi_linear.model",
     "ModelState": "models.kimi_linear.model_state",
+    "StateHistory": "models.kimi_linear.history",
 }
 _ROOMS = {"gates", "backends"}  # names that are modules
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from palimpsest.layers.kimi_delta_attention import KimiDeltaAttention as KimiDeltaAttention
     from palimpsest.layers.latent_attention import MultiHeadLatentAttention as MultiHeadLatentAttention
     from palimpsest.models.kimi_linear.config import KimiLinearConfig as KimiLinearConfig
+    from palimpsest.models.kimi_linear.history import StateHistory as StateHistory
     from palimpsest.models.kimi_linear.model import KimiLinearForCausalLM as KimiLinearForCausalLM
     from palimpsest.models.kimi_linear.model_state import ModelState as ModelState
     from palimpsest.ops import backends as backends

@@ -11,7 +11,10 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from palimpsest.commands.bench import bench
+from palimpsest.commands.chat import chat
 from palimpsest.commands.convert import convert, validate
+from palimpsest.commands.doctor import doctor
 from palimpsest.commands.eval import evaluate
 from palimpsest.commands.explain import explain
 from palimpsest.commands.generate import generate
@@ -85,7 +88,7 @@ def main(
     pass
 
 
-for command in (train, recipes, generate, info, explain, convert, validate):
+for command in (train, recipes, generate, chat, info, explain, convert, validate, doctor, bench):
     app.command(cls=Command)(command)
 app.command(name="eval", cls=Command)(evaluate)
 app.add_typer(lab)

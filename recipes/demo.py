@@ -1,12 +1,14 @@
 """The main job: a small Kimi Linear that reads bytes and learns the Python standard library's own sources.
 
     palimpsest train recipes/demo.py --out runs/demo
+    palimpsest train recipes/demo.py:debug          some steps of one in miniature, in seconds
     palimpsest generate runs/demo --prompt "def read_lines(path):"
 
 Three layers of Kimi Delta Attention to one of latent attention, a mixture of experts in each but the first. It stops
 after four and a half minutes of training, however fast the machine is, and the learning rate follows the clock.
 """
 
+import dataclasses
 import sysconfig
 
 from palimpsest.models.kimi_linear import KimiLinearConfig
@@ -53,4 +55,18 @@ def recipe() -> Recipe:
         schedule=Schedule(warmup=0.02, decay=0.4),
         evaluate=Evaluate(every=100, max_bytes=32768, final_max_bytes=1 << 18),
         output=Output(checkpoint_every=200, log_every=5),
+    )
+
+
+def debug() -> Recipe:
+    """The same in miniature: twenty steps, to see that everything works."""
+    large = recipe()
+    return dataclasses.replace(
+        large,
+        model=KimiLinearConfig.tiny("KKKM"),
+        data=dataclasses.replace(large.data, sequence_length=64, batch_size=4),
+        steps=20,
+        minutes=None,
+        evaluate=Evaluate(every=10, max_bytes=4096, final_max_bytes=4096),
+        output=Output(checkpoint_every=10, log_every=1),
     )

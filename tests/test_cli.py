@@ -406,3 +406,95 @@ def test_without_typer_the_command_says_what_to_install():
     assert done.returncode == 1
     assert "pip install palimpsest-kda[cli]" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_doctor_says_what_works_and_what_to_install(capsys, monkeypatch):
+    code, out, err = run(capsys, "doctor", "--json")
+    told = json.loads(out)
+    found = {finding["what"]: finding for finding in told["findings"]}
+    assert (code, err) == (0, "")
+    assert {"torch", "C kernel", "GPU", "train", "gguf"} <= {name.partition(" 0")[0] for name in found}
+    assert found["chunked on cpu"]["state"] == "ok"
+    from palimpsest.commands import doctor
+
+    monkeypatch.setitem(doctor.EXTRAS, "gguf", ("no_such_module", "files"))
+    monkeypatch.setattr(doctor, "ENOUGH", 1e-30)
+    code, out, _ = run(capsys, "doctor")
+    assert code == 1  # kernels that are wrong
+    text = re.sub(r"[\s│]+", " ", out)
+    assert "no no_such_module: files cannot be used pip install 'palimpsest-kda[gguf]'" in text
+    assert "do not trust its results" in text
+
+
+def test_a_machine_without_a_compiler_is_told_what_to_install(capsys, monkeypatch):
+    from palimpsest.commands import doctor
+    from palimpsest.ops import backends
+
+    monkeypatch.setattr(backends, "explain", lambda problem: "cpu needs a C compiler and found none\nchunked ok")
+    monkeypatch.setattr(backends, "facts", dict)
+    (finding,) = doctor._cpu_kernel({})
+    assert finding.state == "note"
+    assert finding.said == "needs a C compiler and found none"
+    assert "install gcc or clang" in finding.remedy
+
+
+def test_bench_times_what_runs_here(capsys):
+    code, out, err = run(capsys, "bench", "--only", "step", "--tokens", 64, "--rounds", 2, "--json")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert (code, err) == (0, "")
+    assert {row["by"] for row in rows} >= {"chunked", "reference"}
+    assert all(row["ms"] > 0 and row["rounds"] == 2 for row in rows)
+    assert "no row contains 'nothing'" in refusal(capsys, "bench", "--only", "nothing", "--tokens", 64, "-q")
+
+
+def test_lab_list_has_the_results_with_their_verdicts(capsys, monkeypatch, tmp_path):
+    told = json.loads(run(capsys, "lab", "list", "--json")[1])
+    found = {Path(result["folder"]).name: result for result in told["results"]}
+    assert set(found) >= {path.parent.name for path in (ROOT / "results" / "lab").glob("*/report.md")}
+    assert found["spectra-small"]["verdict"] == "shown"
+    assert all(result["because"] for result in found.values())
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "lab" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "lab" / "mine" / "report.md").write_text("# x\n\n**Verdict: undecided.** Too few seeds.\n")
+    told = json.loads(run(capsys, "lab", "list", "--json")[1])
+    assert {"folder": "runs/lab/mine", "verdict": "undecided", "because": "Too few seeds."} in told["results"]
+
+
+def test_a_run_is_taken_where_a_checkpoint_is(place, capsys, tmp_path):
+    from palimpsest.convert import validate
+
+    newest = latest(place / "run")
+    model = KimiLinearForCausalLM.from_pretrained(place / "run")
+    assert model.folder == newest
+    assert model.tokenizer().name == "bytes"
+    assert validate(place / "run") == []
+    assert run(capsys, "convert", place / "run", tmp_path / "native", "--to", "native", "-q")[0] == 0
+    assert run(capsys, "info", place / "run")[0] == 0
+    text = model.generate("def", max_new_tokens=5, seed=3)
+    assert (
+        text.texts == model.generate(list(b"def"), max_new_tokens=5, seed=3).texts != [""]
+    )  # as its files say: sampled
+    assert len({model.generate("def", max_new_tokens=5, seed=i).texts[0] for i in range(4)}) > 1
+    code, out, _ = run(capsys, "generate", place / "run", "-p", "def", "-n", 5, "--seed", 3, "--json")
+    assert json.loads(out)["text"] == text.texts[0]
+    with pytest.raises(ValueError, match="loaded from no folder"):
+        KimiLinearForCausalLM(model.config).tokenizer()
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match="has no checkpoint yet"):
+        KimiLinearForCausalLM.from_pretrained(tmp_path / "begun")
+
+
+@pytest.mark.parametrize("name", ["48b", "official_48b"])
+def test_a_configuration_has_no_weights(capsys, name):
+    assert "names a configuration, which has no weights; fetch the checkpoint" in refusal(
+        capsys, "generate", name, "-p", "x"
+    )
+    assert run(capsys, "info", name)[0] == 0
+
+
+def test_the_demo_has_a_miniature(capsys, tmp_path, monkeypatch):
+    code, out, _ = run(capsys, "train", "demo:debug", "--show")
+    shown = json.loads(out)
+    assert code == 0
+    assert (shown["steps"], shown["minutes"]) == (20, None)

@@ -14,6 +14,7 @@ import palimpsest
 
 PUBLIC = """
     DeltaOutput KimiDeltaAttention KimiLinearConfig KimiLinearForCausalLM ModelState MultiHeadLatentAttention
+    StateHistory
     backends delta_rule dplr gated_delta gated_delta_product gated_linear_attention gates gdn2 kda kda_from_logits kda_step_
     linear_attention softmax_lookup trace
 """.split()

@@ -11,7 +11,8 @@ import typer
 
 def explain(
     model: Annotated[
-        Path | None, typer.Option(help="A checkpoint's folder to watch, in place of the small model that is shipped.")
+        Path | None,
+        typer.Option(help="A run's or checkpoint's folder to watch, in place of the small model that is shipped."),
     ] = None,
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1; 0 takes a free one.")] = 0,
     browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
@@ -27,7 +28,11 @@ def explain(
     ] = None,
 ) -> None:
     """See the memory fade, erase and write: one page, served to this machine alone."""
+    from palimpsest.commands.options import checkpoint_of
+
     try:
+        if model is not None and (model / "run.json").is_file():  # else nothing needs torch before the page is up
+            model = checkpoint_of(str(model))
         if picture is not None:
             from palimpsest.explainer.picture import draw
 

@@ -42,7 +42,7 @@ def info(
     console = Console(highlight=False)
     if model is not None:
         _print_model(console, model, facts["model"])
-    _print_machine(console, facts["machine"])
+    print_machine(console, facts["machine"])
     return 0
 
 
@@ -87,7 +87,7 @@ def _print_model(console: Console, name: str, card: dict[str, Any]) -> None:
     console.print(table)
 
 
-def _print_machine(console: Console, facts: dict[str, Any]) -> None:
+def print_machine(console: Console, facts: dict[str, Any]) -> None:
     from palimpsest.machine import in_words
 
     console.print(f"this machine: {escape(in_words(facts))}", soft_wrap=True)

@@ -29,7 +29,7 @@ app = typer.Typer(
 
 @app.command("list", cls=Command)
 def list_(as_json: Json = False) -> int:
-    """The experiments, contestants and tasks there are.
+    """The experiments, contestants and tasks there are, and the results: those that come with the package, and those of runs/lab.
 
     Example: `palimpsest lab list`
     """
@@ -41,7 +41,8 @@ def list_(as_json: Json = False) -> int:
     tasks = {name: (sys.modules[task.__module__].__doc__ or "").partition("\n")[0] for name, task in TASKS.items()}
     if as_json:
         experiments = [{"name": e.name, "question": e.question, "scales": dict(e.scales)} for e in loaded]
-        typer.echo(json.dumps({"experiments": experiments, "contestants": ABOUT, "tasks": tasks}))
+        told = {"experiments": experiments, "contestants": ABOUT, "tasks": tasks, "results": _results()}
+        typer.echo(json.dumps(told))
         return 0
     console = Console(highlight=False)
     table = Table(
@@ -59,7 +60,33 @@ def list_(as_json: Json = False) -> int:
     for name, words in tasks.items():
         table.add_row(name, words.partition(": ")[2])
     console.print(table)
+    if results := _results():
+        table = Table("results", "verdict", "because", title="palimpsest lab show FOLDER", title_justify="left")
+        for result in results:
+            because = result["because"].replace("\n", " ")
+            table.add_row(
+                result["folder"], result["verdict"], escape(because if len(because) < 100 else because[:100] + " ...")
+            )
+        console.print(table)
     return 0
+
+
+def _results() -> list[dict[str, str]]:
+    """Every finished result there is, with its verdict."""
+    from palimpsest.commands.recipes import shipped
+    from palimpsest.lab.framework.report import verdict_of
+
+    found = []
+    for place in (*shipped("results"), Path("runs")):
+        for folder in sorted(path.parent for path in (place / "lab").glob("*/report.md")):
+            outcome, because = verdict_of(folder)
+            found.append({"folder": _short(folder), "verdict": outcome, "because": because})
+    return found
+
+
+def _short(folder: Path) -> str:
+    """From here, where it is below."""
+    return str(folder.resolve().relative_to(Path.cwd())) if folder.resolve().is_relative_to(Path.cwd()) else str(folder)
 
 
 @app.command(cls=Command)

@@ -50,16 +50,17 @@ class Group(PlainHelp, TyperGroup):
 
 def checkpoint_of(folder: str) -> Path:
     """The folder with the weights: itself, or a run's newest checkpoint."""
-    from palimpsest.train.run_folder import is_run, latest
+    from palimpsest.models.kimi_linear import checkpoint_place
 
     path = Path(folder)
-    if is_run(path):
-        if (newest := latest(path)) is None:
-            raise ValueError(f"the run in {folder!r} has no checkpoint yet; train further, or wait for the first")
-        return newest
     if not path.is_dir():
+        if folder.lower() in ("48b", "official_48b", "tiny", "small", "medium"):
+            raise ValueError(
+                f"{folder!r} names a configuration, which has no weights; fetch the checkpoint, such as "
+                "moonshotai/Kimi-Linear-48B-A3B-Instruct, and give its folder"
+            )
         raise ValueError(f"{folder!r} is no folder; give a run's folder, or one with config.json and safetensors")
-    return path
+    return checkpoint_place.checkpoint_of(path)
 
 
 def sampling_of(

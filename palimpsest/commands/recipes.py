@@ -12,17 +12,17 @@ import typer
 from palimpsest.commands.options import Json
 
 
-def folders() -> list[Path]:
-    """Where recipes come with the package: beside it in a checkout, under the environment's share/ once installed."""
-    root, shared = Path(__file__).parents[2], Path("share", "palimpsest", "recipes")
-    places = (root / "recipes", root / shared, Path(sys.prefix) / shared)
+def shipped(name: str) -> list[Path]:
+    """Where a folder that comes with the package is: beside it in a checkout, under the environment's share/ once installed."""
+    root, shared = Path(__file__).parents[2], Path("share", "palimpsest", name)
+    places = (root / name, root / shared, Path(sys.prefix) / shared)
     return [place for place in places if place.is_dir()]
 
 
 def known() -> dict[str, Path]:
     """The recipes that come with the package, by name."""
     found: dict[str, Path] = {}
-    for folder in folders():
+    for folder in shipped("recipes"):
         for file in sorted(folder.glob("*.py")):
             found.setdefault(file.stem, file)
     return found

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from palimpsest.files import read_object
 from palimpsest.models.kimi_linear.checkpoint import CONFIG, INDEX, WHOLE, read_config
+from palimpsest.models.kimi_linear.checkpoint_place import checkpoint_of
 from palimpsest.models.kimi_linear.config import KimiLinearConfig
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -42,7 +43,7 @@ class Source:
     entries: dict[str, Entry]
 
     def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
+        self.path = checkpoint_of(path)
         if self.path.suffix == ".gguf":
             from palimpsest.convert.gguf_files import read_header
 

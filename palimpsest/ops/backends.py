@@ -78,6 +78,7 @@ class Backend:
         refuses: the reason why it cannot take a problem, as the rest of "it ..."; None if it can.
         core, kda, kda_from_logits, dplr, linear, step, lookup: the run functions above.
         starts_empty: sequences without a state come as None; otherwise as zeros.
+        facts: what a user may want to know of its kernels on this machine, such as where they are kept.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Backend:
     step: Callable | None = None
     lookup: Callable | None = None
     starts_empty: bool = False
+    facts: Callable[[], dict[str, str]] | None = None
 
     def refusal(self, problem: Problem) -> str | None:
         """Why this backend cannot take the problem, as a sentence; None if it can."""
@@ -173,3 +175,12 @@ def explain(problem: Problem) -> str:
     ('ok', 'needs a CUDA device; the tensors are on cpu')
     """
     return "\n".join(f"{backend.name:10} {backend.refusal(problem) or 'ok'}" for backend in _BACKENDS)
+
+
+def facts() -> dict[str, dict[str, str]]:
+    """What each backend has to say of its kernels on this machine, such as where they are kept; those with nothing are left out.
+
+    >>> "reference" in facts()
+    False
+    """
+    return {backend.name: backend.facts() for backend in _BACKENDS if backend.facts is not None}

@@ -22,9 +22,9 @@ from typing import Any
 
 from palimpsest.checks import is_a
 from palimpsest.files import PARTIAL, locked, put, read_json, read_object, remove_partials, write_json, write_text
+from palimpsest.models.kimi_linear.checkpoint_place import STEP, checkpoints_of, is_run, latest, number_of
 from palimpsest.train.recipe import Recipe, as_dict, difference
 
-STEP = re.compile(r"step-(\d{8,})")  # a whole checkpoint
 HALF = re.compile(r"\.(saving|removing)-step-\d{8,}")  # one that is being written or removed
 WRITTEN = ("result.json", "metrics.jsonl", "loss.png", "loss.svg")
 STATE = "training.json"  # of a checkpoint: what resuming needs to know
@@ -173,11 +173,6 @@ class RunFolder:
             )
 
 
-def is_run(folder: str | Path) -> bool:
-    """Whether a training run began in this folder."""
-    return (Path(folder) / "run.json").is_file()
-
-
 def read_run(folder: str | Path) -> dict[str, Any]:
     """What run.json of a folder says: "recipe", as JSON, and "data", a digest.
 
@@ -193,19 +188,6 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     return found
 
 
-def checkpoints_of(folder: str | Path) -> list[Path]:
-    """The whole checkpoints of a run's folder, the oldest first; other names are nobody's business."""
-    with suppress(OSError):
-        entries = list((Path(folder) / "checkpoints").iterdir())
-        return sorted((p for p in entries if STEP.fullmatch(p.name) and p.is_dir()), key=number_of)
-    return []
-
-
-def latest(folder: str | Path) -> Path | None:
-    """The newest whole checkpoint of a run's folder; None before the first."""
-    return (checkpoints_of(folder) or [None])[-1]
-
-
 def best(folder: str | Path) -> Path | None:
     """The checkpoint of a run with the fewest held-out bits per byte, the earliest of equals; None if none was measured."""
     measured = [(bits, number_of(p), p) for p in checkpoints_of(folder) if (bits := heldout_bits(p)) is not None]
@@ -219,11 +201,6 @@ def heldout_bits(checkpoint: Path) -> float | None:
     except (ValueError, KeyError, TypeError):
         return None
     return found if is_a(found, float) else None
-
-
-def number_of(checkpoint: Path) -> int:
-    """The step of a checkpoint."""
-    return int(checkpoint.name.removeprefix("step-"))
 
 
 def finite(value: Any) -> Any:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -171,7 +170,9 @@ class PalimpsestForCausalLM(PreTrainedModel, GenerationMixin):
             model = cls(PalimpsestConfig(own.config.to_dict()))
         _share(own.model, model.model)
         model.lm_head = own.lm_head
-        if (Path(folder) / "generation_config.json").is_file():
+        assert own.folder is not None
+        folder = own.folder  # of a run, its newest checkpoint
+        if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
         return model.eval()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,6 +50,17 @@ def write_report(folder: Path, experiment: Experiment, records: Sequence[Record]
         "",
     ]
     (folder / "report.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def verdict_of(folder: Path) -> tuple[str, str]:
+    """What the report in a folder found and why: "shown", "not shown", "undecided" or "measured", and sentences.
+
+    Args:
+        folder: with a report.md.
+    """
+    text = (folder / "report.md").read_text(encoding="utf-8", errors="replace")
+    found = re.search(r"^\*\*Verdict: ([^*]+)\.\*\* (.*)$", text, re.MULTILINE)
+    return (found[1], found[2]) if found else ("none", "")
 
 
 def compare(folders: Sequence[Path]) -> list[Table]:

@@ -23,6 +23,7 @@ from torch import Tensor
 from palimpsest.checks import shown
 from palimpsest.files import flush, flush_list, give_usual_mode, read_bytes, read_object
 from palimpsest.layers.precision import Float32Tensors
+from palimpsest.models.kimi_linear.checkpoint_place import checkpoint_of
 from palimpsest.models.kimi_linear.config import KimiLinearConfig
 from palimpsest.models.kimi_linear.official_names import PROJECTIONS, official_tensors, place_of
 
@@ -116,6 +117,7 @@ def load_into_(model: SavedModel, folder: str | os.PathLike, *, verify: bool = T
     Raises:
         ValueError: as load; also if the folder's config is another. The model is then unchanged.
     """
+    folder = checkpoint_of(folder)
     theirs, ours = read_config(folder).to_dict(), model.config.to_dict()
     for name in {**ours, **theirs}:
         if theirs.get(name) != ours.get(name):

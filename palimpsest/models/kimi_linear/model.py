@@ -7,8 +7,10 @@ Source   arXiv:2510.26692; parameter names and numerics are those of moonshotai/
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from os import PathLike
-from typing import NamedTuple, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +22,18 @@ from palimpsest.layers.moe import Experts, MoE
 from palimpsest.layers.norms import RMSNorm
 from palimpsest.layers.padding import check_rows, pack, unpack
 from palimpsest.models.kimi_linear.checkpoint import check_files, fill_, read_config, save
+from palimpsest.models.kimi_linear.checkpoint_place import checkpoint_of
 from palimpsest.models.kimi_linear.compiled_step import CompiledStep
 from palimpsest.models.kimi_linear.config import KimiLinearConfig
 from palimpsest.models.kimi_linear.mixers import make_mixer
 from palimpsest.models.kimi_linear.model_state import ModelState
 from palimpsest.ops.cross_entropy import IGNORED, cross_entropy_sum
 from palimpsest.ops.packing import check_cu_seqlens
+
+if TYPE_CHECKING:
+    from palimpsest.generate import DecodeState, Generation, Sampling
+    from palimpsest.generate.prompts import Prompts
+    from palimpsest.text import Tokenizer
 
 
 class CausalOutput(NamedTuple):
@@ -217,6 +225,9 @@ class KimiLinearForCausalLM(nn.Module):
         self.config = config
         self.model = KimiLinearModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.folder: Path | None = (
+            None  # that it was loaded from, and that knows its tokenizer and how tokens are chosen
+        )
         self.apply(self._initialise)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -318,7 +329,7 @@ class KimiLinearForCausalLM(nn.Module):
         """A model from a folder in the official layout; it is in evaluation mode.
 
         Args:
-            folder: holds config.json and the weights.
+            folder: holds config.json and the weights; or a run's, whose newest checkpoint is taken.
             dtype: of the weights; as stored if None. Decay rates and biases and router biases stay float32.
             device: where to.
             verify: check each file against its own digest, where it has one.
@@ -326,6 +337,7 @@ class KimiLinearForCausalLM(nn.Module):
         Raises:
             ValueError: something is missing, damaged, of another model, or does not fit the config.
         """
+        folder = checkpoint_of(folder)
         config = read_config(folder)
         check_files(config, folder)
         try:
@@ -337,7 +349,58 @@ class KimiLinearForCausalLM(nn.Module):
                 f"the config in {str(folder)!r} makes no model ({reason}); its sizes are too large"
             ) from error
         fill_(model, folder, dtype=dtype, device=device, verify=verify)
+        model.folder = folder
         return model.eval()
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that came with the checkpoint.
+
+        Raises:
+            ValueError: the model was loaded from no folder, or its folder does not say.
+        """
+        from palimpsest.text import tokenizer_of
+
+        if self.folder is None:
+            raise ValueError(
+                "this model was loaded from no folder; use palimpsest.text.load_tokenizer('bytes') or a file"
+            )
+        return tokenizer_of(self.folder)
+
+    def generate(
+        self,
+        prompts: Prompts | DecodeState,
+        *,
+        max_new_tokens: int,
+        tokenizer: Tokenizer | None = None,
+        sampling: Sampling | None = None,
+        **options: Any,
+    ) -> Generation:
+        """Continue each prompt, as `palimpsest.generate.generate` does.
+
+        Args:
+            prompts: a text or several, ids or several lists of them, or ids [B, T]; or a `DecodeState`.
+            max_new_tokens: at most this many per sequence.
+            tokenizer: by default the checkpoint's, where it was loaded from a folder that has one.
+            sampling: by default as the checkpoint's generation_config.json says; greedy without one.
+            options: as that function's: stop, seed, state, draft, history and the others.
+
+        Raises:
+            ValueError: an argument that does not fit, named in one sentence.
+
+        >>> model = KimiLinearForCausalLM(KimiLinearConfig.tiny()).eval()
+        >>> len(model.generate([72, 101], max_new_tokens=5, end_tokens=()).tokens[0])
+        5
+        """
+        from palimpsest.generate import Sampling, generate
+        from palimpsest.models.kimi_linear.generation_config import GREEDY, sampling_defaults
+
+        if tokenizer is None and self.folder is not None:
+            with suppress(ValueError, ImportError):  # ids need none
+                tokenizer = self.tokenizer()
+        if sampling is None:
+            said: dict[str, Any] = dict(GREEDY) if self.folder is None else sampling_defaults(self.folder)
+            sampling = Sampling(**said)
+        return generate(self, prompts, max_new_tokens=max_new_tokens, tokenizer=tokenizer, sampling=sampling, **options)
 
     def save_pretrained(self, folder: str | PathLike, *, max_shard_bytes: int = 5 * 10**9) -> None:
         """Write the model to a folder in the official layout. See checkpoint.save."""

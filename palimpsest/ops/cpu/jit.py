@@ -5,7 +5,8 @@ compiler, so a change of any of them is another file. Its digest is that of its 
 or altered is seen before it is opened, thrown away and built again. It is compiled in a folder of its own and then
 renamed: processes that compile at once, or die while they do, leave either a whole library or none.
 
-Where the cache cannot be written, each process compiles for itself in a temporary folder.
+Where the cache cannot be written, each process compiles for itself in a temporary folder. Where there is no compiler, a
+library that came with the package is taken: `prebuild` makes them, for a wheel that is built with PALIMPSEST_PREBUILT=1.
 """
 
 import contextlib
@@ -26,6 +27,8 @@ OPTIMISE = ("-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic", "-fno-math-e
 SHARED = ("-std=gnu11", "-shared", "-fPIC")
 # Tried in this order. Apple's compiler has no OpenMP, and some have no name for the processor they run on.
 FLAGS = (("-march=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
+READY = SOURCE.with_name("prebuilt")
+WIDE = {"avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"}  # what Linux calls the parts of x86-64-v3 that matter here
 PATIENCE = 120  # seconds for one compilation, which takes two on an idle machine
 
 
@@ -40,7 +43,59 @@ def library() -> ctypes.CDLL:
     Raises:
         CannotCompileError: no compiler was found, or none of its ways to compile worked.
     """
-    return load(find_compiler(), cache_folder())
+    try:
+        return load(find_compiler(), cache_folder())
+    except CannotCompileError:
+        for path in prebuilt():
+            with contextlib.suppress(
+                OSError
+            ):  # without the threads' library that it was linked with: the next has none
+                return _open(path)
+        raise
+
+
+def prebuild(compiler: Path, folder: Path) -> list[Path]:
+    """Libraries for machines without a compiler, into `folder`: the best first, for this kind of processor."""
+    levels = (("v3", ("-march=x86-64-v3",)),) if platform.machine() in ("x86_64", "AMD64") else ()
+    built = []
+    folder.mkdir(parents=True, exist_ok=True)
+    for level, march in (*levels, ("any", ())):
+        for threads, flags in (("threads", ("-fopenmp",)), ("single", ())):
+            with contextlib.suppress(CannotCompileError), tempfile.TemporaryDirectory(prefix="palimpsest-") as place:
+                made = compile_source(compiler, Path(place), flags=((*march, *flags),))
+                name = f"delta_memory-{platform.machine()}-{level}-{threads}-{_of_source()}.so"
+                built.append(Path(shutil.copy(made, folder / name)))
+    return built
+
+
+def prebuilt() -> list[Path]:
+    """Libraries that came with the package, of this very source and for this processor; the best first."""
+    found = []
+    for level in ("v3", "any") if set(_flags()) >= WIDE else ("any",):
+        names = (
+            f"delta_memory-{platform.machine()}-{level}-{threads}-{_of_source()}.so"
+            for threads in ("threads", "single")
+        )
+        found += [READY / name for name in names if (READY / name).is_file()]
+    return found
+
+
+def facts() -> dict[str, str]:
+    """What there is to say of these kernels on this machine: compiler, cache, and libraries that came with the package."""
+    said = {}
+    try:
+        said["compiler"] = str(find_compiler())
+    except CannotCompileError:
+        said["compiler"] = "none"
+    cache = cache_folder()
+    kept = [] if cache is None else sorted(cache.glob("delta_memory-*.so"))
+    size = sum(path.stat().st_size for path in kept)
+    said["cache"] = (
+        "none: this user has no home" if cache is None else f"{cache}, {len(kept)} kernels, {size / 1e6:.1f} MB"
+    )
+    if ready := prebuilt():
+        said["came with the package"] = ", ".join(path.name for path in ready)
+    return said
 
 
 def refusal() -> str | None:
@@ -145,6 +200,18 @@ def _key(compiler: Path, source: Path) -> str:
     made_by = compiler.stat()
     facts = (source.read_bytes(), OPTIMISE, SHARED, FLAGS, compiler, made_by.st_size, made_by.st_mtime_ns, _processor())
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+
+def _of_source() -> str:
+    return hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
+
+
+def _flags() -> list[str]:
+    """What the processor can do, as Linux says it."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
+    return []
 
 
 def _processor() -> str:

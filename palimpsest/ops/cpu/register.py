@@ -310,5 +310,6 @@ def refuses(problem: Problem) -> str | None:
 
 
 CPU = Backend(
-    "cpu", refuses, core=core, kda=kda, kda_from_logits=kda_from_logits, linear=linear_by_core(core), step=step
-)
+    "cpu", refuses, core=core, kda=kda, kda_from_logits=kda_from_logits, linear=linear_by_core(core), step=step,
+    facts=jit.facts,
+)  # fmt: skip

@@ -88,7 +88,8 @@ def test_bad_tokenizers_are_refused_in_a_sentence(byte_level, tmp_path):
 
 def test_the_files_of_the_byte_tokenizer_are_bytes_to_other_tools(tmp_path):
     pytest.importorskip("tokenizers")
-    from palimpsest.text import END_OF_DOCUMENT, tokenizer_files
+    from palimpsest.text import tokenizer_files
+    from palimpsest.text.tokenizer import END_OF_DOCUMENT
 
     for name, content in tokenizer_files(ByteTokenizer()).items():
         (tmp_path / name).write_bytes(content)

@@ -1,4 +1,4 @@
-"""Text to token ids and back: bytes as they are, or any tokenizer file of the `tokenizers` library.
+"""Text to token ids and back: bytes as they are, any tokenizer file of the `tokenizers` library, or a `tiktoken.model`.
 
 A tokenizer is anything with `name`, `vocab_size`, `eos_id` (None if it has none), `encode(text)` and `decode(ids)`.
 """
@@ -11,6 +11,7 @@ from typing import Protocol
 
 from palimpsest.checks import shown
 from palimpsest.files import read_object
+from palimpsest.text.tiktoken_files import TIKTOKEN, as_tokenizer_config, byte_characters, tokenizer_json_of
 
 END_OF_DOCUMENT = "<|endoftext|>"  # the text of byte 256, where a file must have one
 REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no character, and for a character still incomplete
@@ -20,17 +21,27 @@ class Tokenizer(Protocol):
     """What training and generation ask of a tokenizer."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """ "bytes", or its file."""
+        ...
 
     @property
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        ...
 
     @property
-    def eos_id(self) -> int | None: ...
+    def eos_id(self) -> int | None:
+        """The end mark; None if it has none."""
+        ...
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str) -> list[int]:
+        """The ids of text; no mark is added."""
+        ...
 
-    def decode(self, ids: Sequence[int]) -> str: ...
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, without marks."""
+        ...
 
 
 class ByteTokenizer:
@@ -63,7 +74,7 @@ class ByteTokenizer:
 
 
 class FileTokenizer:
-    """A `tokenizer.json` of the `tokenizers` library, or a folder that holds one.
+    """A `tokenizer.json` of the `tokenizers` library, or the released model's `tiktoken.model`; or a folder with one of them.
 
     Args:
         path: the file, or its folder.
@@ -78,13 +89,15 @@ class FileTokenizer:
             import tokenizers
         except ImportError as error:
             raise ImportError("reading a tokenizer file needs tokenizers: pip install palimpsest-kda[train]") from error
-        file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+        file = _file_in(Path(path)) if Path(path).is_dir() else Path(path)
         if not file.is_file():
             raise ValueError(
-                f"tokenizer {str(file)!r} does not exist; give a tokenizer.json, or 'bytes' for plain bytes"
+                f"tokenizer {str(file)!r} does not exist; give a tokenizer.json or tiktoken.model, or 'bytes' for plain bytes"
             )
+        content = tokenizer_json_of(file.parent) if file.name == TIKTOKEN else None
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
+            make = tokenizers.Tokenizer
+            self._tokenizer = make.from_file(str(file)) if content is None else make.from_str(content.decode())
         except Exception as error:  # the library raises a bare Exception with the parser's words
             raise ValueError(f"{str(file)!r} is not a tokenizer file of the tokenizers library: {error}") from error
         self.name = str(file)
@@ -95,6 +108,7 @@ class FileTokenizer:
 
     @property
     def vocab_size(self) -> int:
+        """One more than the largest id."""
         # Not the count of tokens: added tokens may leave holes, and an embedding must cover the largest id.
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
@@ -105,6 +119,14 @@ class FileTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, without special tokens."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def text_of(self, token: int) -> str:
+        """The text of one token, a special one's too."""
+        return self._tokenizer.decode([token], skip_special_tokens=False)
+
+    def to_json(self) -> bytes:
+        """The content of its tokenizer.json."""
+        return self._tokenizer.to_str().encode()
 
 
 def load_tokenizer(name: str | Path, *, eos: str | None = None) -> Tokenizer:
@@ -137,7 +159,7 @@ def tokenizer_of(folder: str | Path, name: str | Path | None = None) -> Tokenize
                 "it; give --tokenizer bytes or a file"
             )
         return load_tokenizer("bytes" if said == "bytes" else folder / said)
-    if (folder / "tokenizer.json").is_file():
+    if _file_in(folder).is_file():
         return load_tokenizer(folder)
     raise ValueError(f"folder {str(folder)!r} does not say which tokenizer it needs; give --tokenizer bytes or a file")
 
@@ -160,21 +182,20 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
         files["tokenizer_config.json"] = json.dumps(config, indent=2).encode()
     elif isinstance(tokenizer, FileTokenizer):
         source = Path(tokenizer.name)
-        files["tokenizer.json"] = source.read_bytes()
+        if source.name == TIKTOKEN:
+            files["tokenizer.json"] = tokenizer.to_json()
+            files["tokenizer_config.json"] = json.dumps(as_tokenizer_config(source.parent), indent=2).encode()
+        else:
+            files["tokenizer.json"] = source.read_bytes()
         for beside in ("tokenizer_config.json", "chat_template.jinja"):
-            if source.with_name(beside).is_file():
+            if beside not in files and source.with_name(beside).is_file():
                 files[beside] = source.with_name(beside).read_bytes()
     return files
 
 
 def _bytes_for_tokenizers() -> dict:
-    """The byte tokenizer as a file of the tokenizers library: a byte-level vocabulary without merges.
-
-    That library writes each byte as a printable character: itself where it is one, else the next free one from U+0100.
-    """
-    plain = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = [byte for byte in range(256) if byte not in plain]
-    shown = {byte: chr(byte) if byte in plain else chr(256 + others.index(byte)) for byte in range(256)}
+    """The byte tokenizer as a file of the tokenizers library: a byte-level vocabulary without merges."""
+    shown = byte_characters()
     end = {"id": 256, "content": END_OF_DOCUMENT, "special": True, "normalized": False}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     return {
@@ -230,6 +251,13 @@ class TextPieces:
     def _piece(self) -> str:
         before = self._tokenizer.decode(self._sent)
         return self._tokenizer.decode(self._sent + self._held)[len(before) :]
+
+
+def _file_in(folder: Path) -> Path:
+    """The tokenizer of a folder: tokenizer.json, else tiktoken.model, else the first of them, which is not there."""
+    return folder / (
+        TIKTOKEN if (folder / TIKTOKEN).is_file() and not (folder / "tokenizer.json").is_file() else "tokenizer.json"
+    )
 
 
 def _eos_beside(file: Path) -> str | None:
