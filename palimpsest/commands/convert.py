@@ -26,8 +26,10 @@ def convert(
     """
     from palimpsest.convert import convert as run
 
-    tell = (lambda share, file: None) if quiet or as_json else (lambda share, file: notes.print(f"{share:4.0%} {file}"))
-    report = run(_place(source), target, to, shard_bytes=shard_bytes, tell=tell)
+    progress = (
+        (lambda share, file: None) if quiet or as_json else (lambda share, file: notes.print(f"{share:4.0%} {file}"))
+    )
+    report = run(_place(source), target, to, shard_bytes=shard_bytes, progress=progress)
     for remark in report.remarks:
         notes.print(remark, soft_wrap=True)
     told = {"from": report.layout_from, "to": report.layout_to, "tensors": len(report.tensors), "bytes": report.nbytes}

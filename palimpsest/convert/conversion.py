@@ -79,7 +79,7 @@ def convert(
     to: str,
     *,
     shard_bytes: int = 2 * 10**9,
-    tell: Callable[[float, str], None] = lambda share, file: None,
+    progress: Callable[[float, str], None] = lambda share, file: None,
 ) -> Report:
     """Write a checkpoint in another layout.
 
@@ -88,7 +88,7 @@ def convert(
         target: a folder that holds no model, or a new .gguf file; a folder that an earlier call was cut short in goes on.
         to: "official", "native", "fla" or "gguf".
         shard_bytes: safetensors files beyond this are split.
-        tell: called with the share that is done and the file that was written.
+        progress: called with the share that is done and the file that was written.
 
     Returns:
         The report, also in convert.json of the folder, or beside the .gguf file.
@@ -114,7 +114,7 @@ def convert(
         if target.suffix != ".gguf" or target.exists():
             problem = "exists already" if target.exists() else "is no .gguf"
             raise ValueError(f"target {str(target)!r} {problem}; name a new file such as model.gguf")
-        moved, remarks = write(opened, plan, target, tell)
+        moved, remarks = write(opened, plan, target, progress)
         report = Report(layout, to, moved, (), remarks)
         write_json(target.with_suffix(".convert.json"), asdict(report))
         return report
@@ -132,7 +132,7 @@ def convert(
     for file, shard in zip(files, shards):
         moved += _write_shard(opened, shard, target / file)
         done += sum(p.nbytes for p in shard)
-        tell(done / max(total, 1), file)
+        progress(done / max(total, 1), file)
     copied = [name for name in BESIDE if opened.path.is_dir() and (opened.path / name).is_file()]
     for name in copied:
         shutil.copyfile(opened.path / name, target / name)

@@ -24,7 +24,7 @@ FULL = ("conv1d", "ffn_gate_inp", "ssm_a", "ssm_dt", "exp_probs_b", "norm")  # k
 
 
 def write(
-    opened: Source, plan: list[Planned], file: Path, tell: Callable[[float, str], None]
+    opened: Source, plan: list[Planned], file: Path, progress: Callable[[float, str], None]
 ) -> tuple[tuple[Moved, ...], tuple[str, ...]]:
     """Write a .gguf file whole or not at all; returns what was written and remarks."""
     from palimpsest.convert.conversion import NAMES, Moved, raw, read_parts
@@ -71,7 +71,7 @@ def write(
                         file.name,
                     )
                 )
-                tell((number + 1) / len(plan), planned.made.name)
+                progress((number + 1) / len(plan), planned.made.name)
         finally:
             writer.close()
     return tuple(moved), tuple(remarks)

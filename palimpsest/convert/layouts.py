@@ -155,10 +155,10 @@ def _native(config: KimiLinearConfig, shapes: dict, name: str) -> list[Made]:
 
 
 def _fla(config: KimiLinearConfig, shapes: dict, name: str) -> list[Made]:
-    found = re.fullmatch(r"model\.layers\.(\d+)\.self_attn\.(.+)", name)
-    if found is None or is_full_attention(config.layer_types[int(found[1])]):
+    match = re.fullmatch(r"model\.layers\.(\d+)\.self_attn\.(.+)", name)
+    if match is None or is_full_attention(config.layer_types[int(match[1])]):
         return [Made(name, shapes[name], (Part(name),))]
-    prefix, rest = f"model.layers.{found[1]}.attn", found[2]
+    prefix, rest = f"model.layers.{match[1]}.attn", match[2]
     if rest == "A_log":
         return [Made(f"{prefix}.A_log", (config.linear_num_heads,), (Part(name),))]
     lows = {"f_a_proj": "f_proj.0", "f_b_proj": "f_proj.1", "g_a_proj": "g_proj.0", "g_b_proj": "g_proj.1"}
@@ -208,9 +208,9 @@ GGUF_TOP = {
 def _gguf(config: KimiLinearConfig, shapes: dict, name: str) -> list[Made]:
     if name in GGUF_TOP:
         return [Made(GGUF_TOP[name], shapes[name], (Part(name),))]
-    found = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
-    assert found is not None
-    prefix, rest = f"blk.{found[1]}", found[2]
+    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
+    assert match is not None
+    prefix, rest = f"blk.{match[1]}", match[2]
     if expert := re.fullmatch(r"block_sparse_moe\.experts\.0\.(w[123])\.weight", rest):
         kind = {"w1": "gate", "w3": "up", "w2": "down"}[expert[1]]
         parts = tuple(Part(name.replace(".experts.0.", f".experts.{e}.")) for e in range(config.num_experts))

@@ -103,16 +103,16 @@ def worked(name: str) -> Scene:
 def sentence(model: Watched, text: str, layer: int, head: int) -> Scene:
     """One head of one layer of the model, traced over the tokens of text."""
     tokens, ids = model.tokens(text)
-    edits = model.head(ids, layer, head)
-    K, V = edits.k.shape[-1], edits.v.shape[-1]
+    inputs = model.head(ids, layer, head)
+    K, V = inputs.k.shape[-1], inputs.v.shape[-1]
     size = len(ids) * (K * V * 3 + 4 * (K + V)) * 4
     if size > MAX_BYTES:
         most = MAX_BYTES * len(ids) // size
         raise ValueError(
             f"The sentence has {len(ids)} tokens; with memories of {K} x {V} up to {most} fit. Shorten it."
         )
-    q = edits.q * K**-0.5
-    scene = _traced(tokens, q, edits.k, edits.v, edits.log_decay, edits.beta, edits.k.new_zeros(K, V))
+    q = inputs.q * K**-0.5
+    scene = _traced(tokens, q, inputs.k, inputs.v, inputs.log_decay, inputs.beta, inputs.k.new_zeros(K, V))
     return scene | {"layer": layer, "head": head, "next": model.guesses(ids)}
 
 
@@ -120,7 +120,7 @@ def heads(model: Watched, text: str) -> Scene:
     """What every head that can be watched holds after the last token: memories [layers, heads, K, V]."""
     _, ids = model.tokens(text)
     memories = []
-    for q, k, v, log_decay, beta in model.edits(ids):
+    for q, k, v, log_decay, beta in model.all_inputs(ids):
         memories.append(variants.kda(q, k, v, log_decay, beta, backend="chunked").state[0])
     return {"layers": model.watchable(), "memories": torch.stack(memories).float()}
 
@@ -168,12 +168,12 @@ def touch(
         _within("value", number, -2, 2)
     turn = math.radians(angle)
     k = _row([[math.cos(turn), math.sin(turn)]] * times)
-    v, log_decay, strength = _row([value] * times), _row([alpha] * times).log(), _row([beta] * times)
+    v, log_decay, betas = _row([value] * times), _row([alpha] * times).log(), _row([beta] * times)
     old_key, old_value = (_row(STORIES["old"][name]) for name in ("key", "value"))
     start = torch.outer(old_key, old_value)
     one = lambda x: x[None, :, None]
-    erase = strength[:, None] * k if eraser else torch.zeros_like(k)
-    beats = trace_memory(one(k), one(k), one(erase), one(strength[:, None] * v), one(log_decay), start[None, None])
+    erase = betas[:, None] * k if eraser else torch.zeros_like(k)
+    beats = trace_memory(one(k), one(k), one(erase), one(betas[:, None] * v), one(log_decay), start[None, None])
     decayed, erased, written, _, _ = (beat[0, :, 0] for beat in beats)
     history = torch.cat((start[None], written))
     return {
@@ -207,7 +207,7 @@ def family(story: str, beta: float, keep: tuple[float, float], positions: bool =
     v = _row([[float(fact["value"] == answer) for answer in possible] for fact in facts])[None, :, None]
     q = _row([keys[told["asked"]]] * T)[None, :, None]
     log_decay = _row([keep[0], keep[1], keep[1], keep[1]]).log().expand(1, T, 1, 4)
-    by_head, strength = log_decay.mean(-1), torch.full((1, T, 1), beta, dtype=torch.float64)
+    by_head, betas = log_decay.mean(-1), torch.full((1, T, 1), beta, dtype=torch.float64)
     identity = lambda x: x
     plain = {"scale": 1.0, "backend": "reference"}
     gated = lambda run, *gates: lambda t, S: run(q[:, t], k[:, t], v[:, t], *(g[:, t] for g in gates), state=S, **plain)
@@ -216,10 +216,10 @@ def family(story: str, beta: float, keep: tuple[float, float], positions: bool =
     )
     runs = {
         "linear_attention": linear,
-        "delta_rule": gated(variants.delta_rule, strength),
+        "delta_rule": gated(variants.delta_rule, betas),
         "gated_linear_attention": gated(variants.gated_linear_attention, log_decay),
-        "gated_delta": gated(variants.gated_delta, by_head, strength),
-        "kda": gated(variants.kda, log_decay, strength),
+        "gated_delta": gated(variants.gated_delta, by_head, betas),
+        "kda": gated(variants.kda, log_decay, betas),
     }
     members: Scene = {"softmax_lookup": _scroll(q, k, v, positions)}
     for name, run in runs.items():
@@ -285,11 +285,11 @@ def answers(model: Watched, text: str) -> Scene:
 # Chunks --------------------------------------------------------------------------------------------------------------
 
 
-def chunk(tokens: list[dict], edits: RecurrenceInputs, start: int, size: int) -> Scene:
+def chunk(tokens: list[dict], inputs: RecurrenceInputs, start: int, size: int) -> Scene:
     """Tokens start .. start + size in matrix products, beside the same tokens one by one.
 
     Args:
-        tokens, edits: of one head, rows [T, *].
+        tokens, inputs: of one head, rows [T, *].
         start: the first token of the chunk.
         size: one of CHUNK_SIZES.
     """
@@ -297,11 +297,11 @@ def chunk(tokens: list[dict], edits: RecurrenceInputs, start: int, size: int) ->
         raise ValueError(f"The chunk has {size} tokens; choose {', '.join(map(str, CHUNK_SIZES))}.")
     if not 0 <= start <= len(tokens) - size:
         raise ValueError(f"Tokens {start + 1} to {start + size} were asked for and there are {len(tokens)}.")
-    beta = edits.beta[:, None]
-    rows = (edits.q * edits.q.shape[-1] ** -0.5, edits.k, beta * edits.k, beta * edits.v, edits.log_decay)
+    beta = inputs.beta[:, None]
+    rows = (inputs.q * inputs.q.shape[-1] ** -0.5, inputs.k, beta * inputs.k, beta * inputs.v, inputs.log_decay)
     part = lambda first, last: tuple(x[None, first:last, None] for x in rows)
     q, k, erase, write, log_decay = part(0, start)
-    empty = edits.k.new_zeros(1, 1, edits.k.shape[-1], edits.v.shape[-1])
+    empty = inputs.k.new_zeros(1, 1, inputs.k.shape[-1], inputs.v.shape[-1])
     _, S = reference.delta_memory(q, k, erase, write, log_decay, empty)
     q, k, erase, write, log_decay = part(start, start + size)
     by_token, S_by_token = reference.delta_memory(q, k, erase, write, log_decay, S)
@@ -440,7 +440,7 @@ class Watched:
     def telling(self) -> list[int]:
         """The layer and head whose tokens erase each other most evenly, so that every part of figure 4 can be seen."""
         _, ids = self.tokens(SAMPLE)
-        best, found = -1.0, [self.watchable()[0], 0]
+        best, evenest = -1.0, [self.watchable()[0], 0]
         for layer in self.watchable():
             for head in range(self.model.config.linear_num_heads):
                 inputs = self.head(ids, layer, head)
@@ -449,8 +449,8 @@ class Watched:
                 A = chunked.products(k, k, erase, beta[..., None] * v, log_decay).A[0, 0, 0]
                 even = A.abs()[torch.ones_like(A).tril(-1).bool()].clamp(max=0.5).quantile(0.6).item()
                 if even > best:
-                    best, found = even, [layer, head]
-        return found
+                    best, evenest = even, [layer, head]
+        return evenest
 
     def tokens(self, text: str) -> tuple[list[dict], tuple[int, ...]]:
         """What the page writes on each token, and the ids."""
@@ -464,16 +464,16 @@ class Watched:
         return [{"text": shown(self.tokenizer.decode([i])) or "·"} for i in ids], ids
 
     def head(self, ids: tuple[int, ...], layer: int, head: int) -> RecurrenceInputs:
-        """One head's edits as rows [T, *], in float64."""
+        """What one head tells its memory, as rows [T, *], in float64."""
         if layer not in self.watchable():
             raise ValueError(f"Layer {layer} cannot be watched; the layers that can are {self.watchable()}.")
-        edits, _ = self._run(ids)
-        if not 0 <= head < edits[layer].k.shape[2]:
-            raise ValueError(f"Head {head} does not exist; the heads are 0 to {edits[layer].k.shape[2] - 1}.")
-        return RecurrenceInputs(*(x[0, :, head].double() for x in edits[layer]))
+        inputs, _ = self._run(ids)
+        if not 0 <= head < inputs[layer].k.shape[2]:
+            raise ValueError(f"Head {head} does not exist; the heads are 0 to {inputs[layer].k.shape[2] - 1}.")
+        return RecurrenceInputs(*(x[0, :, head].double() for x in inputs[layer]))
 
-    def edits(self, ids: tuple[int, ...]) -> list[RecurrenceInputs]:
-        """The edits of all layers that can be watched, [1, T, H, *], first layer first."""
+    def all_inputs(self, ids: tuple[int, ...]) -> list[RecurrenceInputs]:
+        """What all layers that can be watched tell their memories, [1, T, H, *], first layer first."""
         seen, _ = self._run(ids)
         return [seen[layer] for layer in self.watchable()]
 

@@ -150,10 +150,10 @@ class Decoder:
     def _check(self) -> None:
         """Raise at the first fault, or leave the sequences that have one."""
         finite = self.current.logits.isfinite().all(-1).tolist()
-        found = {fault.sequence: fault for fault in self.current.state.nonfinite()}
-        bad = [i for i in range(len(self.rows)) if any(self._since) and (i in found or not finite[i])]
+        faults = {fault.sequence: fault for fault in self.current.state.nonfinite()}
+        bad = [i for i in range(len(self.rows)) if any(self._since) and (i in faults or not finite[i])]
         for i in bad:
-            self._fail(i, found.get(i))
+            self._fail(i, faults.get(i))
         if bad:
             self._remain([row for i, row in enumerate(self.rows) if i not in bad])
         else:
@@ -188,10 +188,10 @@ class Decoder:
     def _pieces(self, count: int) -> list[int]:
         """Lengths that end wherever the history wants a checkpoint."""
         assert self.history is not None
-        pieces, room = [], self.history.room
+        pieces, capacity = [], self.history.capacity
         while count:
-            pieces.append(min(room, count))
-            count, room = count - pieces[-1], self.history.every
+            pieces.append(min(capacity, count))
+            count, capacity = count - pieces[-1], self.history.every
         return pieces
 
     def _as_tensors(self, tokens: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:

@@ -354,7 +354,7 @@ def _guesses(draft: Draft, prompts: list[list[int]] | None, writer: _Writer, dec
     """At most as many as may still be written, and as the history has room for."""
     most = writer.limit - len(writer.tokens)
     if decoder.history is not None:
-        most = min(most, decoder.history.room - 1)
+        most = min(most, decoder.history.capacity - 1)
     known = [*(prompts[0] if prompts else []), *writer.tokens]
     vocab_size = decoder.model.config.vocab_size
     return [] if most < 1 else [t for t in draft(known) if 0 <= t < vocab_size][:most]

@@ -81,9 +81,9 @@ def choose_tokens(
         return _penalised(logits, sampling, seen).argmax(-1)
     cumulative_BN = probabilities(logits, sampling, seen).double().cumsum(-1)
     if isinstance(seeds, Tensor) and isinstance(positions, Tensor):
-        draws_B = draws(seeds, positions)
+        draws_B = uniforms(seeds, positions)
     else:
-        numbers = [draw(int(s), int(p)) for s, p in zip(seeds, positions, strict=True)]
+        numbers = [uniform(int(s), int(p)) for s, p in zip(seeds, positions, strict=True)]
         draws_B = torch.tensor(numbers, dtype=torch.float64).to(logits.device)
     target_B1 = draws_B[:, None] * cumulative_BN[:, -1:]
     return torch.searchsorted(cumulative_BN, target_B1)[:, 0]
@@ -118,25 +118,25 @@ def probabilities(logits: Tensor, sampling: Sampling, seen: Tensor | None = None
     return probs_BN
 
 
-def draw(seed: int, position: int) -> float:
+def uniform(seed: int, position: int) -> float:
     """A number in (0, 1) that depends on seed and position alone: splitmix64, the same on every machine.
 
-    >>> draw(0, 0) == draw(0, 0), draw(0, 0) == draw(0, 1), draw(0, 0) == draw(1, 0)
+    >>> uniform(0, 0) == uniform(0, 0), uniform(0, 0) == uniform(0, 1), uniform(0, 0) == uniform(1, 0)
     (True, False, False)
     """
     bits = _splitmix(_splitmix(seed) + position)
     return ((bits >> 12) + 0.5) / 2**52  # never 0, which would let a token of probability 0 through
 
 
-def draws(seeds: Tensor, positions: Tensor) -> Tensor:
-    """`draw` of each seed and position, the same numbers, computed where the tensors lie.
+def uniforms(seeds: Tensor, positions: Tensor) -> Tensor:
+    """`uniform` of each seed and position, the same numbers, computed where the tensors lie.
 
     Args:
         seeds, positions: [B], int64; a seed beyond its range as `as_int64` gives it.
 
     Returns: [B], float64.
 
-    >>> draws(torch.tensor([7]), torch.tensor([3])).item() == draw(7, 3)
+    >>> uniforms(torch.tensor([7]), torch.tensor([3])).item() == uniform(7, 3)
     True
     """
     bits = _splitmix_int64(_splitmix_int64(seeds) + positions)
@@ -144,7 +144,7 @@ def draws(seeds: Tensor, positions: Tensor) -> Tensor:
 
 
 def as_int64(seed: int) -> int:
-    """The int64 that has the last 64 bits of a seed: all that `draw` looks at."""
+    """The int64 that has the last 64 bits of a seed: all that `uniform` looks at."""
     return (seed + 2**63) % 2**64 - 2**63
 
 

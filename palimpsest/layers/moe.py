@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from palimpsest.layers.linears import is_plain
 from palimpsest.layers.mlp import GatedMLP
 from palimpsest.layers.precision import Float32Tensors, float32
+from palimpsest.ops.arguments import state_dtype
 from palimpsest.ops.decode import experts, gathers, project, route
 from palimpsest.ops.experts import run_experts
 
@@ -66,7 +67,7 @@ class Router(Float32Tensors):
         """As forward, for a few tokens."""
         if self.num_groups != self.groups_per_token:
             return self(x_ND)
-        wide = x_ND.dtype if x_ND.dtype == torch.float64 else torch.float32
+        wide = state_dtype(x_ND.dtype)
         return route(
             project([x_ND], [self.weight], dtype=wide)[0], self.e_score_correction_bias,
             self.num_experts_per_token, scaling=self.scaling, renormalize=self.renormalize,

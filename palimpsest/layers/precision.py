@@ -32,5 +32,5 @@ class Float32Tensors(nn.Module):
 
 
 def float32(x: torch.Tensor) -> torch.Tensor:
-    """x in float32, or in float64 if it is."""
+    """x as memories are kept: in float32, or in float64 if it is."""
     return x.to(state_dtype(x.dtype))

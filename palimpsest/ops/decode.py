@@ -124,8 +124,8 @@ def add_norm(x: Tensor, parts: Tensor, weight: Tensor, eps: float, *, form: Form
     """
     if fused(x, form):
         return torch.ops.palimpsest_gpu.add_norm(x, parts, weight, eps)
-    if (found := _on_cpu("add_norm", x, form, x, parts, weight, eps)) is not None:
-        return found
+    if (sums := _on_cpu("add_norm", x, form, x, parts, weight, eps)) is not None:
+        return sums
     x = (_wide(x) + _wide(parts).sum(1)).to(x.dtype)
     return x, F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
 
@@ -173,8 +173,8 @@ def memory_layer_step_(
     log_decay = decay(decay_logits.view(B, H, K)).to(wide)
     beta = beta_max * beta_logits.to(wide).sigmoid()
     state.mul_(log_decay.exp()[..., None])
-    fresh = (v - torch.einsum("bhk,bhkv->bhv", k, state)) * beta[..., None]
-    state.add_(k[..., None] * fresh[..., None, :])
+    v_new = (v - torch.einsum("bhk,bhkv->bhv", k, state)) * beta[..., None]
+    state.add_(k[..., None] * v_new[..., None, :])
     y = F.rms_norm(torch.einsum("bhk,bhkv->bhv", q, state) * K**-0.5, (K,), norm.to(wide), eps)
     gate = gate_logits.to(wide).view(B, H, K)
     return (y * (F.silu(gate) if silu_gate else gate.sigmoid())).to(gate_logits.dtype).flatten(1)
@@ -254,8 +254,8 @@ def route(
     """
     if fused(logits, form):
         return torch.ops.palimpsest_gpu.route(logits, bias, k, scaling, renormalize, biased)
-    if (found := _on_cpu("route", logits, form, logits, bias, k, scaling, renormalize, biased)) is not None:
-        return found
+    if (chosen := _on_cpu("route", logits, form, logits, bias, k, scaling, renormalize, biased)) is not None:
+        return chosen
     scores = logits.sigmoid()
     experts = (scores + bias).topk(k, dim=-1).indices
     weights = (scores + bias if biased else scores).gather(1, experts)
@@ -304,10 +304,10 @@ def _on_cpu(name: str, x: Tensor, form: Form, *arguments):
     Raises:
         ValueError: "cpu" was named and there is none.
     """
-    found = ON_CPU[name](*arguments) if compiled(x, form) else None
-    if found is None and form == "cpu":
+    outputs = ON_CPU[name](*arguments) if compiled(x, form) else None
+    if outputs is None and form == "cpu":
         raise ValueError(f"form 'cpu' cannot run {name} on {x.dtype} on {x.device}; 'torch' can")
-    return found
+    return outputs
 
 
 def _wide(x: Tensor) -> Tensor:

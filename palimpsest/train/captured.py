@@ -59,10 +59,10 @@ class CapturedGradients:
             if not first or len(self._graphs) == MOST:
                 return None
             self._graphs[key] = self._record(part, borders)
-        found = self._graphs[key]
-        _fill(found, part)
-        found.graph.replay()
-        return found.loss
+        recorded = self._graphs[key]
+        _fill(recorded, part)
+        recorded.graph.replay()
+        return recorded.loss
 
     def _record(self, part: Batch, borders: int | None) -> _Graph:
         empty = lambda x: torch.empty(x.shape, dtype=x.dtype, device=self.device)

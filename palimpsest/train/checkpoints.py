@@ -222,8 +222,8 @@ def _read_state(folder: Path) -> dict[str, Any]:
         f"{STATE} is of format {state.get('format')!r}, version {state.get('version')!r}; this release reads "
         f"{FORMAT!r}, version {VERSION}",
     )
-    found = state.pop("digest", None)
-    check(found == _digest(state), f"{STATE} was changed after it was written: its digest differs")
+    digest = state.pop("digest", None)
+    check(digest == _digest(state), f"{STATE} was changed after it was written: its digest differs")
     for name, digest in state["files"].items():
         check(Path(name).name == name and (folder / name).is_file(), f"{name} is missing")
         check(_sha256(folder / name) == digest, f"{name} was cut short or changed: its digest differs")

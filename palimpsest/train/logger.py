@@ -29,7 +29,7 @@ class RunLogger:
         self.run, self.report, self.silent = run, report, silent
         self.bits_per_nat = tokens_per_byte / math.log(2)
         self.baselines: dict[str, float] = {}
-        self.board = _board(run.path) if run.recipe.output.tensorboard and not silent else None
+        self.tensorboard = _tensorboard(run.path) if run.recipe.output.tensorboard and not silent else None
         self._tokens, self._busy, self._since = 0, 0.0, time.monotonic()  # since the last line, without evaluations
 
     def start(self, progress: Progress, **facts: Any) -> None:
@@ -81,24 +81,24 @@ class RunLogger:
             draw_loss_curve(self.run.records(), self.baselines, self.run.path)
             write_json(self.run.path / "result.json", finite(result.as_dict()))
             self.report({"event": "end", **finite(result.as_dict())})
-        if self.board is not None:
-            self.board.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
 
     def _line(self, event: dict[str, Any]) -> None:
         self.run.record(event)
         self.report(finite(event))
-        if self.board is None:
+        if self.tensorboard is None:
             return
         for name, value in event.items():
             if isinstance(value, float):
-                self.board.add_scalar(f"{event['event']}/{name}", value, event["step"])
+                self.tensorboard.add_scalar(f"{event['event']}/{name}", value, event["step"])
             elif isinstance(value, list):
-                self.board.add_scalars(
+                self.tensorboard.add_scalars(
                     f"{event['event']}/{name}", {str(i): x for i, x in enumerate(value)}, event["step"]
                 )
 
 
-def _board(folder: Path):
+def _tensorboard(folder: Path):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:

@@ -111,7 +111,7 @@ def _train(accelerator: Accelerator, corpus: Corpus, run: RunFolder, saved: Path
         logger.checkpoint(progress, path)
         return path
 
-    def tell(steps: Iterable[tuple[StepFacts, list[float]]]) -> None:
+    def log(steps: Iterable[tuple[StepFacts, list[float]]]) -> None:
         for facts, (loss, norm, skipped, *loads) in steps:
             progress.count(skipped=bool(skipped))
             if progress.skipped_in_a_row > recipe.max_nonfinite:
@@ -146,15 +146,15 @@ def _train(accelerator: Accelerator, corpus: Corpus, run: RunFolder, saved: Path
             numbers = _step(accelerator, model, plain, optimizer, captured, parts, recipe)
             progress.advance(num_tokens)
             late.push(StepFacts(replace(progress), num_tokens, factor, share), numbers)
-            tell(late.ready())
+            log(late.ready())
             if progress.share(recipe) < 1:  # the end evaluates and saves once more
                 if progress.step % recipe.evaluate.every == 0:
-                    tell(late.all())
+                    log(late.all())
                     progress.latest_heldout_bits = evaluate(recipe.evaluate.max_bytes)
                 if progress.step % recipe.output.checkpoint_every == 0:
-                    tell(late.all())
+                    log(late.all())
                     save()
-        tell(late.all())
+        log(late.all())
         checkpoint = save()
         bits = None if stop else evaluate(recipe.evaluate.final_max_bytes, final=True)
     result = Result(not stop, checkpoint, progress, bits, logger.baselines, _other_best(run))
@@ -164,7 +164,7 @@ def _train(accelerator: Accelerator, corpus: Corpus, run: RunFolder, saved: Path
 
 def _other_best(run: RunFolder) -> Path | None:
     """The best checkpoint along the way, if it is not the newest."""
-    return None if (found := best(run.path)) == latest(run.path) else found
+    return None if (newest_best := best(run.path)) == latest(run.path) else newest_best
 
 
 def _facts(accelerator: Accelerator, model: nn.Module, corpus: Corpus) -> dict[str, Any]:

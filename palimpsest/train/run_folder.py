@@ -98,12 +98,12 @@ class RunFolder:
     def result(self) -> dict[str, Any] | None:
         """What result.json says of a run that finished and whose last checkpoint is there; None otherwise."""
         try:
-            found = read_object(self.path / "result.json")
+            result = read_object(self.path / "result.json")
         except ValueError:
             return None
         newest = latest(self.path)
-        whole = newest is not None and found.get("step") == number_of(newest)
-        return found if found.get("finished") is True and whole else None
+        whole = newest is not None and result.get("step") == number_of(newest)
+        return result if result.get("finished") is True and whole else None
 
     def rewind(self, step: int) -> None:
         """Removes the lines of metrics.jsonl after this step, and its last evaluation: the run writes them again."""
@@ -180,12 +180,12 @@ def read_run(folder: str | Path) -> dict[str, Any]:
         ValueError: it cannot be read, or says something else.
     """
     file = Path(folder) / "run.json"
-    found = read_object(file)
-    if not is_a(found.get("data"), str) or not isinstance(found.get("recipe"), dict):
+    written = read_object(file)
+    if not is_a(written.get("data"), str) or not isinstance(written.get("recipe"), dict):
         raise ValueError(f"{str(file)!r} is damaged: it holds no recipe and data; start anew with --overwrite")
-    if "keep" in found["recipe"]:  # as earlier releases called it
-        found["recipe"]["output"] = found["recipe"].pop("keep")
-    return found
+    if "keep" in written["recipe"]:  # as earlier releases called it
+        written["recipe"]["output"] = written["recipe"].pop("keep")
+    return written
 
 
 def best(folder: str | Path) -> Path | None:

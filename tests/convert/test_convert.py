@@ -169,7 +169,7 @@ def test_a_call_that_was_cut_short_goes_on(official, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        convert(official, tmp_path, "native", shard_bytes=100_000, tell=stop)
+        convert(official, tmp_path, "native", shard_bytes=100_000, progress=stop)
     assert not (tmp_path / "config.json").exists()  # no checkpoint yet
     with pytest.raises(ValueError, match=r"config\.json"):
         validate(tmp_path)

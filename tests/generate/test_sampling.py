@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from palimpsest.generate.sampling import Sampling, choose_tokens, draw, probabilities
+from palimpsest.generate.sampling import Sampling, choose_tokens, probabilities, uniform
 
 torch.manual_seed(0)
 LOGITS = torch.randn(6, 50) * 3
@@ -59,7 +59,7 @@ def test_tokens_are_drawn_from_the_distribution():
 
 
 def test_draws_of_neighbouring_seeds_and_positions_are_unrelated():
-    table = torch.tensor([[draw(seed, position) for position in range(300)] for seed in range(300)])
+    table = torch.tensor([[uniform(seed, position) for position in range(300)] for seed in range(300)])
     assert table.min() > 0
     assert table.max() < 1
     assert abs(table.mean() - 0.5) < 4 * math.sqrt(1 / 12 / table.numel())

@@ -6,7 +6,7 @@ import torch
 from palimpsest.generate import DecodeState, Sampling, generate, prefill, stream
 from palimpsest.generate import sample as sample_module
 from palimpsest.generate.decoder import Decoder, SessionDecoder
-from palimpsest.generate.sampling import as_int64, draw, draws
+from palimpsest.generate.sampling import as_int64, uniform, uniforms
 from palimpsest.generate.session import DecodeSession
 from palimpsest.models.kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
 from palimpsest.text import ByteTokenizer
@@ -159,8 +159,8 @@ def test_a_graph_on_a_cpu_is_a_sentence(model):
 @pytest.mark.parametrize("seed", [0, 7, -1, 2**63, 2**64 - 1, -(2**70) + 5])
 def test_draws_of_tensors_are_those_of_numbers(seed):
     positions = [0, 1, 1000, 2**40]
-    found = draws(torch.tensor([as_int64(seed)] * 4), torch.tensor(positions))
-    assert found.tolist() == [draw(seed, position) for position in positions]
+    found = uniforms(torch.tensor([as_int64(seed)] * 4), torch.tensor(positions))
+    assert found.tolist() == [uniform(seed, position) for position in positions]
 
 
 def test_many_prompts_are_read_a_few_at_a_time(model, monkeypatch):

@@ -120,7 +120,7 @@ def test_what_it_does_not_know_runs_layer_by_layer(model):
 
 def test_addresses_are_checked(model):
     steps(model, torch.tensor([[1]]))
-    plan = model.model._compiled_step._found.plan
+    plan = model.model._compiled_step._prepared.plan
     layers = ModelState.empty(model.config, 1).layers
     states = [(x.memory, x.conv) if hasattr(x, "memory") else (torch.zeros(1, 4, 40), 0) for x in layers]
     with torch.no_grad():

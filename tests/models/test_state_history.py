@@ -118,7 +118,7 @@ def test_what_cannot_be_is_refused_in_a_sentence(model, tokens):
     state = ModelState.empty(model.config, 2)
     history = StateHistory.start(state, every=16)
     after = model(tokens[:, :4]).state
-    with pytest.raises(ValueError, match="from 1 to 16, the room before the next checkpoint"):
+    with pytest.raises(ValueError, match="from 1 to 16, the tokens left before the next checkpoint"):
         history.record(after, tokens[:, :17])
     with pytest.raises(ValueError, match=r"the state is at position \[4, 4\]; .* and 3 tokens came"):
         history.record(after, tokens[:, :3])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from palimpsest.ops.arguments import state_dtype
 from palimpsest.ops.gates import SigmoidDecay, SoftplusDecay
 
 HINTS = frozenset(  # how FLA should run, not what it should compute
@@ -58,7 +58,7 @@ def state_in(state: Tensor | None, v_first: bool, values: Tensor, cu_seqlens: Te
     if state.shape[0] != sequences:
         raise ValueError(f"initial_state has {state.shape[0]} rows; there are {sequences} sequences")
     state = state.mT if v_first else state
-    return state.to(torch.float64 if values.dtype == torch.float64 else torch.float32).contiguous()
+    return state.to(state_dtype(values.dtype)).contiguous()
 
 
 def state_out(state: Tensor, v_first: bool, wanted: bool) -> Tensor | None:
@@ -75,7 +75,7 @@ def kda_gate(logits: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, lower
         ValueError: neither A_log nor lower_bound, so that no gate is named.
     """
     HV, K = logits.shape[-2:]
-    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    wide = state_dtype(logits.dtype)
     if A_log is None and lower_bound is None:
         raise ValueError("use_gate_in_kernel came without A_log and without lower_bound; pass one, or gate g yourself")
     A_log = logits.new_zeros(HV, dtype=wide) if A_log is None else A_log
@@ -89,10 +89,9 @@ def beta_of(beta: Tensor, use_beta_sigmoid_in_kernel: bool, allow_neg_eigval: bo
         raise ValueError("allow_neg_eigval came without use_beta_sigmoid_in_kernel; double beta yourself")
     if not use_beta_sigmoid_in_kernel:
         return beta
-    wide = beta if beta.dtype == torch.float64 else beta.float()
-    return wide.sigmoid() * (2.0 if allow_neg_eigval else 1.0)
+    return beta.to(state_dtype(beta.dtype)).sigmoid() * (2.0 if allow_neg_eigval else 1.0)
 
 
 def expand_to(beta: Tensor | None, q: Tensor, v: Tensor) -> Tensor:
     """beta, or ones for every value head where there is none."""
-    return torch.ones(v.shape[:3], dtype=q.dtype, device=q.device) if beta is None else beta
+    return q.new_ones(v.shape[:3]) if beta is None else beta

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from palimpsest.compat.fla.arguments import beta_of, check_options, expand_to, state_in, state_layout, state_out
+from palimpsest.ops.arguments import state_dtype
 from palimpsest.ops.gates import l2norm
 from palimpsest.ops.variants import delta_rule, dplr, gated_delta, kda
 
@@ -40,11 +40,11 @@ def chunk_gated_delta_rule(
     >>> chunk_gated_delta_rule(x, x, x, -x[..., 0].abs(), x[..., 1].sigmoid())[0].shape
     torch.Size([1, 7, 2, 8])
     """
-    found = check_options(
+    honoured = check_options(
         "chunk_gated_delta_rule", {**options, "cp_context": cp_context}, "use_gate_in_kernel", "A_log", "dt_bias"
     )
-    if found.pop("use_gate_in_kernel", False):
-        g = _head_gate(g, found.get("A_log"), found.get("dt_bias"))
+    if honoured.pop("use_gate_in_kernel", False):
+        g = _head_gate(g, honoured.get("A_log"), honoured.get("dt_bias"))
     beta = beta_of(beta, use_beta_sigmoid_in_kernel, allow_neg_eigval)
     q, k = (l2norm(q), l2norm(k)) if use_qk_l2norm_in_kernel else (q, k)
     v_first = state_layout("chunk_gated_delta_rule", state_v_first, options)
@@ -237,5 +237,5 @@ def fused_recurrent_dplr_delta_rule(
 def _head_gate(logits: Tensor, A_log: Tensor | None, dt_bias: Tensor | None) -> Tensor:
     if A_log is None:
         raise ValueError("use_gate_in_kernel came without A_log; pass it, or gate g yourself")
-    wide = logits if logits.dtype == torch.float64 else logits.float()
+    wide = logits.to(state_dtype(logits.dtype))
     return -A_log.to(wide.dtype).exp() * F.softplus(wide if dt_bias is None else wide + dt_bias.to(wide.dtype))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.compat.fla.arguments import beta_of, check_options, kda_gate, state_in, state_layout, state_out
+from palimpsest.ops.arguments import state_dtype
 from palimpsest.ops.gates import l2norm
 from palimpsest.ops.variants import gdn2, kda, kda_from_logits
 
@@ -250,7 +251,7 @@ def _in_chunks(run, tensors, state, cu_seqlens, chunk: int):
     if cu_seqlens is None:
         v = tensors[2]
         if state is None:
-            wide = torch.float64 if v.dtype == torch.float64 else torch.float32
+            wide = state_dtype(v.dtype)
             state = v.new_zeros(v.shape[0], *v.shape[2:3], tensors[0].shape[-1], v.shape[-1], dtype=wide)
         outputs, before = [v[:, :0]], [state.new_zeros(v.shape[0], 0, *state.shape[1:])]
         for part in zip(*(x.split(chunk, 1) for x in tensors)) if v.shape[1] else ():

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.compat.fla.arguments import check_options, state_in, state_layout, state_out
+from palimpsest.ops.arguments import state_dtype
 from palimpsest.ops.variants import gated_linear_attention, linear_attention
 
 
@@ -98,7 +99,7 @@ def chunk_linear_attn(
     state = None
     if memory is not None or weights is not None:
         N = v.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-        wide = torch.float64 if v.dtype == torch.float64 else torch.float32
+        wide = state_dtype(v.dtype)
         K, V = q.shape[-1], v.shape[-1]
         memory = v.new_zeros(N, v.shape[2], K, V, dtype=wide) if memory is None else memory
         weights = v.new_zeros(N, 1, v.shape[2], K) if weights is None else weights

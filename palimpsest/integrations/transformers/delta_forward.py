@@ -86,17 +86,19 @@ def _remember(family: Family, layer, x: Tensor, cache, cu_seqlens: Tensor | None
     doubled = 2.0 if getattr(layer, "allow_neg_eigval", False) else 1.0
     if step:
         assert memory is not None
-        strength = doubled * beta[:, 0].float().sigmoid()
+        step_beta = doubled * beta[:, 0].float().sigmoid()
         rates = log_decay(decay)[:, 0]
         rates = rates if fused else rates[..., None].expand(-1, HV, K)
-        output = kda_step_(l2norm(q[:, 0]), l2norm(k[:, 0]), v[:, 0], rates, strength, memory, backend=backend)[:, None]
+        output = kda_step_(l2norm(q[:, 0]), l2norm(k[:, 0]), v[:, 0], rates, step_beta, memory, backend=backend)[
+            :, None
+        ]
     else:
         rest: Any = {"state": memory, "cu_seqlens": cu_seqlens, "backend": backend}
         if fused:
             output, memory = kda_from_logits(q, k, v, decay, beta, gate=log_decay, beta_max=doubled, **rest)
         else:
-            strength = doubled * beta.float().sigmoid()
-            output, memory = gated_delta(l2norm(q), l2norm(k), v, log_decay(decay), strength, **rest)
+            beta_BTH = doubled * beta.float().sigmoid()
+            output, memory = gated_delta(l2norm(q), l2norm(k), v, log_decay(decay), beta_BTH, **rest)
     if cache is not None:
         cache.update_recurrent_state(memory, layer.layer_idx)
 

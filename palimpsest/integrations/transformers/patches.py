@@ -99,7 +99,7 @@ def enable(models: Iterable[str] | None = None, *, backend: str = "auto") -> Ena
         raise ValueError(f"backend {backend!r} is unknown; this machine has {', '.join(backends.names())}")
     disable()
 
-    found, absent, patches = [], [], []
+    enabled, absent, patches = [], [], []
     for name in wanted:
         try:
             module = importlib.import_module(FAMILIES[name].module)
@@ -107,10 +107,10 @@ def enable(models: Iterable[str] | None = None, *, backend: str = "auto") -> Ena
             absent.append(name)
             continue
         patches += _patches(FAMILIES[name], module, backend)
-        found.append(name)
-    if not found:
+        enabled.append(name)
+    if not enabled:
         raise ValueError(f"transformers {version} has none of {', '.join(wanted)}; install a newer one")
-    if "kimi_linear" in found:
+    if "kimi_linear" in enabled:
         patches += _kimi_linear_patches()
     patches += _cache_patches()
 
@@ -119,11 +119,11 @@ def enable(models: Iterable[str] | None = None, *, backend: str = "auto") -> Ena
         _apply(patch)
         if patch.says:
             done.setdefault(patch.says, []).append(patch.model)
-    sentences = [f"transformers {version}: {', '.join(found)} on palimpsest's kernels."]
+    sentences = [f"transformers {version}: {', '.join(enabled)} on palimpsest's kernels."]
     sentences += [f"{', '.join(names)}: {says}." for says, names in done.items()]
     if absent:
         sentences.append(f"Not in transformers {version}: {', '.join(absent)}.")
-    _ENABLED = Enabled(version, tuple(found), tuple(absent), tuple(sentences))
+    _ENABLED = Enabled(version, tuple(enabled), tuple(absent), tuple(sentences))
     return _ENABLED
 
 

@@ -17,7 +17,16 @@ from palimpsest.lab.tasks.task import IGNORED, Batch, Key, batch, check_whole
 
 @dataclass(frozen=True, kw_only=True)
 class Induction:
-    """Args: length; vocab_size; n, the tokens that decide the next; piece, the length of a piece, more than n.
+    """The task.
+
+    Args:
+        length: tokens in a sequence, half of them the random text; at least two pieces.
+        vocab_size: kinds of tokens, at least 2.
+        n: how many tokens decide the next.
+        piece: tokens in a piece, more than n.
+
+    Raises:
+        ValueError: a number out of these ranges.
 
     >>> Induction(length=32, vocab_size=64, n=1, piece=4).name
     'induction'
@@ -44,6 +53,7 @@ class Induction:
         )
 
     def draw(self, count: int, key: Key) -> Batch:
+        """`count` sequences [count, length]; slice `gap`: tokens since the place that decides the answer."""
         rng, n, P, half = key.generator(), self.n, self.piece, self.length // 2
         first = rng.integers(self.vocab_size, size=(count, half))
         pieces = -(-(self.length - half) // P)

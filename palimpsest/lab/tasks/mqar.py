@@ -21,11 +21,17 @@ from palimpsest.lab.tasks.task import IGNORED, Batch, Key, batch, check_whole, d
 
 @dataclass(frozen=True, kw_only=True)
 class MQAR:
-    """Args:
-        length, vocab_size: of the sequence; an even vocabulary.
-        pairs: how many keys there are to remember.
+    """The task.
+
+    Args:
+        length: tokens in a sequence: 4 a pair for "gaps", 2 a pair and 2 more for "separator", or longer.
+        vocab_size: keys and values together, an even number, more than twice the pairs.
+        pairs: how many keys there are to remember, at least 1.
         form: "gaps" or "separator".
-        power: a of the gaps' law; small values ask soon.
+        power: a of the gaps' law, in (0, 1]; small values ask soon.
+
+    Raises:
+        ValueError: a number out of these ranges, or another form.
 
     >>> MQAR(length=16, vocab_size=32, pairs=4).draw(2, Key("train", 0, 0)).scored.sum().item()
     8
@@ -42,10 +48,10 @@ class MQAR:
         check_whole(self)
         check(self.form in ("gaps", "separator"), f"mqar: form is {self.form!r}; it is 'gaps' or 'separator'")
         check(self.pairs >= 1, f"mqar: pairs is {self.pairs}; give at least 1")
-        room = 4 * self.pairs if self.form == "gaps" else 2 * self.pairs + 2
+        least = 4 * self.pairs if self.form == "gaps" else 2 * self.pairs + 2
         check(
-            room <= self.length,
-            f"mqar: {self.pairs} pairs and their queries need length {room}, and it is {self.length}; "
+            least <= self.length,
+            f"mqar: {self.pairs} pairs and their queries need length {least}, and it is {self.length}; "
             f"give at most {self.length // 4 if self.form == 'gaps' else (self.length - 2) // 2} pairs",
         )
         check(
@@ -56,6 +62,7 @@ class MQAR:
         check(0 < self.power <= 1, f"mqar: power is {self.power}; give a number in (0, 1]")
 
     def draw(self, count: int, key: Key) -> Batch:
+        """`count` sequences [count, length]; slices `gap`, tokens since the key was told, and `pairs`."""
         rng, n, half = key.generator(), self.pairs, self.vocab_size // 2
         keys = distinct(rng, 1, half, count, n)
         values = rng.integers(half, self.vocab_size, (count, n))

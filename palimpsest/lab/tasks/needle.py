@@ -27,13 +27,19 @@ QUESTION_FOR_ALL, COMMA = b"\nWhat are the keys of %b? The keys of %b are %b.", 
 
 @dataclass(frozen=True, kw_only=True)
 class Needle:
-    """Args:
+    """The task.
+
+    Args:
         length: in bytes, the questions included.
-        needles: names hidden. queries: how many of them are asked, one after another.
-        values: facts a name, all of them to be told.
+        needles: names hidden, 1 to 26.
+        queries: how many of them are asked, one after another, 1 to all.
+        values: facts a name, all of them to be told, at least 1.
         depth: of the asked fact, 0.0 (start) to 1.0 (end); None draws it anew each time. Further values lie anywhere.
         language: label the haystack too.
         paths: the text, as for Text.
+
+    Raises:
+        ValueError: a number out of these ranges, or a length that the facts and questions do not fit.
 
     >>> bytes(Needle(length=256).draw(1, Key("test", 0, 0)).tokens[0].tolist())[-7:-4]
     b'is '
@@ -68,6 +74,7 @@ class Needle:
 
     @property
     def name(self) -> str:
+        """What tables and plots call it, with what makes it harder."""
         several = f", {self.queries} of {self.needles}" if self.needles > 1 else ""
         return "needle" + several + (f", {self.values} values" if self.values > 1 else "")
 
@@ -83,6 +90,7 @@ class Needle:
         return (QUESTION if self.values == 1 else QUESTION_FOR_ALL) % (name, name, COMMA.join(keys))
 
     def draw(self, count: int, key: Key) -> Batch:
+        """`count` sequences [count, length] of bytes; slice `depth`: of the needle asked for, in tenths of the text."""
         rng, text = key.generator(), library(self.paths)[key.split]
         rows, depths, scored = np.empty((3, count, self.length + 1), np.int64)
         straw = windows(rng, text, count, self.length + 1 - self.queries * self._question_length - self._facts_length)
@@ -101,7 +109,16 @@ class Needle:
             labels[~scored] = -100
         return batch(rows[:, :-1], labels, scored, depth=depths[:, 1:])
 
-    def _hide(self, row, depths, scored, straw, names, keys, place) -> None:
+    def _hide(
+        self,
+        row: np.ndarray,
+        depths: np.ndarray,
+        scored: np.ndarray,
+        straw: np.ndarray,
+        names: np.ndarray,
+        keys: np.ndarray,
+        place: np.ndarray,
+    ) -> None:
         """Writes one sequence into row, and tenths of depth and marks at its answers."""
         pieces, before = [], 0
         cuts = np.rint(place.flatten() * len(straw)).astype(int)

@@ -17,7 +17,14 @@ from palimpsest.lab.tasks.task import IGNORED, Batch, Key, batch, check_whole
 
 @dataclass(frozen=True, kw_only=True)
 class Palindrome:
-    """Args: length, an even number of tokens; vocab_size, the separator (token 0) and the symbols.
+    """The task.
+
+    Args:
+        length: tokens in a sequence, an even number of at least 4.
+        vocab_size: the separator (token 0) and the symbols, at least 3.
+
+    Raises:
+        ValueError: a number out of these ranges.
 
     >>> Palindrome(length=6, vocab_size=8).draw(1, Key("train", 0, 0)).tokens.shape
     torch.Size([1, 6])
@@ -37,6 +44,7 @@ class Palindrome:
         )
 
     def draw(self, count: int, key: Key) -> Batch:
+        """`count` sequences [count, length]; slice `gap`: tokens since the symbol asked for."""
         n = self.length // 2
         symbols = key.generator().integers(1, self.vocab_size, (count, n))
         separator = np.zeros((count, 1), symbols.dtype)

@@ -16,7 +16,15 @@ from palimpsest.lab.tasks.task import IGNORED, Batch, Key, batch, check_whole
 
 @dataclass(frozen=True, kw_only=True)
 class SelectiveCopy:
-    """Args: length, with the `symbols` marks at the end; vocab_size, noise (0), mark (1) and the symbols' kinds.
+    """The task.
+
+    Args:
+        length: tokens in a sequence, with the marks at the end, at least twice the symbols.
+        vocab_size: noise (token 0), mark (token 1) and the kinds of symbols, at least 4.
+        symbols: how many are scattered, and asked for.
+
+    Raises:
+        ValueError: a number out of these ranges.
 
     >>> SelectiveCopy(length=12, vocab_size=8, symbols=3).draw(1, Key("train", 0, 0)).tokens[0, 9:].tolist()
     [1, 1, 1]
@@ -38,19 +46,20 @@ class SelectiveCopy:
         check(self.vocab_size >= 4, f"selective copy: vocab_size is {self.vocab_size}; give at least 4")
 
     def draw(self, count: int, key: Key) -> Batch:
-        rng, n, room = key.generator(), self.symbols, self.length - self.symbols
-        place = np.sort(distinct_places(rng, room, count, n), 1)
+        """`count` sequences [count, length]; slice `gap`: tokens since the symbol asked for."""
+        rng, n, noisy = key.generator(), self.symbols, self.length - self.symbols
+        place = np.sort(distinct_places(rng, noisy, count, n), 1)
         symbols = rng.integers(2, self.vocab_size, (count, n))
         tokens = np.zeros((count, self.length), np.int64)
         np.put_along_axis(tokens, place, symbols, 1)
-        tokens[:, room:] = 1
+        tokens[:, noisy:] = 1
         labels = np.full((count, self.length), IGNORED)
-        labels[:, room:] = symbols
+        labels[:, noisy:] = symbols
         gap = np.zeros((count, self.length), np.int64)
-        gap[:, room:] = np.arange(room, self.length) - place
+        gap[:, noisy:] = np.arange(noisy, self.length) - place
         return batch(tokens, labels, gap=gap)
 
 
-def distinct_places(rng: np.random.Generator, room: int, rows: int, count: int) -> np.ndarray:
-    """[rows, count] different places in [0, room)."""
-    return np.argpartition(rng.random((rows, room)), count - 1, 1)[:, :count]
+def distinct_places(rng: np.random.Generator, places: int, rows: int, count: int) -> np.ndarray:
+    """[rows, count] different places in [0, places)."""
+    return np.argpartition(rng.random((rows, places)), count - 1, 1)[:, :count]

@@ -3,7 +3,7 @@
     tokens   push 3 a  push 7 b  push 3 c  pop 3 c  pop 7 b  pop 3 a
     labels   .    . .  .    . .  .    . .  .   c .  .   b .  .   a .
 
-Which stack is random; a stack that is empty is pushed, another is pushed or popped with equal rng. What lies below
+Which stack is random; a stack that is empty is pushed, another is pushed or popped with equal chance. What lies below
 must come back when what lies above is gone: writing is not enough, the memory must edit. Slices: the depth of the stack
 that is popped, and the operations since the element was pushed.
 Source: Kimi Linear, arXiv:2510.26692, section 5.1 (64 stacks).
@@ -21,7 +21,15 @@ PAD, PUSH, POP = 0, 1, 2
 
 @dataclass(frozen=True, kw_only=True)
 class Stack:
-    """Args: length, in tokens, three an operation (a rest is padding); stacks, how many; elements, how many kinds.
+    """The task.
+
+    Args:
+        length: tokens in a sequence, three an operation; a rest is padding. At least 6.
+        stacks: how many there are, at least 1.
+        elements: kinds of things that are pushed, at least 2.
+
+    Raises:
+        ValueError: a number out of these ranges.
 
     >>> Stack(length=12, stacks=2, elements=5).vocab_size
     10
@@ -40,9 +48,11 @@ class Stack:
 
     @property
     def vocab_size(self) -> int:
+        """Padding, push and pop, then the stacks, then the elements."""
         return 3 + self.stacks + self.elements
 
     def draw(self, count: int, key: Key) -> Batch:
+        """`count` sequences [count, length]; slices `depth`, of the stack popped, and `gap`, operations since the push."""
         rng, ops = key.generator(), self.length // 3
         which = rng.integers(self.stacks, size=(ops, count))
         element = rng.integers(self.elements, size=(ops, count))

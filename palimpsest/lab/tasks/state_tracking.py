@@ -31,11 +31,17 @@ def permutations(degree: int) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True, kw_only=True)
 class StateTracking:
-    """Args:
-        length: in tokens.
+    """The task.
+
+    Args:
+        length: tokens in a sequence, at least 1.
         kind: "parity", "modular" or "group".
-        modulus: of kind "modular". degree: of kind "group", 2 to 5.
+        modulus: of kind "modular", at least 2.
+        degree: of kind "group": permutations of so many things, 2 to 5.
         letters: which permutations are read, "all" or "swaps" (exchanges of two things).
+
+    Raises:
+        ValueError: a number out of these ranges, or another word.
 
     >>> StateTracking(kind="group", degree=5).vocab_size
     120
@@ -58,14 +64,17 @@ class StateTracking:
 
     @property
     def name(self) -> str:
+        """What tables and plots call it: the machine."""
         group = f"S{self.degree}" + " by swaps" * (self.letters == "swaps")
         return {"parity": "parity", "modular": f"sum mod {self.modulus}", "group": group}[self.kind]
 
     @property
     def vocab_size(self) -> int:
+        """The states of the machine: 2, the modulus, or all permutations."""
         return {"parity": 2, "modular": self.modulus, "group": len(permutations(self.degree)[0])}[self.kind]
 
     def draw(self, count: int, key: Key) -> Batch:
+        """`count` sequences [count, length], asked after every token; slice `position`: from 0."""
         rng, shape = key.generator(), (count, self.length)
         place = np.arange(self.length)
         if self.kind != "group":

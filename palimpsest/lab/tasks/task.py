@@ -24,6 +24,11 @@ SPLITS = ("train", "test")
 class Key(NamedTuple):
     """Names a batch: the same key gives the same batch, and no key of one split gives a batch of the other.
 
+    Attributes:
+        split: "train" or "test".
+        seed: of the whole run, 0 or more; another seed gives other sequences.
+        step: which batch of the run, 0 or more.
+
     >>> bool(Key("train", seed=0, step=7).generator().integers(10) == Key("train", seed=0, step=7).generator().integers(10))
     True
     """
@@ -33,6 +38,11 @@ class Key(NamedTuple):
     step: int
 
     def generator(self) -> np.random.Generator:
+        """The source of all that is drawn for this batch, at its start.
+
+        Raises:
+            ValueError: a split that is neither of the two, or a negative seed.
+        """
         check(self.split in SPLITS, f"split is {self.split!r}; it is 'train' or 'test'")
         check(self.seed >= 0, f"seed is {self.seed}; give 0 or more")
         return np.random.default_rng([SPLITS.index(self.split), self.seed, self.step])
@@ -56,15 +66,31 @@ class Batch(NamedTuple):
 
 @runtime_checkable
 class Task(Protocol):
-    """Anything that draws batches."""
+    """Anything that draws batches; a class need not inherit from this one.
+
+    >>> from palimpsest.lab.tasks.mqar import MQAR
+    >>> isinstance(MQAR(), Task)
+    True
+    """
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What tables and plots call it."""
+        ...
+
     @property
-    def length(self) -> int: ...
+    def length(self) -> int:
+        """Tokens in a sequence, T."""
+        ...
+
     @property
-    def vocab_size(self) -> int: ...
-    def draw(self, count: int, key: Key) -> Batch: ...
+    def vocab_size(self) -> int:
+        """How many tokens there are; all tokens and all answers are from 0 to one less."""
+        ...
+
+    def draw(self, count: int, key: Key) -> Batch:
+        """`count` sequences, decided by the task's fields, count and key alone."""
+        ...
 
 
 def batch(tokens: np.ndarray, labels: np.ndarray, scored: np.ndarray | None = None, **slices: np.ndarray) -> Batch:

@@ -42,7 +42,14 @@ def windows(rng: np.random.Generator, text: np.ndarray, count: int, length: int)
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """Args: length, in bytes; paths, files and folders of text, or ("python",) for the interpreter's library.
+    """The task.
+
+    Args:
+        length: in bytes, at least 2.
+        paths: files and folders of text, or ("python",) for the interpreter's library.
+
+    Raises:
+        ValueError: a length out of range.
 
     >>> Text(length=32).vocab_size
     256
@@ -58,5 +65,6 @@ class Text:
         check(self.length >= 2, f"text: length is {self.length}; give at least 2")
 
     def draw(self, count: int, key: Key) -> Batch:
+        """`count` sequences [count, length] of bytes from random places of the text; slice `position`: from 0."""
         rows = windows(key.generator(), library(self.paths)[key.split], count, self.length + 1)
         return batch(rows[:, :-1], rows[:, 1:], position=np.arange(self.length))

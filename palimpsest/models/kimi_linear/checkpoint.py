@@ -247,19 +247,19 @@ def _headers(folder: Path) -> dict[Path, dict[str, tuple[tuple[int, ...], str]]]
 def _check_names(model: SavedModel, folder: Path) -> dict[Path, dict[str, str]]:
     """File -> {our name: name in the file}, after making sure that together they hold exactly the model's tensors."""
     expected = {name: tuple(tensor.shape) for name, tensor in official_tensors(model.state_dict())}
-    files, found, types = {}, {}, {}
+    files, shapes, types = {}, {}, {}
     for file, tensors in _headers(folder).items():
         files[file] = {_our_name(name, expected): name for name in tensors}
         if len(files[file]) < len(tensors):
             _refuse(folder, "holds tensors under two names", tensors.keys() - files[file].values())
-        _refuse(folder, "holds these tensors twice", found.keys() & files[file].keys())
-        found |= {ours: tensors[name][0] for ours, name in files[file].items()}
+        _refuse(folder, "holds these tensors twice", shapes.keys() & files[file].keys())
+        shapes |= {ours: tensors[name][0] for ours, name in files[file].items()}
         types |= {ours: tensors[name][1] for ours, name in files[file].items()}
     if model.config.tie_word_embeddings:  # the head may be absent, or there for readers that do not tie
-        found.setdefault(HEAD, expected[HEAD])
-    _refuse(folder, "lacks these tensors", expected.keys() - found.keys())
-    _refuse(folder, "has these tensors, unknown to its config", found.keys() - expected.keys())
-    wrong = {f"{name} {found[name]} instead of {shape}" for name, shape in expected.items() if found[name] != shape}
+        shapes.setdefault(HEAD, expected[HEAD])
+    _refuse(folder, "lacks these tensors", expected.keys() - shapes.keys())
+    _refuse(folder, "has these tensors, unknown to its config", shapes.keys() - expected.keys())
+    wrong = {f"{name} {shapes[name]} instead of {shape}" for name, shape in expected.items() if shapes[name] != shape}
     _refuse(folder, WRONG_SHAPES, wrong)
     wrong = {f"{name} {kind}" for name, kind in types.items() if kind not in FLOATS}
     _refuse(folder, "has tensors that are not of floating point", wrong)

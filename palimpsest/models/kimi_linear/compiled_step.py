@@ -52,7 +52,7 @@ class CompiledStep:
     """
 
     def __init__(self) -> None:
-        self._found: Found | None = None
+        self._prepared: Prepared | None = None
 
     def __reduce__(self):  # addresses are not copied: a copy of the model makes its own plan
         return CompiledStep, ()
@@ -61,10 +61,10 @@ class CompiledStep:
         """The hidden states [B, D] after a token and the states of the layers after it, edited in place."""
         if len(ids) > decode.MOST_COMPILED or not decode.compiled(ids) or model.training:
             return None
-        found = self._found
-        if found is None or not found.still_true():
-            self._found = found = _find(model)
-        if found.plan is None or any(isinstance(x, LatentState) and x.valid is not None for x in layers):
+        prepared = self._prepared
+        if prepared is None or not prepared.still_true():
+            self._prepared = prepared = _prepare(model)
+        if prepared.plan is None or any(isinstance(x, LatentState) and x.valid is not None for x in layers):
             return None
         states, after = [], []
         for layer in layers:
@@ -77,11 +77,11 @@ class CompiledStep:
                 layer = layer.append(layer.latent.new_empty(len(ids), 1, layer.latent.shape[-1]))  # the kernel fills it
                 states.append((layer.latent, held))
             after.append(layer)
-        x = found.plan.run(ids.long().contiguous(), states)
+        x = prepared.plan.run(ids.long().contiguous(), states)
         return None if x is None else (x, tuple(after))
 
 
-class Found(NamedTuple):
+class Prepared(NamedTuple):
     """The plan, None if the model does not fit, and what was looked at to make it."""
 
     plan: Any
@@ -102,7 +102,7 @@ class Found(NamedTuple):
         return True
 
 
-def _find(model: KimiLinearModel) -> Found:
+def _prepare(model: KimiLinearModel) -> Prepared:
     modules, tensors = [], []
     for parent in model.modules():
         modules += [(parent._modules, name, child) for name, child in parent.named_children()]
@@ -120,43 +120,43 @@ def _find(model: KimiLinearModel) -> Found:
     plan = None
     if all(layers):
         plan = decode.ON_CPU["token_plan"](model.embed_tokens.weight, model.norm.weight, _sizes(model), layers)
-    return Found(plan, modules, tensors, watched)
+    return Prepared(plan, modules, tensors, watched)
 
 
 def _described(layer: DecoderLayer) -> dict | None:
     """A layer as tensors by name, None if it is not one of those that the plan knows."""
     mixer, mlp = layer.self_attn, layer._channel_mixer
-    found: dict = {"norm_in": layer.input_layernorm.weight, "norm_post": layer.post_attention_layernorm.weight}
+    described: dict = {"norm_in": layer.input_layernorm.weight, "norm_post": layer.post_attention_layernorm.weight}
     if type(mixer) is KimiDeltaAttention and mixer._steps_whole:
         names, gate, o = KDA, mixer._gate(), mixer.options
-        found |= {
+        described |= {
             "A_log": mixer.A_log,
             "dt_bias": mixer.dt_bias,
             "latent": 0,
             "H": mixer.num_heads,
             "K": mixer.head_dim,
         }
-        found |= {"W": mixer.q_conv1d.weight.shape[-1], "kind": 2 if isinstance(gate, SigmoidDecay) else 1}
-        found |= {"floor": getattr(gate, "floor", 0.0), "silu": o.output_gate == "silu", "beta_max": o.beta_max}
-        found["eps"] = mixer.o_norm.eps
+        described |= {"W": mixer.q_conv1d.weight.shape[-1], "kind": 2 if isinstance(gate, SigmoidDecay) else 1}
+        described |= {"floor": getattr(gate, "floor", 0.0), "silu": o.output_gate == "silu", "beta_max": o.beta_max}
+        described["eps"] = mixer.o_norm.eps
     elif type(mixer) is MultiHeadLatentAttention and mixer.rope is None:
-        names, found["latent"] = LATENT, 1
+        names, described["latent"] = LATENT, 1
     else:
         return None
     modules = {name: getattr(mixer, module) for name, module in names.items()}
     if type(mlp) is GatedMLP:
         modules |= {name: getattr(mlp, module) for name, module in MLP.items()}
-        found["sparse"] = 0
+        described["sparse"] = 0
     elif type(mlp) is MoE and mlp.gate.num_groups == mlp.gate.groups_per_token:
-        found |= {"router": mlp.gate.weight, "bias": mlp.gate.e_score_correction_bias, "sparse": 1}
-        found |= {"gate": mlp.experts.w1, "up": mlp.experts.w3, "down": mlp.experts.w2}
+        described |= {"router": mlp.gate.weight, "bias": mlp.gate.e_score_correction_bias, "sparse": 1}
+        described |= {"gate": mlp.experts.w1, "up": mlp.experts.w3, "down": mlp.experts.w2}
         if hasattr(mlp, "shared_experts"):
             modules |= {f"shared_{name}": getattr(mlp.shared_experts, module) for name, module in MLP.items()}
     else:
         return None
     if not all(type(module) in (nn.Linear, ShortConvolution, RMSNorm) for module in modules.values()):
         return None
-    return found | {name: module.weight for name, module in modules.items()}
+    return described | {name: module.weight for name, module in modules.items()}
 
 
 def _sizes(model: KimiLinearModel) -> dict:

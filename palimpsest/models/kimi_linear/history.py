@@ -82,7 +82,7 @@ class StateHistory:
         return cls(state, every, keep, (_checkpoint(state),))
 
     @property
-    def room(self) -> int:
+    def capacity(self) -> int:
         """Tokens that may be recorded at once, up to the next checkpoint."""
         return self.every - self.checkpoints[-1].num_tokens
 
@@ -97,16 +97,16 @@ class StateHistory:
 
         Args:
             state: the state after the call.
-            tokens: [B, n], what the forward call read, n at most `room`; [B], what `step_` read; no padding.
+            tokens: [B, n], what the forward call read, n at most `capacity`; [B], what `step_` read; no padding.
 
         Raises:
-            ValueError: more tokens than room, or state is not n tokens after the latest one.
+            ValueError: more tokens than fit, or state is not n tokens after the latest one.
         """
         n, B = _count(tokens), self.latest.batch_size
-        if tokens.ndim not in (1, 2) or len(tokens) != B or not 1 <= n <= self.room:
+        if tokens.ndim not in (1, 2) or len(tokens) != B or not 1 <= n <= self.capacity:
             raise ValueError(
-                f"tokens has shape {tuple(tokens.shape)}; expected [{B}, n] with n from 1 to {self.room}, the room before "
-                f"the next checkpoint, or [{B}] for a step"
+                f"tokens has shape {tuple(tokens.shape)}; expected [{B}, n] with n from 1 to {self.capacity}, the tokens left "
+                f"before the next checkpoint, or [{B}] for a step"
             )
         if state.position.tolist() != [position + n for position in self.latest.position.tolist()]:
             raise ValueError(
@@ -124,7 +124,9 @@ class StateHistory:
         """Read tokens [B, n], n >= 1, with a checkpoint wherever one is due: the last logits [B, N] and the history."""
         history, logits = self, None
         while tokens.shape[1]:
-            now, tokens = tokens.split([min(history.room, tokens.shape[1]), max(0, tokens.shape[1] - history.room)], 1)
+            now, tokens = tokens.split(
+                [min(history.capacity, tokens.shape[1]), max(0, tokens.shape[1] - history.capacity)], 1
+            )
             output = model(now, state=history.latest, last_only=True)
             history, logits = history.record(output.state, now), output.logits[:, -1]
         if logits is None:

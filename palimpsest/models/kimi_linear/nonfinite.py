@@ -66,9 +66,9 @@ def read_until_fault(
     start, logits = int(state.position[0]), None
     for position, token in enumerate(tokens, start):
         output = model(torch.tensor([[token]], device=state.device), state=state)
-        found = output.state.nonfinite()
-        if found:
-            return state, logits, Fault(sequence, found[0].layer, found[0].head, position, token)
+        faults = output.state.nonfinite()
+        if faults:
+            return state, logits, Fault(sequence, faults[0].layer, faults[0].head, position, token)
         if not output.logits.isfinite().all():
             return state, logits, Fault(sequence, None, None, position, token)
         state, logits = output.state, output.logits[:, -1]

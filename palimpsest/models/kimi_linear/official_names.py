@@ -40,5 +40,5 @@ def place_of(official: str) -> tuple[str, int | None]:
     >>> place_of("lm_head.weight")
     ('lm_head.weight', None)
     """
-    found = _OFFICIAL.fullmatch(official)
-    return (official, None) if found is None else (f"{found[1]}.{found[3]}", int(found[2]))
+    match = _OFFICIAL.fullmatch(official)
+    return (official, None) if match is None else (f"{match[1]}.{match[3]}", int(match[2]))

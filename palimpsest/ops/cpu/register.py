@@ -88,9 +88,9 @@ def backward(
     d_out, d_end_state = d_out.contiguous(), d_end_state.contiguous()
     call = _call(inputs, cu_seqlens, scale, gate, floor)
     call.d_out, call.d_end_state, call.checkpoints = _array(d_out), d_end_state.data_ptr(), checkpoints.data_ptr()
-    found = iter(gradients)
+    given = iter(gradients)
     d_q, d_k, d_value, d_log_decay, d_erase, d_beta, d_state, d_A_log, d_dt_bias = (
-        None if x is None else next(found) for x in inputs
+        None if x is None else next(given) for x in inputs
     )
     call.d_q, call.d_k, call.d_value, call.d_log_decay = (_array(x) for x in (d_q, d_k, d_value, d_log_decay))
     call.d_erase, call.d_beta, call.d_state = _array(d_erase), _array(d_beta), _pointer(d_state)
@@ -130,9 +130,9 @@ def _gradients(ctx, d_out, d_end_state, _):
     q, k, value, log_decay, erase, beta, state, A_log, dt_bias, cu_seqlens = tensors
     d_out = torch.zeros_like(value) if d_out is None else d_out.to(value.dtype)
     d_end_state = torch.zeros_like(state) if d_end_state is None else d_end_state
-    found = iter(backward(d_out, d_end_state, checkpoints, *tensors, ctx.scale, ctx.gate, ctx.floor))
-    of_tensors = [None if x is None else next(found) for x in (q, k, value, log_decay, erase, beta, state)]
-    of_parameters = [None if x is None else next(found).sum(0) for x in (A_log, dt_bias)]  # shared by all sequences
+    gradients = iter(backward(d_out, d_end_state, checkpoints, *tensors, ctx.scale, ctx.gate, ctx.floor))
+    of_tensors = [None if x is None else next(gradients) for x in (q, k, value, log_decay, erase, beta, state)]
+    of_parameters = [None if x is None else next(gradients).sum(0) for x in (A_log, dt_bias)]  # shared by all sequences
     return *of_tensors, *of_parameters, *[None] * 5  # cu_seqlens, scale, gate, floor, keep
 
 

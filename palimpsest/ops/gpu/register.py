@@ -185,8 +185,8 @@ def _setup_context(ctx, inputs, output):
 def _gradients(ctx, d_out, d_state):
     x = _saved(ctx)
     d_out = torch.zeros_like(x.v) if d_out is None else d_out
-    found = _memory_backward(d_out, d_state, *x)
-    d_q, d_k, d_v, d_log_decay, d_erase, d_first, d_A_log, d_dt_bias = found
+    all_gradients = _memory_backward(d_out, d_state, *x)
+    d_q, d_k, d_v, d_log_decay, d_erase, d_first, d_A_log, d_dt_bias = all_gradients
     gradients = dict(
         q=d_q, k=d_k, v=d_v, log_decay=d_log_decay, erase=d_erase,
         state=None if x.state is None else d_first,

@@ -26,15 +26,15 @@ COMMAND = ("nvcc", "-gencode=arch=compute_90a,code=sm_90a", "-cubin", "-O3", "-u
 
 def variants() -> dict[str, tuple[str, list[str]]]:
     """Name -> (source, definitions) of everything that is compiled."""
-    found = {}
+    jobs = {}
     for dtype, flag in (("bf16", []), ("fp16", ["-DFP16"])):
         for K in (64, 128):
             flags = [*flag, f"-DKEY_DIM={K}"]
-            found[f"inter_chunk_{dtype}_{K}"] = ("inter_chunk.cu", flags)
+            jobs[f"inter_chunk_{dtype}_{K}"] = ("inter_chunk.cu", flags)
             for erase in (0, 1, 2):
                 for file in ("intra_chunk", "forward", "gradient"):
-                    found[f"{file}_{erase}_{dtype}_{K}"] = (f"{file}.cu", [*flags, f"-DERASE={erase}"])
-    return found
+                    jobs[f"{file}_{erase}_{dtype}_{K}"] = (f"{file}.cu", [*flags, f"-DERASE={erase}"])
+    return jobs
 
 
 def digest() -> str:
@@ -49,10 +49,10 @@ def compiler() -> str | None:
     """The compiler on PATH, "nvcc 13.0.88"; None if there is none."""
     if shutil.which(COMMAND[0]) is None:
         return None
-    found = re.search(
+    version = re.search(
         r"release [^,]*, V(\S+)", subprocess.run([COMMAND[0], "--version"], capture_output=True, text=True).stdout
     )
-    return f"nvcc {found[1]}" if found else None
+    return f"nvcc {version[1]}" if version else None
 
 
 def compile_one(source: str, definitions: list[str]) -> tuple[bytes, str]:
@@ -96,17 +96,17 @@ def differences(names: Iterable[str]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m palimpsest.ops.gpu.hopper.precompile", description=__doc__)
     parser.add_argument("--check", action="store_true", help="compare with the archive instead of writing it")
-    check, found = parser.parse_args().check, compiler()
-    if found is None:
+    check, here = parser.parse_args().check, compiler()
+    if here is None:
         raise SystemExit("nvcc is not on PATH; it comes with CUDA 12.8 and later")
     if not check:
         write()
-        sys.stdout.write(f"{ARCHIVE.name}: {len(variants())} files, compiled with {found}\n")
+        sys.stdout.write(f"{ARCHIVE.name}: {len(variants())} files, compiled with {here}\n")
         return 0
     made_with = shipped("compiler").decode()
-    if found != made_with:
+    if here != made_with:
         raise SystemExit(
-            f"{ARCHIVE.name} was made with {made_with}, and this is {found}: their bytes cannot be compared"
+            f"{ARCHIVE.name} was made with {made_with}, and this is {here}: their bytes cannot be compared"
         )
     different = differences(variants())
     sys.stdout.write(f"{len(variants())} files, {len(different)} differ from {ARCHIVE.name} {' '.join(different)}\n")

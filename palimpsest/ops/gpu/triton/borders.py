@@ -36,8 +36,8 @@ def borders_of(cu_seqlens: Tensor, tokens: int, C: int, device: torch.device) ->
     cu_seqlens = cu_seqlens.to(device)
     N = cu_seqlens.shape[0] - 1
     width = -(-(N + 1) // 4) * 4  # each from a 16-byte border on, so that no N asks the compiler for another kernel
-    found = torch.empty(2 * width + 1, dtype=torch.int32, device=device)
-    borders, offsets, good = found[: N + 1], found[width : width + N + 1], found[2 * width :]
+    buffer = torch.empty(2 * width + 1, dtype=torch.int32, device=device)
+    borders, offsets, good = buffer[: N + 1], buffer[width : width + N + 1], buffer[2 * width :]
     borders_kernel[(1,)](cu_seqlens.contiguous(), borders, offsets, good, N, tokens, C=C, BLOCK=1024, num_warps=4)
     torch._assert_async(good.view(torch.bool)[:1], f"cu_seqlens must rise from 0 to the number of tokens, {tokens}")
     return borders, offsets

@@ -82,9 +82,9 @@ def memory_layer_step_kernel(
 
     S_KV = tl.exp2(g_K * LOG2E)[:, None] * S_KV
     held_V, read_V = tl.sum(k_K[:, None] * S_KV, 0), tl.sum(q_K[:, None] * S_KV, 0)
-    fresh_V = strength * (v_V - held_V)
-    o_V = read_V + tl.sum(q_K * k_K, 0) * fresh_V  # what S + k fresh^T would give, without a second pass
-    tl.store(state + slab, S_KV + k_K[:, None] * fresh_V[None, :], mask=in_slab)
+    v_new_V = strength * (v_V - held_V)
+    o_V = read_V + tl.sum(q_K * k_K, 0) * v_new_V  # what S + k v_new^T would give, without a second pass
+    tl.store(state + slab, S_KV + k_K[:, None] * v_new_V[None, :], mask=in_slab)
 
     o_V *= tl.rsqrt(tl.sum(o_V * o_V, 0) / K + eps)
     o_V *= tl.load(norm + d, mask=d < K, other=0.0).to(tl.float32)
