@@ -278,6 +278,44 @@ def test_eval_is_what_the_model_pays(capsys, place, tmp_path):
     assert "is empty" in refusal(capsys, "eval", place / "run", tmp_path / "c.txt", *options)
 
 
+@pytest.fixture
+def plugin(tmp_path):
+    """The how-to's layer from outside, unknown to this process, and how to name it to a command."""
+    from palimpsest.models.kimi_linear.mixers import MIXERS, unregister_mixer
+
+    page = (ROOT / "docs" / "how-to" / "add-a-mixer.md").read_text()
+    (tmp_path / "fading.py").write_text(re.search(r"write_text\('''\n(.*?)'''\)", page, re.DOTALL)[1])
+    yield ("--plugin", tmp_path / "fading.py")
+    if "fading" in MIXERS:
+        unregister_mixer("fading")
+
+
+def test_a_checkpoint_with_a_layer_from_outside_takes_its_plugin(capsys, place, plugin, tmp_path):
+    from palimpsest.models.kimi_linear.mixers import unregister_mixer
+
+    (tmp_path / "mine.py").write_text((place / "small.py").read_text().replace('"KM"', '"KF"'))
+    (tmp_path / "a.txt").write_text("def f(x): return x")
+    commands = [
+        ("train", tmp_path / "mine.py", "--out", tmp_path / "run", "--quiet"),
+        ("generate", tmp_path / "run", "-p", "def", "-n", "2", "--device", "cpu"),
+        ("eval", tmp_path / "run", tmp_path / "a.txt", "--device", "cpu"),
+        ("info", tmp_path / "run"),
+    ]
+    for command in commands:
+        told = refusal(capsys, *command)  # nothing that lies in a checkpoint is run by itself
+        assert "register_mixer" in told
+        code, _, err = run(capsys, *command, *plugin)
+        assert code == 0, err
+        unregister_mixer("fading")
+    page = ("explain", "--model", latest(tmp_path / "run"), "--export", tmp_path / "site", "--sentence", "ab")
+    assert "register_mixer" in run(capsys, *page)[2]
+    assert "needs at least 8" in run(capsys, *page, *plugin)[2]  # the model is known, and its sentence looked at
+    (tmp_path / "bad.py").write_text("1 / 0")
+    told = refusal(capsys, *commands[-1], "--plugin", tmp_path / "bad.py")
+    assert "bad.py' does not run: ZeroDivisionError" in told
+    assert "is not a file" in refusal(capsys, *commands[-1], "--plugin", tmp_path / "none.py")
+
+
 def test_convert_and_validate(capsys, place, tmp_path):
     code, out, _ = run(capsys, "convert", place / "run", tmp_path / "native", "--to", "native", "--quiet")
     assert code == 0

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from palimpsest.commands.generate import device_of
-from palimpsest.commands.options import Json, checkpoint_of
+from palimpsest.commands.options import Json, Plugin, checkpoint_of
 
 
 def evaluate(
@@ -24,6 +24,7 @@ def evaluate(
     ] = None,
     chunk: Annotated[int, typer.Option(min=2, help="Tokens read at once; the state carries over.")] = 2048,
     device: Annotated[str, typer.Option(help="`cpu`, `cuda`, or `auto`.")] = "auto",
+    plugin: Plugin = None,
     as_json: Json = False,
 ) -> int:
     """What a model pays for files: bits a byte, and perplexity a token.

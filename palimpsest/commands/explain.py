@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from palimpsest.commands.options import Plugin
+
 
 def explain(
     model: Annotated[
@@ -26,6 +28,7 @@ def explain(
         Path | None,
         typer.Option(help="Draw decay, erase and write into this folder, as PNG and SVG, and serve nothing."),
     ] = None,
+    plugin: Plugin = None,
 ) -> None:
     """See the memory fade, erase and write: one page, served to this machine alone."""
     from palimpsest.commands.options import checkpoint_of

@@ -16,6 +16,7 @@ from rich.text import Text
 from palimpsest.commands.options import (
     Json,
     MinP,
+    Plugin,
     Quiet,
     RepetitionPenalty,
     Temperature,
@@ -52,6 +53,7 @@ def generate(
     save: Annotated[Path | None, typer.Option(help="Save what was read and written, to go on later.")] = None,
     load: Annotated[Path | None, typer.Option(help="Go on from a file written by --save.")] = None,
     device: Annotated[str, typer.Option(help="`cpu`, `cuda`, or `auto`.")] = "auto",
+    plugin: Plugin = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> int:

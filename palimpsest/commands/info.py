@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from palimpsest.commands.options import Json, checkpoint_of
+from palimpsest.commands.options import Json, Plugin, checkpoint_of
 from palimpsest.display import size
 
 
@@ -22,6 +22,7 @@ def info(
             help="`official_48b` (or `48b`), `medium`, `small`, `tiny`, a run's folder, a checkpoint's folder, or a recipe."
         ),
     ] = None,
+    plugin: Plugin = None,
     as_json: Json = False,
 ) -> int:
     """What a model is made of and what it holds in memory; without a model, what this machine can run.

@@ -10,6 +10,25 @@ INTERRUPTED = 130  # exit code
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only results and errors, no progress.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line on standard output, for programs.")]
 
+
+def _run_first(files: list[Path] | None) -> None:
+    from palimpsest.python_files import load_file
+
+    for file in files or []:
+        load_file(file, "plugin")
+
+
+Plugin = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--plugin",
+        metavar="FILE.py",
+        callback=_run_first,
+        help="Run a Python file of yours first, such as one that registers a layer; may be given several times.",
+        show_default=False,
+    ),
+]
+
 CHECKPOINTS_OWN = "by default what the checkpoint says"
 
 

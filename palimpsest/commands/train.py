@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from palimpsest.commands.options import INTERRUPTED, Json, Quiet
+from palimpsest.commands.options import INTERRUPTED, Json, Plugin, Quiet
 from palimpsest.commands.recipes import place_of
 from palimpsest.display import clock, display, notes, size
 
@@ -37,6 +37,7 @@ def train(
         bool, typer.Option("--overwrite", help="Remove the run in the folder and start anew; other files there stay.")
     ] = False,
     show: Annotated[bool, typer.Option("--show", help="Print the recipe with its settings and stop.")] = False,
+    plugin: Plugin = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> int:

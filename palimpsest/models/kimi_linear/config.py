@@ -236,7 +236,7 @@ def read_layer_types(pattern: str | Iterable[str]) -> tuple[str, ...]:
         if not isinstance(name, str) or name not in known_names:
             raise ValueError(
                 f"layer_types names {shown(name)}; the types are {', '.join(letters().values())}; a layer of your own "
-                "is registered with register_mixer before its config is read"
+                "is registered with register_mixer before its config is read: on the command line, --plugin FILE.py does so"
             )
     if not names:
         raise ValueError("layer_types is empty; give at least one layer, such as 'KKKM'")
