@@ -28,6 +28,11 @@ FIGURES = {  # figure -> what in the paper, functions (file, name), further pape
         (("explainer/scenes.py", "answers"), ("explainer/scenes.py", "Watched.continued")),
         (),
     ),
+    "inside": (
+        "equation 1, unrolled: what a memory holds of each token",
+        (("explainer/scenes.py", "inside"), ("ops/reference.py", "delta_memory")),
+        ("delta",),
+    ),
     "touch": ("equation 1", (("explainer/scenes.py", "touch"), ("ops/trace.py", "trace_memory")), ("delta",)),
     "family": (
         "section 2 and its table of update rules",

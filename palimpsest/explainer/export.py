@@ -86,6 +86,9 @@ def export(
                     files[f"data/next-{i}.json"] = json.dumps(scene["next"]).encode()
                 kept = {name: value for name, value in scene.items() if name not in BEATS}
                 files[f"data/sentence-{i}-{layer}-{head}.safetensors"] = to_safetensors(kept)
+                within = scenes.inside(model, sentence, layer, head, 0)
+                kept = {name: within[name].float() for name in ("half_life", "eigenvalues")}  # the page computes the rest
+                files[f"data/inside-{i}-{layer}-{head}.safetensors"] = to_safetensors(kept)
                 report(i * len(heads) + j + 1, total)
         for name in scenes.WORKED:
             kept = {k: x for k, x in scenes.worked(name).items() if k not in BEATS}

@@ -46,7 +46,17 @@ Scene = dict[str, Any]
 
 @dataclass(frozen=True)
 class Worked:
-    """An example small enough to check by hand. One row a token; the memory before the first is `start`."""
+    """An example small enough to check by hand. One row a token; the memory before the first is `start`.
+
+    Attributes:
+        title, about: what the page calls it and says of it.
+        tokens: their words.
+        start: the memory before the first, [K, V].
+        k, v, alpha, beta: of each token.
+        q: what each token asks; with its own key, if None.
+        rows, columns: names of the memory's rows and columns, where they mean something.
+        asked: the row whose key is asked after every token, beside what the tokens ask themselves; "" for none.
+    """
 
     title: str
     about: str
@@ -56,6 +66,32 @@ class Worked:
     v: list[list[float]]
     alpha: list[list[float]]
     beta: list[float]
+    q: list[list[float]] | None = None
+    rows: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+    asked: str = ""
+
+
+def _told(text: str, rows: tuple[str, ...], columns: tuple[str, ...], keep: float) -> dict[str, Any]:
+    """A story word by word, as a board with named rows and columns takes it.
+
+    A colour is written under the thing named last, with strength 1; a thing followed by a question mark is asked for; every
+    other word writes nothing. All rows keep the same share of themselves at each word.
+    """
+    words, thing = tuple(text.split()), ""
+    unit = lambda names, name: [float(x == name) for x in names]
+    k, v, beta, q = [], [], [], []
+    for word in words:
+        bare = word.strip(".?").lower()
+        thing = bare if bare in rows else thing
+        k.append(unit(rows, thing))
+        v.append(unit(columns, bare))
+        beta.append(float(bare in columns))
+        q.append(unit(rows, thing if word.endswith("?") else ""))
+    start = [[0.0] * len(columns)] * len(rows)
+    return {"tokens": words, "start": start, "k": k, "v": v, "beta": beta, "q": q, "alpha": [[keep] * len(rows)] * len(words)} | {
+        "rows": rows, "columns": columns
+    }  # fmt: skip
 
 
 WORKED = {
@@ -89,15 +125,33 @@ WORKED = {
         alpha=[[1.0, 1.0, 1.0], [0.9, 1.0, 1.0], [0.9, 1.0, 1.0]],
         beta=[1.0, 1.0, 1.0],
     ),
+    "door": Worked(
+        title="A story, word by word",
+        about="The rows are things, the columns colours. A colour is written under the thing named last; other words only "
+        "let the board fade, by two in a hundred. Under each word: what the board would answer, were it asked for the door.",
+        **_told(
+            "The door is red. The lamp is green. Now the door is blue. What colour is the door?",
+            rows=("door", "lamp"),
+            columns=("red", "green", "blue"),
+            keep=0.98,
+        ),
+        asked="door",
+    ),
 }
 
 
 def worked(name: str) -> Scene:
-    """A worked example, traced. Each token reads with its own key; q is not scaled."""
+    """A worked example, traced. q is not scaled."""
     example = _one_of("example", name, WORKED)
     k, v, alpha, beta, start = (_row(x) for x in (example.k, example.v, example.alpha, example.beta, example.start))
+    q = k if example.q is None else _row(example.q)
     tokens = [{"text": token} for token in example.tokens]
-    return {"title": example.title, "about": example.about} | _traced(tokens, k, k, v, alpha.log(), beta, start)
+    scene = {"title": example.title, "about": example.about} | _traced(tokens, q, k, v, alpha.log(), beta, start)
+    if example.rows:
+        scene |= {"rows": example.rows, "columns": example.columns}
+    if example.asked:
+        scene["asked"] = example.rows.index(example.asked)
+    return scene
 
 
 def sentence(model: Watched, text: str, layer: int, head: int) -> Scene:
@@ -123,6 +177,51 @@ def heads(model: Watched, text: str) -> Scene:
     for q, k, v, log_decay, beta in model.all_inputs(ids):
         memories.append(variants.kda(q, k, v, log_decay, beta, backend="chunked").state[0])
     return {"layers": model.watchable(), "memories": torch.stack(memories).float()}
+
+
+def inside(model: Watched, text: str, layer: int, head: int, asker: int) -> Scene:
+    """What a head's answers are made of, how much of every token is left, and how long its channels keep.
+
+    The memory is linear in what is written. So with a value of its own for each token, a row of the identity, the board
+    says how much of each token's value it holds:
+
+        o_t = sum_s reads[t, s] v_s,        left[t, s] = |what S_t holds of v_s|
+
+    Args:
+        model, text, layer, head: as for `sentence`.
+        asker: the token, from 0, whose query is asked after every token.
+
+    Returns:
+        tokens: what the page writes on each.
+        reads: [T, T], of token s in what token t reads.
+        asked: [T, T], of token s in what `asker` would read after token t.
+        left: [T, T], of token s after token t; beta_s, where it has just been written.
+        half_life: [K], tokens after which half of a channel is left, by its mean decay over the text; capped at 1e9.
+        eigenvalues: [T, K], of (I - beta k k^T) Diag(alpha), ascending: real, since it is similar to a symmetric matrix.
+    """
+    tokens, ids = model.tokens(text)
+    T = len(ids)
+    if not 0 <= asker < T:
+        raise ValueError(f"Token {asker + 1} was asked for and there are {T}.")
+    q, k, _, log_decay, beta = model.head(ids, layer, head)
+    K = k.shape[-1]
+    erase, own, q = beta[:, None] * k, torch.diag(beta), q * K**-0.5
+    at = lambda x, t: x[None, t : t + 1, None]
+    state, reads, asked, left = k.new_zeros(1, 1, K, T), [], [], []
+    for t in range(T):
+        rows = (at(q, t), at(k, t), at(erase, t), at(own, t), at(log_decay, t))
+        read, state = reference.delta_memory(*rows, state)
+        reads.append(read[0, 0, 0])
+        asked.append(q[asker] @ state[0, 0])
+        left.append(state[0, 0].norm(dim=0))
+    root = (0.5 * log_decay).exp()
+    alike = torch.diag_embed(root * root) - beta[:, None, None] * (root * k)[:, :, None] * (root * k)[:, None, :]
+    half_life = (math.log(2) / -log_decay.mean(0).clamp(max=-1e-12)).clamp(max=1e9)
+    return {
+        "tokens": tokens,
+        **{"reads": torch.stack(reads), "asked": torch.stack(asked), "left": torch.stack(left)},
+        **{"half_life": half_life, "eigenvalues": torch.linalg.eigvalsh(alike)},
+    }
 
 
 def _traced(
@@ -382,7 +481,7 @@ def order(model: Watched, text: str) -> Scene:
 
 SCENES = {  # by the names that the page asks for
     **{"worked": worked, "sentence": sentence, "heads": heads, "touch": touch, "family": family},
-    **{"chunk": chunk_of_sentence, "hybrid": hybrid, "order": order, "answers": answers},
+    **{"chunk": chunk_of_sentence, "hybrid": hybrid, "order": order, "answers": answers, "inside": inside},
 }
 
 

@@ -66,7 +66,7 @@ def test_an_earlier_export_is_replaced(tmp_path, quick):
     after = inside(site)
     assert before.keys() - after.keys() == {
         *(f"data/{name}-1.safetensors" for name in ("order", "answers", "heads")),
-        *(f"data/sentence-1-{layer}-{head}.safetensors" for layer in range(3) for head in range(4)),
+        *(f"data/{x}-1-{i}-{j}.safetensors" for x in ("sentence", "inside") for i in range(3) for j in range(4)),
         "data/next-1.json",
     }
     assert before["data/hybrid.safetensors"] != after["data/hybrid.safetensors"]

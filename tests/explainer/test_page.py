@@ -70,19 +70,19 @@ def test_the_tour_is_led_by_keys_links_and_scrolling(reader):
     page, bar = reader.page, reader.page.locator(".tour")
     assert not bar.is_visible()
     page.get_by_role("button", name="Take the tour").click()
-    assert "1 of 10" in bar.inner_text()
-    for step in range(2, 11):
+    assert "1 of 11" in bar.inner_text()
+    for step in range(2, 12):
         page.keyboard.press("n")
-        assert f"{step} of 10" in bar.inner_text()
+        assert f"{step} of 11" in bar.inner_text()
         assert page.url.endswith(f"#step-{step}")
     page.keyboard.press("p")
-    assert "9 of 10" in bar.inner_text()
+    assert "10 of 11" in bar.inner_text()
     page.evaluate("location.hash = '#step-4'")
-    reader.until(lambda: "4 of 10" in bar.inner_text())
+    reader.until(lambda: "4 of 11" in bar.inner_text())
     assert page.locator("#whiteboard-equation").get_attribute("data-beat") == "erase"
     page.wait_for_timeout(1000)  # until the tour's own scrolling is over
     page.locator("#figure-3").evaluate("figure => scrollTo(0, scrollY + figure.getBoundingClientRect().top - 60)")
-    reader.until(lambda: "8 of 10" in bar.inner_text())
+    reader.until(lambda: "9 of 11" in bar.inner_text())
     reader.picture("tour")
     page.keyboard.press("Escape")
     assert not bar.is_visible()
@@ -100,6 +100,48 @@ def test_the_model_answers_blue(reader, library):
     reader.choose("button", "Answer", within="#answer")
     said = "".join(x["text"] for x in scenes.answers(library.get()[1], text)["said"]).replace("␣", " ").strip()
     reader.until(lambda: box.get_attribute("data-answer") == said)
+
+
+def test_a_story_is_told_word_by_word_on_a_board_with_names(reader):
+    reader.choose("radio", "A story, word by word")
+    answers = reader.page.locator("#whiteboard-tokens .probe").all_inner_texts()
+    assert answers == ["–"] * 3 + ["red"] * 9 + ["blue"] * 6
+    reader.press("End")
+    assert "o = [0, 0, 0.904]" in reader.page.locator("#whiteboard-panel .story").inner_text()
+    board = reader.page.locator(".board canvas")
+    board.focus()
+    reader.page.keyboard.press("ArrowUp")
+    assert reader.page.locator(".board .readout").inner_text().startswith("S, row door, column red: 0")
+
+
+def test_what_a_trained_head_holds_is_what_the_library_says(reader, library):
+    body, model = reader.page.locator("#inside"), library.get()[1]
+    text, (layer, head) = EXAMPLES[0], model.telling()
+    reader.until(lambda: body.get_attribute("data-head") == f"{layer}-{head}")
+    expected = scenes.inside(model, text, layer, head, 10)
+    reader.choose("button", "Token 11, s", within="#inside-tokens")
+    assert body.get_attribute("data-asker") == "10"
+    weights = lambda: [
+        number(x.get_attribute("aria-label").rpartition(" ")[2])
+        for x in reader.page.locator("#inside-tokens button").element_handles()
+    ]
+    for view, name in (
+        ("asked", "One question, asked all along"),
+        ("reads", "What each token reads"),
+        ("left", "What is left of each token"),
+    ):
+        reader.choose("radio", name)
+        assert body.get_attribute("data-view") == view
+        for moment in (len(text) - 1, 20):
+            reader.page.locator("#inside-tokens input").evaluate(
+                "(input, value) => { input.value = value; input.dispatchEvent(new Event('input')) }", moment + 1
+            )
+            row = expected[view][moment].clone()
+            row[moment + 1 :] = 0
+            torch.testing.assert_close(torch.tensor(weights(), dtype=row.dtype), row, rtol=0.006, atol=0)
+    longest = float(reader.page.locator("#inside-channels .chart").get_attribute("data-longest"))
+    assert longest == pytest.approx(expected["half_life"].max().item(), rel=1e-6)
+    reader.picture("inside")
 
 
 def test_letters_and_words_explain_themselves(reader):
@@ -296,7 +338,7 @@ def test_chunks_agree_with_one_token_after_the_other(reader, library):
     result = reader.page.locator("#chunks-result")
     chips = reader.page.locator("#chunks-tokens .tokens span")
     for size in scenes.CHUNK_SIZES:
-        reader.choose("radio", str(size), within="#chunks-controls")
+        reader.choose("radio", str(size), within="[aria-label='Tokens of a chunk']")
         reader.slide("#chunks", "First token", 21)
         expected = scenes.chunk_of_sentence(library.get()[1], EXAMPLES[0], *library.get()[1].telling(), 20, size)
         assert (result.get_attribute("data-size"), result.get_attribute("data-start")) == (str(size), "20")
@@ -330,7 +372,7 @@ def test_the_hybrid_holds_what_the_library_accounts_for(reader):
 
 def test_every_figure_says_how_it_is_computed(reader):
     buttons = reader.page.get_by_role("button", name="How is this computed?")
-    assert buttons.count() == 6
+    assert buttons.count() == 7
     for i in range(6):
         buttons.nth(i).click()
         reader.settled()

@@ -47,6 +47,25 @@ def test_the_sentence_is_the_memory_of_that_head(model):
             assert scene["final"].float().equal(scene["written"][-1])
 
 
+def test_an_answer_is_the_sum_of_values_by_their_weights(model):
+    for layer, head in ((0, 0), (1, 3), (2, 1)):
+        traced, found = scenes.sentence(model, TEXT, layer, head), scenes.inside(model, TEXT, layer, head, 12)
+        torch.testing.assert_close(found["reads"] @ traced["v"], traced["read"], rtol=1e-9, atol=1e-12)
+        after = traced["written"].double().mT @ traced["q"][12]
+        torch.testing.assert_close(found["asked"] @ traced["v"], after, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found["asked"][12], found["reads"][12])
+        torch.testing.assert_close(found["left"].diagonal(), traced["beta"], rtol=1e-5, atol=1e-6)
+        assert found["left"].triu(1).abs().max() == 0
+        k, beta, alpha = traced["k"], traced["beta"], traced["alpha"]
+        one_token = (torch.eye(16) - beta[5] * torch.outer(k[5], k[5])) @ torch.diag(alpha[5])
+        spectrum = torch.linalg.eigvals(one_token).real.sort().values
+        torch.testing.assert_close(found["eigenvalues"][5], spectrum, rtol=1e-6, atol=1e-8)
+        slowest = (alpha.log().mean(0) * found["half_life"]).exp()
+        torch.testing.assert_close(slowest, torch.full_like(slowest, 0.5))
+    with pytest.raises(ValueError, match="Token 40 was asked for and there are 38"):
+        scenes.inside(model, TEXT, 0, 0, 39)
+
+
 def test_the_gallery_holds_every_heads_last_memory(model):
     memories = scenes.heads(model, TEXT)["memories"]
     assert memories.shape == (3, 4, 16, 16)

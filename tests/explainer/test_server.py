@@ -65,6 +65,7 @@ def test_about_and_code(address):
     assert set(json.loads(ask(address, "GET", "/api/code")[2])) == {
         "whiteboard",
         "answer",
+        "inside",
         "touch",
         "family",
         "chunks",

@@ -57,6 +57,7 @@ export class Board {
   private scales: Scales = { memory: 1, k: 1, q: 1, v: 1, held: 1, read: 1 };
   private frame: Frame | null = null;
   private cursor: { row: number; column: number } | null = null;
+  private names: { rows: string[]; columns: string[] } = { rows: [], columns: [] };
 
   constructor() {
     this.element = h("div", { class: "board" }, this.canvas, this.readout, this.spoken);
@@ -68,8 +69,9 @@ export class Board {
   }
 
   /** A memory of K rows and V columns, with the ends of its colour scales. */
-  open(K: number, V: number, scales: Scales): void {
+  open(K: number, V: number, scales: Scales, rows: string[] = [], columns: string[] = []): void {
     const same = K === this.K && V === this.V;
+    this.names = { rows, columns };
     [this.K, this.V, this.scales] = [K, V, scales];
     if (!same) {
       this.cursor = null;
@@ -99,7 +101,8 @@ export class Board {
     const label = 20;
     const band = (cell: number) => Math.max(narrow ? 12 : 14, Math.min(cell, 44));
     // columns: alpha, k, memory, q; the left side also carries the names of the rows above and below
-    const leftOf = (b: number) => Math.max(1.9 * b + 2 * gap, 58);
+    const named = this.names.rows.length ? 44 : 0;
+    const leftOf = (b: number) => Math.max(1.9 * b + 2 * gap + named, 58);
     const across = (cell: number) => leftOf(band(cell)) + V * cell + gap + Math.max(band(cell), 34);
     let cell = Math.min(narrow ? 64 : 78, (narrow ? 300 : 400) / K);
     while (cell > 1 && across(cell) > width) cell -= cell > 12 ? 1 : 0.25;
@@ -167,6 +170,13 @@ export class Board {
         }
       }
     }
+    context.fillStyle = style.ink;
+    context.font = '500 13px "Inter Variable", sans-serif';
+    context.textBaseline = "middle";
+    context.textAlign = "right";
+    this.names.rows.forEach((name, i) => context.fillText(name, this.boxes.alpha.x - 8, y + (i + 0.5) * cell));
+    context.textAlign = "center";
+    this.names.columns.forEach((name, j) => context.fillText(name, x + (j + 0.5) * cell, y - 12));
     context.strokeStyle = style.line;
     context.lineWidth = 1;
     context.strokeRect(x - 1.5, y - 1.5, w + 3 - (cell > 30 ? 3 : 1) * Number(K * V <= 2048), height + 3 - (cell > 30 ? 3 : 1) * Number(K * V <= 2048));
@@ -271,7 +281,8 @@ export class Board {
     const n = row * this.V + column;
     const [now, before] = [this.frame.to[n], this.frame.from[n]];
     const was = before === now ? "" : `, was ${text(before, 4)}`;
-    this.readout.textContent = `S, row ${row + 1}, column ${column + 1}: ${text(now, 4)}${was}`;
+    const { rows, columns } = this.names;
+    this.readout.textContent = `S, row ${rows[row] ?? row + 1}, column ${columns[column] ?? column + 1}: ${text(now, 4)}${was}`;
     if (aloud) this.spoken.textContent = this.readout.textContent;
   }
 }

@@ -58,7 +58,13 @@ export class ChunksFigure {
       this.start = x - 1;
       this.ask();
     });
-    byId("chunks-controls").append(h("div", { class: "pick" }, h("span", {}, "Tokens of a chunk"), sizes), this.place.element);
+    const narrow = matchMedia("(max-width: 700px)").matches; // there one step at a time fits the screen
+    const steps = choice("Steps shown", [[0, "All"], ...STEPS.map((_, i): [number, string] => [i + 1, String(i + 1)])], narrow ? 1 : 0, (step) => this.only(step));
+    byId("chunks-controls").append(
+      h("div", { class: "pick" }, h("span", {}, "Tokens of a chunk"), sizes),
+      this.place.element,
+      h("div", { class: "pick" }, h("span", {}, "Steps shown"), steps),
+    );
     byId("chunks-tokens").append(this.tokens, this.about, this.message);
     const list = byId("chunks-steps");
     STEPS.forEach(({ title, says, parts }, i) => {
@@ -69,10 +75,16 @@ export class ChunksFigure {
       });
       list.append(h("li", {}, h("div", { class: "words" }, h("h3", {}, title), h("p", {}, says), h("div", { class: "formula" }, formula(`chunk-${i + 1}`))), h("div", { class: "matrices" }, ...matrices)));
     });
+    this.only(narrow ? 1 : 0);
     whiteboard.onWatch((watching) => {
       this.watching = watching;
       this.ask();
     });
+  }
+
+  /** Shows one step, or with 0 all of them. */
+  private only(step: number): void {
+    [...byId("chunks-steps").children].forEach((item, i) => ((item as HTMLElement).hidden = step > 0 && i !== step - 1));
   }
 
   private mark(row: number | null): void {

@@ -11,6 +11,7 @@ import { redrawHeats } from "./heat.ts";
 import { Hero } from "./hero.ts";
 import { addHow } from "./how.ts";
 import { HybridFigure } from "./hybrid.ts";
+import { InsideFigure } from "./inside.ts";
 import { Exported, first, Live, type Source } from "./source.ts";
 import { explainTerms } from "./terms.ts";
 import { TouchFigure } from "./touch.ts";
@@ -74,11 +75,12 @@ async function start(): Promise<void> {
     byId("model-about").textContent = `${model.name ? `The model is “${model.name}”` : "The model is the small one that the package ships"}: ${model.layer_types.map((t) => (t.startsWith("mla") ? "M" : "K")).join("")}, ${Math.round(model.parameters / 1000)} thousand parameters, ${model.heads} heads of ${model.head_dim} × ${model.head_dim} a layer, ${model.tokenizer === "bytes" ? "reading bytes" : "with its own tokenizer"}.`;
     const answer = new AnswerFigure(source, about);
     void answer;
+    const inside = new InsideFigure(source, whiteboard);
     const touch = new TouchFigure(source);
     const family = new FamilyFigure(source, about);
     const chunks = new ChunksFigure(source, whiteboard);
     const hybrid = new HybridFigure(source, whiteboard);
-    redraw.push(() => touch.draw(), () => family.draw(), () => hybrid.draw());
+    redraw.push(() => inside.draw(), () => touch.draw(), () => family.draw(), () => hybrid.draw());
     void chunks;
     new Tour([
       { id: "beginning", title: "A board.", says: "Fade, erase, write, read: all that a token does. Watch it once round.", set: () => hero.go(0) },
@@ -87,6 +89,7 @@ async function start(): Promise<void> {
       { id: "whiteboard", title: "Erase.", says: "The board is asked what it holds under the key, and that is wiped; nothing else is touched.", set: () => whiteboard.go(2) },
       { id: "whiteboard-tokens", title: "Write.", says: "Key times value, an outer product: each cell gets its row’s key times its column’s value.", set: () => whiteboard.go(3) },
       { id: "figure-answer", title: "What it is good for.", says: "The model reads a story in which something changes, and answers with the last word on it. Type your own." },
+      { id: "figure-inside", title: "Inside.", says: "What the last token’s question finds after every token: the weights of red’s letters fade or are wiped, those of blue come." },
       { id: "figure-2", title: "Change one thing.", says: "Drag the key: what stands at right angles to it stays, whatever is written." },
       { id: "figure-3", title: "The family.", says: "Six memories hear the same facts. Those that cannot erase mix red with blue.", set: () => family.tell("twice") },
       { id: "figure-4", title: "All at once.", says: "The same numbers in matrix products, a chunk of tokens at a time: that is how it is trained." },

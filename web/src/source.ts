@@ -76,6 +76,9 @@ export interface Traced {
   held: Tensor;
   norms: Tensor; // [T, 4]: before, after decay, after erase, after write
   final: Tensor;
+  rows?: string[]; // names, where rows and columns of the board mean something
+  columns?: string[];
+  asked?: number; // the row whose key is asked after every token
   next?: Guess[][];
   /** Export only: how far the memory computed here is from the one the package computed. */
   drift?: number;
@@ -183,6 +186,23 @@ export interface Answers {
   earlier: { sentence: string; answer: string; chance: number }[];
 }
 
+/** A trained head: what its answers are made of, what is left of each token, how long its channels keep. */
+export interface Inside {
+  tokens: Token[];
+  reads: Tensor; // [T, T]: of token s in what token t reads
+  asked: Tensor; // [T, T]: of token s in what the asker would read after token t
+  left: Tensor; // [T, T]: of token s after token t
+  half_life: Tensor; // [K], tokens
+  eigenvalues: Tensor; // [T, K], ascending
+}
+
+export interface InsideArguments {
+  text: string;
+  layer: number;
+  head: number;
+  asker: number;
+}
+
 export interface Source {
   live: boolean;
   about(): Promise<About>;
@@ -196,6 +216,7 @@ export interface Source {
   hybrid(): Promise<Hybrid>;
   order(text: string): Promise<Order>;
   answers(text: string): Promise<Answers>;
+  inside(a: InsideArguments): Promise<Inside>;
 }
 
 async function answer(response: Response): Promise<Response> {
@@ -246,6 +267,7 @@ export class Live implements Source {
   hybrid = () => this.scene<Hybrid>("hybrid", {});
   order = (text: string) => this.scene<Order>("order", { text });
   answers = (text: string) => this.scene<Answers>("answers", { text });
+  inside = (a: InsideArguments) => this.scene<Inside>("inside", a);
 }
 
 export class Exported implements Source {
@@ -362,6 +384,27 @@ export class Exported implements Source {
       output_difference: difference(c.output, beats.read),
       memory_difference: difference(c.after, beats.written.subarray((size - 1) * K * V)),
     };
+  }
+
+  async inside({ text, layer, head, asker }: InsideArguments): Promise<Inside> {
+    const scene = await this.sentence(text, layer, head);
+    const kept = await this.file<Pick<Inside, "half_life" | "eigenvalues">>(`data/inside-${await this.number(text)}-${layer}-${head}.safetensors`);
+    const { T, K, ...rest } = inputsOf(scene);
+    const own = Float64Array.from({ length: T * T }, (_, n) => (n % (T + 1) === 0 ? scene.beta.data[n / (T + 1)] : 0));
+    const { read, written } = trace({ ...rest, T, K, V: T, write: own, start: new Float64Array(K * T) });
+    const q = rest.q.subarray(asker * K, (asker + 1) * K);
+    const asked = new Float64Array(T * T);
+    const left = new Float64Array(T * T);
+    for (let t = 0; t < T; t++) {
+      const S = written.subarray(t * K * T, (t + 1) * K * T);
+      asked.set(ask(S, q, K, T), t * T);
+      for (let s = 0; s < T; s++) {
+        let sum = 0;
+        for (let i = 0; i < K; i++) sum += S[i * T + s] ** 2;
+        left[t * T + s] = Math.sqrt(sum);
+      }
+    }
+    return { tokens: scene.tokens, ...kept, reads: tensor(read, T, T), asked: tensor(asked, T, T), left: tensor(left, T, T) };
   }
 
   hybrid = () => this.file<Hybrid>("data/hybrid.safetensors");

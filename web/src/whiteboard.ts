@@ -6,7 +6,7 @@ import { pointer, select } from "d3-selection";
 import { line } from "d3-shape";
 import { Board, litNames, type Beat, type Frame, type Scales } from "./board.ts";
 import { animate, byId, choice, h, icon, latest, percent, text, vector } from "./dom.ts";
-import { norm, type Numbers } from "./law.ts";
+import { ask, norm, type Numbers } from "./law.ts";
 import { Gallery } from "./gallery.ts";
 import type { About, Source, Token, Traced } from "./source.ts";
 import type { Tensor } from "./safetensors.ts";
@@ -191,10 +191,12 @@ export class Whiteboard {
   private show(scene: Traced): void {
     this.scene = scene;
     const [T, K, V] = scene.written.shape;
-    this.board.open(K, V, this.scales(scene));
+    this.board.open(K, V, this.scales(scene), scene.rows, scene.columns);
     this.scrub.max = String(4 * T);
-    this.strip.replaceChildren(...scene.tokens.map((token, i) => chip(token, i)));
-    this.strip.classList.toggle("bytes", T > 12);
+    const answers = probe(scene);
+    this.strip.replaceChildren(...scene.tokens.map((token, i) => chip(token, i, answers?.[i])));
+    this.strip.classList.toggle("bytes", T > 12 && !scene.rows);
+    this.strip.classList.toggle("probed", answers !== null);
     this.position = Math.min(this.position, 4 * T);
     this.root.dataset.tokens = String(T);
     this.root.dataset.drift = scene.drift === undefined ? "" : String(scene.drift);
@@ -304,6 +306,7 @@ export class Whiteboard {
     const [, K, V] = scene.written.shape;
     const row = (x: Tensor, n: number) => x.data.subarray(t * n, (t + 1) * n);
     const small = K <= 4 && V <= 4;
+    const silent = scene.rows !== undefined && scene.beta.data[t] === 0; // a word of a story that writes nothing
     const beta = text(scene.beta.data[t]);
     const equals = "\u00a0=\u00a0";
     if (beat === "start") {
@@ -316,6 +319,8 @@ export class Whiteboard {
       if (small) return `Each row fades by its own factor: α = ${vector(alpha)}.`;
       return `Each row fades by its own factor. The fastest keeps ${percent(Math.min(...alpha))} of itself, the slowest ${percent(Math.max(...alpha))}.`;
     }
+    if (silent && (beat === "erase" || beat === "write")) return `β${equals}0: this word ${beat === "erase" ? "erases" : "writes"} nothing.`;
+    if (silent && beat === "read" && norm(row(scene.q, K)) === 0) return "It asks nothing either.";
     if (beat === "erase") {
       const held = row(scene.held, V);
       if (small) return `Asked for k = ${vector(row(scene.k, K))}, the memory holds ${vector(Array.from(held, (x) => (scene.beta.data[t] ? x / scene.beta.data[t] : 0)))}. With β${equals}${beta}, ${vector(held)} is wiped along k.`;
@@ -432,9 +437,22 @@ export class Whiteboard {
   }
 }
 
-function chip({ text: label, part, parts }: Token, i: number): HTMLElement {
-  const name = parts ? `${label}, byte ${part} of ${parts}` : label === "␣" ? "space" : label;
-  return h("span", { role: "option", id: `token-${i}`, "data-index": String(i), "aria-selected": "false", "aria-label": name, title: name }, part && part > 1 ? "·" : label);
+function chip({ text: label, part, parts }: Token, i: number, answer?: string): HTMLElement {
+  const token = parts ? `${label}, byte ${part} of ${parts}` : label === "␣" ? "space" : label;
+  const name = answer === undefined ? token : `${token}; asked now, the board says ${answer || "nothing"}`;
+  const below = answer === undefined ? null : h("small", { class: "probe" }, answer || "–");
+  return h("span", { role: "option", id: `token-${i}`, "data-index": String(i), "aria-selected": "false", "aria-label": name, title: name }, part && part > 1 ? "·" : label, below);
+}
+
+/** What the board answers to the row that is asked after every token: the columns that it says aloud; null where none is asked. */
+function probe({ asked, columns, written }: Traced): string[] | null {
+  if (asked === undefined || !columns) return null;
+  const [T, K, V] = written.shape;
+  const key = Float64Array.from({ length: K }, (_, i) => Number(i === asked));
+  return Array.from({ length: T }, (_, t) => {
+    const answer = ask(written.data.subarray(t * K * V, (t + 1) * K * V), key, K, V);
+    return columns.filter((_, j) => answer[j] > 0.2).join(" + ");
+  });
 }
 
 function quantile(x: ArrayLike<number>, share: number): number {
