@@ -87,7 +87,9 @@ def export(
                 kept = {name: value for name, value in scene.items() if name not in BEATS}
                 files[f"data/sentence-{i}-{layer}-{head}.safetensors"] = to_safetensors(kept)
                 within = scenes.inside(model, sentence, layer, head, 0)
-                kept = {name: within[name].float() for name in ("half_life", "eigenvalues")}  # the page computes the rest
+                kept = {
+                    name: within[name].float() for name in ("half_life", "eigenvalues")
+                }  # the page computes the rest
                 files[f"data/inside-{i}-{layer}-{head}.safetensors"] = to_safetensors(kept)
                 report(i * len(heads) + j + 1, total)
         for name in scenes.WORKED:
