@@ -2,15 +2,18 @@
 
     palimpsest train recipes/explainer.py --out runs/explainer
 
-Half of its text are the docstrings of the Python standard library, the other half short stories in which things change,
-so that to go on well a head must erase what it wrote: "The door is red. Now the door is blue. What is the door?".
-Both are made here, from this interpreter's own library and from a seed.
+Its text are short stories in which things change, so that to go on well a head must erase what it wrote: "The door is red.
+Now the door is blue. What colour is the door?", and the docstrings of the Python standard library. Both are made here, from
+a seed and from this interpreter's own library. To keep three things apart takes many stories: three minutes of a GPU, or a
+day of two cores, where `--set steps=200` shows how it begins.
 """
 
 import ast
 import random
 import sysconfig
 from pathlib import Path
+
+import torch
 
 from palimpsest.models.kimi_linear import KimiLinearConfig
 from palimpsest.train import Data, Evaluate, Optim, Output, Recipe, Schedule, TextFiles
@@ -59,10 +62,10 @@ def docstrings() -> list[str]:
 
 
 def write_text(folder: Path, seed: int = 0) -> None:
-    """Docstrings, and twice as many bytes of stories, in files of some 64 kB."""
+    """Docstrings, and 60 MB of stories, in files of a megabyte."""
     chance = random.Random(seed)
     prose = docstrings()
-    size, stories = 2 * sum(map(len, prose)), []
+    size, stories = 60_000_000, []
     while size > 0:
         stories.append(story(chance))
         size -= len(stories[-1])
@@ -70,8 +73,8 @@ def write_text(folder: Path, seed: int = 0) -> None:
     for name, texts in (("docstrings", prose), ("stories", stories)):
         chance.shuffle(texts)
         whole = "\n\n".join(texts)
-        for i in range(0, len(whole), 1 << 16):
-            (folder / f"{name}-{i >> 16:03}.txt").write_text(whole[i : i + (1 << 16)], encoding="utf-8")
+        for i in range(0, len(whole), 1 << 20):
+            (folder / f"{name}-{i >> 20:03}.txt").write_text(whole[i : i + (1 << 20)], encoding="utf-8")
 
 
 def recipe() -> Recipe:
@@ -92,10 +95,11 @@ def recipe() -> Recipe:
             num_experts=0,
             tie_word_embeddings=True,
         ),
-        data=Data(source=TextFiles(paths=(str(TEXT),)), sequence_length=192, batch_size=24),
-        steps=1800,
-        optim=Optim(),
+        data=Data(source=TextFiles(paths=(str(TEXT),)), sequence_length=192, batch_size=384),
+        steps=1224,
+        optim=Optim(lr=4.5e-3, matrix_lr=3e-2),
         schedule=Schedule(warmup=0.02, decay=0.4),
         evaluate=Evaluate(every=600, max_bytes=32768, final_max_bytes=1 << 17),
         output=Output(checkpoint_every=300, log_every=20),
+        precision="bf16" if torch.cuda.is_available() else "no",
     )
