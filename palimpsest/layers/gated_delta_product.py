@@ -15,6 +15,7 @@ from torch import Tensor
 
 from palimpsest.layers.memory_layer import MemoryLayer, linear
 from palimpsest.ops.gates import l2norm
+from palimpsest.ops.split import SequenceSplit
 from palimpsest.ops.variants import gated_delta_product, kda_step_
 
 
@@ -40,11 +41,18 @@ class GatedDeltaProduct(MemoryLayer):
         self.b_proj = linear(self.hidden_size, self.sub_steps * self.num_heads)
 
     def remember(
-        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, memory: Tensor | None, cu_seqlens: Tensor | None = None
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        memory: Tensor | None,
+        cu_seqlens: Tensor | None = None,
+        split: SequenceSplit | None = None,
     ) -> tuple[Tensor, Tensor]:
         """As MemoryLayer.remember."""
         q, k, v, log_decay, beta = self._inputs(x, q, k, v)
-        return gated_delta_product(q, k, v, log_decay, beta, state=memory, cu_seqlens=cu_seqlens)
+        return gated_delta_product(q, k, v, log_decay, beta, state=memory, cu_seqlens=cu_seqlens, split=split)
 
     def remember_step_(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, memory: Tensor, mask: Tensor | None) -> Tensor:
         """As MemoryLayer.remember_step_."""

@@ -7,6 +7,7 @@ from torch import Tensor
 from palimpsest.layers.memory_layer import MemoryLayer, linear
 from palimpsest.layers.precision import float32
 from palimpsest.ops.gates import l2norm
+from palimpsest.ops.split import SequenceSplit
 from palimpsest.ops.variants import gdn2
 
 
@@ -26,10 +27,19 @@ class GatedDeltaNet2(MemoryLayer):
         self.e_proj, self.w_proj = linear(self.hidden_size, D), linear(self.hidden_size, D)
 
     def remember(
-        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, memory: Tensor | None, cu_seqlens: Tensor | None = None
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        memory: Tensor | None,
+        cu_seqlens: Tensor | None = None,
+        split: SequenceSplit | None = None,
     ) -> tuple[Tensor, Tensor]:
         """As MemoryLayer.remember."""
         if self.options.qk_norm:
             q, k = l2norm(q), l2norm(k)
         erase, write = (float32(p(x)).sigmoid().view(k.shape) for p in (self.e_proj, self.w_proj))
-        return gdn2(q, k, v, self._log_decay(x).expand_as(k), erase, write, state=memory, cu_seqlens=cu_seqlens)
+        return gdn2(
+            q, k, v, self._log_decay(x).expand_as(k), erase, write, state=memory, cu_seqlens=cu_seqlens, split=split
+        )

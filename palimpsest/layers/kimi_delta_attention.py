@@ -14,6 +14,7 @@ from palimpsest.layers.linears import apply_linears
 from palimpsest.layers.memory_layer import MemoryLayer, linear
 from palimpsest.ops.decode import memory_layer_step_
 from palimpsest.ops.gates import l2norm
+from palimpsest.ops.split import SequenceSplit
 from palimpsest.ops.variants import gated_delta, kda, kda_from_logits, kda_step_
 
 
@@ -45,21 +46,29 @@ class KimiDeltaAttention(MemoryLayer):
         self.b_proj = linear(self.hidden_size, self.num_heads)
 
     def remember(
-        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, memory: Tensor | None, cu_seqlens: Tensor | None = None
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        memory: Tensor | None,
+        cu_seqlens: Tensor | None = None,
+        split: SequenceSplit | None = None,
     ) -> tuple[Tensor, Tensor]:
         """As MemoryLayer.remember: one operator from logits for the released layer."""
         options = self.options
         if options.decay == "channel" and options.qk_norm:
             logits = self._decay_logits(x), self.b_proj(x)
             return kda_from_logits(
-                q, k, v, *logits, gate=self._gate(), beta_max=options.beta_max, state=memory, cu_seqlens=cu_seqlens
-            )
+                q, k, v, *logits, gate=self._gate(), beta_max=options.beta_max, state=memory, cu_seqlens=cu_seqlens,
+                split=split,
+            )  # fmt: skip
         if options.qk_norm:
             q, k = l2norm(q), l2norm(k)
         log_decay, beta = self._log_decay(x), self._beta(x)
         if options.decay == "head":
-            return gated_delta(q, k, v, log_decay[..., 0], beta, state=memory, cu_seqlens=cu_seqlens)
-        return kda(q, k, v, log_decay.expand_as(k), beta, state=memory, cu_seqlens=cu_seqlens)
+            return gated_delta(q, k, v, log_decay[..., 0], beta, state=memory, cu_seqlens=cu_seqlens, split=split)
+        return kda(q, k, v, log_decay.expand_as(k), beta, state=memory, cu_seqlens=cu_seqlens, split=split)
 
     def remember_step_(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, memory: Tensor, mask: Tensor | None) -> Tensor:
         """As MemoryLayer.remember_step_."""

@@ -20,10 +20,12 @@ from palimpsest.layers.latent_cache import LatentCache
 from palimpsest.layers.layer_state import LatentState
 from palimpsest.layers.linears import apply_linears
 from palimpsest.layers.norms import RMSNorm
-from palimpsest.layers.padding import check_input, check_rows, check_sizes, dtype_of, pack, unpack
+from palimpsest.layers.padding import check_input, check_rows, check_sizes, check_split, dtype_of, pack, unpack
 from palimpsest.layers.precision import float32
+from palimpsest.layers.split_attention import attend_across
 from palimpsest.ops.decode import latent_layer_step_, latent_step
 from palimpsest.ops.packing import borders
+from palimpsest.ops.split import SequenceSplit
 
 try:  # torch has attention over packed documents from 2.10 on, and asked for its causal form in another way then
     from torch.nn.attention.varlen import varlen_attn
@@ -105,15 +107,24 @@ class MultiHeadLatentAttention(nn.Module):
         attend = self._absorbed if T < S and T <= ABSORB_UP_TO else self._expanded
         return self.o_proj(attend(q_BTHC, state.latent, state.valid).flatten(-2)), state
 
-    def without_state(self, x: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+    def without_state(
+        self, x: Tensor, *, cu_seqlens: Tensor | None = None, split: SequenceSplit | None = None
+    ) -> Tensor:
         """The output of `forward` alone, where nobody continues: in training. On a GPU the host is not waited for.
 
         Args:
             x, cu_seqlens: as forward's.
+            split: x is this rank's part of a sequence that lies on several, without cu_seqlens. Latents go to every rank.
 
         Returns:
             y [B, T, hidden_size].
         """
+        if split is not None:
+            check_input(x, self.hidden_size, dtype=dtype_of(self.q_proj))
+            check_split(split, None, cu_seqlens)
+            q_BTHC, latent_BTC = self._project(x, split.positions(x.device)[None])
+            y_BTHV = attend_across(split, q_BTHC, latent_BTC, self._keys_and_values, self.scale)
+            return self.o_proj(y_BTHV.flatten(-2))
         if cu_seqlens is None or not x.is_cuda or varlen_attn is None or self.V > self.N + self.P:
             return self.forward(x, cu_seqlens=cu_seqlens)[0]
         starts_N = cu_seqlens.to(device=x.device, dtype=torch.int32)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from palimpsest.layers.memory_layer import MemoryLayer, linear
 from palimpsest.ops.gates import l2norm
+from palimpsest.ops.split import SequenceSplit
 from palimpsest.ops.variants import gated_linear_attention
 
 
@@ -23,13 +24,22 @@ class GatedLinearAttention(MemoryLayer):
     """
 
     def remember(
-        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, memory: Tensor | None, cu_seqlens: Tensor | None = None
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        memory: Tensor | None,
+        cu_seqlens: Tensor | None = None,
+        split: SequenceSplit | None = None,
     ) -> tuple[Tensor, Tensor]:
         """As MemoryLayer.remember."""
         if self.options.qk_norm:
             q, k = l2norm(q), l2norm(k)
         log_decay = self._log_decay(x).expand_as(k)
-        return gated_linear_attention(q, k, self.written(x, v), log_decay, state=memory, cu_seqlens=cu_seqlens)
+        return gated_linear_attention(
+            q, k, self.written(x, v), log_decay, state=memory, cu_seqlens=cu_seqlens, split=split
+        )
 
     def written(self, x: Tensor, v: Tensor) -> Tensor:
         """What is written of the values [B, T, H, K]."""

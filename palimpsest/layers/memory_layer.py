@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from palimpsest.layers.layer_state import KDAState
 from palimpsest.layers.norms import RMSNorm
 from palimpsest.layers.options import OFFICIAL, MixerOptions
-from palimpsest.layers.padding import check_input, check_rows, check_sizes, dtype_of, pack, unpack
+from palimpsest.layers.padding import check_input, check_rows, check_sizes, check_split, dtype_of, pack, unpack
 from palimpsest.layers.precision import Float32Tensors, float32
 from palimpsest.layers.short_conv import ShortConvolution
 from palimpsest.ops.arguments import state_dtype
 from palimpsest.ops.gates import SigmoidDecay, SoftplusDecay
 from palimpsest.ops.short_conv import short_convs
+from palimpsest.ops.split import SequenceSplit
 
 
 class MemoryLayer(Float32Tensors):
@@ -82,13 +83,21 @@ class MemoryLayer(Float32Tensors):
         """Make the projections of the gates."""
 
     def remember(
-        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, memory: Tensor | None, cu_seqlens: Tensor | None = None
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        memory: Tensor | None,
+        cu_seqlens: Tensor | None = None,
+        split: SequenceSplit | None = None,
     ) -> tuple[Tensor, Tensor]:
         """What many tokens do to the memory and read from it.
 
         Args:
             x: [B, T, hidden_size], for the gates. q, k, v: [B, T, H, K]; k and v [B, T, n, H, K] where n is not 1.
             memory: [B, H, K, K] or [N, H, K, K], not to be changed; zeros if None.
+            cu_seqlens, split: as forward's.
 
         Returns:
             What is read, [B, T, H, K], and the memory afterwards.
@@ -134,6 +143,7 @@ class MemoryLayer(Float32Tensors):
         *,
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        split: SequenceSplit | None = None,
     ) -> tuple[Tensor, KDAState]:
         """Many tokens. The state given is not touched.
 
@@ -142,21 +152,25 @@ class MemoryLayer(Float32Tensors):
             state: what came before; nothing if None.
             mask: [B, T], True for a token, False for padding, on any side. Padding leaves no trace in the state.
             cu_seqlens: [N + 1], borders of N documents packed end to end in a batch of 1; states then have N rows.
+            split: x is this rank's part of a sequence that lies on several; alone, and states then have one row a piece of
+                a document on this rank. See `parallel.context`.
 
         Returns:
             y [B, T, hidden_size], zero where mask is False, and the state after the last token.
         """
         check_input(x, self.hidden_size, dtype=dtype_of(self.q_proj))
         check_rows(x[..., 0], mask, cu_seqlens)
-        self._check_state(state, len(x) if cu_seqlens is None else len(cu_seqlens) - 1)
+        check_split(split, mask, cu_seqlens)
+        rows = len(x) if cu_seqlens is None else len(cu_seqlens) - 1
+        self._check_state(state, rows if split is None else len(x) * len(split.pieces))
         if mask is not None:
             packed, cu_seqlens = pack(x, mask)
             y, after = self.forward(packed, state, cu_seqlens=cu_seqlens)
             return unpack(y, mask), after
 
-        streams, windows = self._streams(x, state, cu_seqlens)
+        streams, windows = self._streams(x, state, cu_seqlens, split)
         memory = None if state is None else state.memory
-        output_BTHK, memory = self.remember(x, *streams, memory, cu_seqlens)
+        output_BTHK, memory = self.remember(x, *streams, memory, cu_seqlens, split)
         return self._way_out(x, output_BTHK), KDAState(memory, windows)
 
     def step_(self, x: Tensor, state: KDAState, mask: Tensor | None = None) -> tuple[Tensor, KDAState]:
@@ -234,14 +248,23 @@ class MemoryLayer(Float32Tensors):
         sizes = heads if n == 1 else (n, *heads)
         return q.unflatten(-1, heads), k.unflatten(-1, sizes), v.unflatten(-1, sizes)
 
-    def _streams(self, x: Tensor, state: KDAState | None, cu_seqlens: Tensor | None = None):
+    def _streams(
+        self,
+        x: Tensor,
+        state: KDAState | None,
+        cu_seqlens: Tensor | None = None,
+        split: SequenceSplit | None = None,
+    ):
         """q, k and v in heads, through their convolutions, and the windows that these leave."""
         streams = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
         windows: tuple[Tensor, ...] = ()
         if self.options.conv:
             weights = [conv.weight for conv in (self.q_conv1d, self.k_conv1d, self.v_conv1d)]
             before = None if state is None else state.conv
-            streams, after = short_convs(streams, weights, states=before, cu_seqlens=cu_seqlens)
+            if split is None:
+                streams, after = short_convs(streams, weights, states=before, cu_seqlens=cu_seqlens)
+            else:
+                streams, after = split.convolve(short_convs, streams, weights, before)
             windows = tuple(after)
         else:
             streams = [F.silu(s) for s in streams]

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.ops.packing import check_cu_seqlens
+from palimpsest.ops.split import SequenceSplit
 
 
 def check_sizes(least: int = 1, **sizes: int) -> None:
@@ -38,6 +39,15 @@ def check_rows(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Non
         raise ValueError(f"mask is {mask.dtype} of shape {tuple(mask.shape)}; expected torch.bool of shape {rows}")
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, x.shape[0], x.shape[1], x.device)
+
+
+def check_split(split: SequenceSplit | None, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    """Raise ValueError if a split came with borders or padding of its own part."""
+    if split is not None and (mask is not None or cu_seqlens is not None):
+        which = "mask" if cu_seqlens is None else "cu_seqlens"
+        raise ValueError(
+            f"{which} came with split; say where documents begin to split_sequence, of the whole sequence, and leave padding out"
+        )
 
 
 def pack(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

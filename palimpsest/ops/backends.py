@@ -56,6 +56,23 @@ class Problem(NamedTuple):
     transformed: bool = False
 
 
+class Segments(NamedTuple):
+    """What a backend may do better than by its plain functions for a sequence in fragments; see affine.py.
+
+    Both take the name of an op and what the function of that name takes, as one tuple.
+
+    Attributes:
+        ops: for which ops.
+        opened: (op, arguments, rows) -> affine.Opened of the same arguments; `rows` of the states are open.
+        gradients: (op, d_output, d_state or None, arguments) -> the gradients of the state and of each tensor, without a
+            forward; of a gate's A_log and dt_bias last.
+    """
+
+    ops: tuple[Op, ...]
+    opened: Callable
+    gradients: Callable
+
+
 @dataclass(frozen=True)
 class Backend:
     """A set of implementations under one name, one a field of `Op`; None where it has none, and then it refuses.
@@ -79,6 +96,7 @@ class Backend:
         core, kda, kda_from_logits, dplr, linear, step, lookup: the run functions above.
         starts_empty: sequences without a state come as None; otherwise as zeros.
         facts: what a user may want to know of its kernels on this machine, such as where they are kept.
+        segments: see `Segments`; None if it has nothing better.
     """
 
     name: str
@@ -92,6 +110,7 @@ class Backend:
     lookup: Callable | None = None
     starts_empty: bool = False
     facts: Callable[[], dict[str, str]] | None = None
+    segments: Segments | None = None
 
     def refusal(self, problem: Problem) -> str | None:
         """Why this backend cannot take the problem, as a sentence; None if it can."""

@@ -94,7 +94,7 @@ def short_convs(
     >>> ys[0].shape, states[2].shape
     (torch.Size([1, 3, 2]), torch.Size([1, 2, 3]))
     """
-    if _has_kernel(xs, states):
+    if _has_kernel(xs):
         B, T, _ = xs[0].shape
         borders = None if cu_seqlens is None else cu_seqlens.to(xs[0].device).long()
         if cu_seqlens is not None:
@@ -103,7 +103,7 @@ def short_convs(
         streams = [x if x.is_contiguous() else x.contiguous() for x in xs]
         flat = [weight.flatten(1) for weight in weights]
         held = [] if states is None else [state.to(xs[0].dtype).contiguous() for state in states]
-        ys = _ShortConvs.apply(len(xs), ages, rows, *streams, *flat, *held)
+        ys = _ShortConvs.apply(len(xs), ages, rows, borders, *streams, *flat, *held)
         before: Sequence[Tensor | None] = [None] * len(xs) if states is None else held
         W = weights[0].shape[-1]
         return list(ys), [_windows(x, state, W, borders) for x, state in zip(xs, before)]
@@ -118,29 +118,47 @@ def short_convs(
 
 class _ShortConvs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, count, ages, rows, *tensors):
+    def forward(ctx, count, ages, rows, borders, *tensors):
         xs, weights, states = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
-        ctx.save_for_backward(ages, rows, *tensors)
+        ctx.save_for_backward(ages, rows, borders, *tensors)
         ctx.count = count
         return tuple(torch.ops.palimpsest_gpu.short_conv(list(xs), list(weights), list(states), ages, rows))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *dys):  # pyright: ignore[reportIncompatibleMethodOverride]
-        (ages, rows, *tensors), n = ctx.saved_tensors, ctx.count
-        dxs, d_weights = torch.ops.palimpsest_gpu.short_conv_backward(
-            tensors[:n], tensors[n : 2 * n], tensors[2 * n :], ages, rows, list(dys)
-        )
-        return None, None, None, *dxs, *d_weights, *[None] * (len(tensors) - 2 * n)
+        (ages, rows, borders, *tensors), n = ctx.saved_tensors, ctx.count
+        xs, weights, states = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
+        dxs, d_weights = torch.ops.palimpsest_gpu.short_conv_backward(xs, weights, states, ages, rows, list(dys))
+        wanted = ctx.needs_input_grad[4 + 2 * n :]
+        d_states = [
+            _state_gradient(x, weight, state, dy, borders) if wants else None
+            for x, weight, state, dy, wants in zip(xs, weights, states, dys, wanted)
+        ]
+        return None, None, None, None, *dxs, *d_weights, *d_states
 
 
-def _has_kernel(xs: Sequence[Tensor], states: Sequence[Tensor] | None) -> bool:
-    """A GPU's dtypes, one of them for all; a state that wants a gradient goes the plain way."""
+def _state_gradient(x: Tensor, weight: Tensor, state: Tensor, dy: Tensor, borders: Tensor | None) -> Tensor:
+    """The gradient of what stands before each sequence, by the few tokens that see it: its first W - 1."""
+    (B, T, D), (N, _, seen) = x.shape, state.shape
+    if borders is None:
+        borders = torch.arange(N + 1, device=x.device) * T
+    at = torch.arange(seen, device=x.device)
+    inside = at < borders.diff()[:, None]
+    index = (borders[:-1, None] + at).clamp(max=B * T - 1)
+    x, dy = (torch.where(inside[..., None], t.reshape(B * T, D)[index], 0).mT.float() for t in (x, dy))
+    with torch.enable_grad():
+        before = state.detach().float().requires_grad_()
+        y = F.silu(F.conv1d(torch.cat((before, x), -1), weight.float()[:, None], groups=D))
+        return torch.autograd.grad(y, before, dy)[0].to(state.dtype)
+
+
+def _has_kernel(xs: Sequence[Tensor]) -> bool:
+    """A GPU's dtypes, one of them for all."""
     x = xs[0]
     if not x.is_cuda or x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not 1 <= len(xs) <= 3:
         return False
-    trained = torch.is_grad_enabled() and states is not None and any(state.requires_grad for state in states)
-    return not trained and x.shape[1] > 0 and all(other.dtype == x.dtype for other in xs)
+    return x.shape[1] > 0 and all(other.dtype == x.dtype for other in xs)
 
 
 def _places(borders: Tensor, T: int) -> tuple[Tensor, Tensor]:

@@ -26,11 +26,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from palimpsest.ops import arguments
+from palimpsest.ops import affine, arguments
 from palimpsest.ops.arguments import expect_floats, scale_of, state_dtype
 from palimpsest.ops.backends import Backend, Op, Problem, choose, within_a_transform
 from palimpsest.ops.gates import SigmoidDecay, SoftplusDecay, l2norm
 from palimpsest.ops.packing import check_cu_seqlens
+from palimpsest.ops.split import SequenceSplit
 
 
 class DeltaOutput(NamedTuple):
@@ -61,6 +62,7 @@ def kda(
     cu_seqlens: Tensor | None = None,
     check: bool = False,
     backend: str = "auto",
+    split: SequenceSplit | None = None,
 ) -> DeltaOutput:
     """Kimi Delta Attention: channel-wise decay, one strength beta for both erasing and writing.
 
@@ -76,6 +78,8 @@ def kda(
         cu_seqlens: [N + 1] borders of packed sequences, with B = 1.
         check: also read the values and refuse a positive or NaN log_decay.
         backend: "auto", or a name from `backends.names()`; a named backend never falls back.
+        split: the tensors are this rank's part of a sequence that lies on several, `split_sequence` of `parallel.context`;
+            without cu_seqlens. `state` then has one row a piece of this rank, and so has what is returned.
 
     Returns:
         DeltaOutput(output [B, T, HV, V], state [B or N, HV, K, V]).
@@ -94,10 +98,10 @@ def kda(
     tensor([[10., 10.],
             [ 5.,  5.]])
     """
-    arguments.check("kda", (q, k, v, log_decay, beta, state), cu_seqlens)
+    arguments.check("kda", (q, k, v, log_decay, beta, _checkable(state, split, cu_seqlens)), cu_seqlens)
     if check:
         _check_decay(log_decay)
-    return _run("kda", "kda", (q, k, v, log_decay, beta), v, state, scale, cu_seqlens, backend)
+    return _run("kda", "kda", (q, k, v, log_decay, beta), v, state, scale, cu_seqlens, backend, split)
 
 
 def gdn2(
@@ -113,6 +117,7 @@ def gdn2(
     cu_seqlens: Tensor | None = None,
     check: bool = False,
     backend: str = "auto",
+    split: SequenceSplit | None = None,
 ) -> DeltaOutput:
     """Gated DeltaNet 2: KDA with erasing gated per key channel and writing gated per value channel.
 
@@ -120,7 +125,7 @@ def gdn2(
         q, k, v, log_decay: as of `kda`.
         erase_gate: [B, T, HV, K], in (0, 1): the token erases along erase_gate * k.
         write_gate: [B, T, HV, V], in (0, 1): it writes write_gate * v.
-        state, scale, cu_seqlens, check, backend: as of `kda`.
+        state, scale, cu_seqlens, check, backend, split: as of `kda`.
 
     Returns:
         DeltaOutput(output [B, T, HV, V], state [B or N, HV, K, V]).
@@ -136,12 +141,14 @@ def gdn2(
     >>> torch.equal(output, kda(q, k, v, torch.zeros(1, 3, 1, 4), gate[..., 0]).output)
     True
     """
-    arguments.check("gdn2", (q, k, v, log_decay, erase_gate, write_gate, state), cu_seqlens)
+    arguments.check(
+        "gdn2", (q, k, v, log_decay, erase_gate, write_gate, _checkable(state, split, cu_seqlens)), cu_seqlens
+    )
     if check:
         _check_decay(log_decay)
     keys = _per_value_head(k, v.shape[2])
     core = (q, k, (erase_gate * keys).to(k.dtype), (write_gate * v).to(v.dtype), log_decay)  # gates may be wider
-    return _run("core", "gdn2", core, v, state, scale, cu_seqlens, backend)
+    return _run("core", "gdn2", core, v, state, scale, cu_seqlens, backend, split)
 
 
 def gated_delta(
@@ -156,13 +163,14 @@ def gated_delta(
     cu_seqlens: Tensor | None = None,
     check: bool = False,
     backend: str = "auto",
+    split: SequenceSplit | None = None,
 ) -> DeltaOutput:
     """Gated DeltaNet: KDA with one decay per head.
 
     Args:
         q, k, v, beta: as of `kda`.
         log_decay: [B, T, HV], natural log, <= 0, in fp32 where it can be.
-        state, scale, cu_seqlens, check, backend: as of `kda`.
+        state, scale, cu_seqlens, check, backend, split: as of `kda`.
 
     Returns:
         DeltaOutput(output [B, T, HV, V], state [B or N, HV, K, V]).
@@ -176,11 +184,11 @@ def gated_delta(
     >>> gated_delta(q, k, v, torch.zeros(1, 3, 1), torch.ones(1, 3, 1)).output.shape
     torch.Size([1, 3, 1, 4])
     """
-    arguments.check("gated_delta", (q, k, v, log_decay, beta, state), cu_seqlens)
+    arguments.check("gated_delta", (q, k, v, log_decay, beta, _checkable(state, split, cu_seqlens)), cu_seqlens)
     if check:
         _check_decay(log_decay)
     log_decay = log_decay[..., None].expand(*log_decay.shape, q.shape[-1])
-    return _run("kda", "gated_delta", (q, k, v, log_decay, beta), v, state, scale, cu_seqlens, backend)
+    return _run("kda", "gated_delta", (q, k, v, log_decay, beta), v, state, scale, cu_seqlens, backend, split)
 
 
 def gated_delta_product(
@@ -195,6 +203,7 @@ def gated_delta_product(
     cu_seqlens: Tensor | None = None,
     check: bool = False,
     backend: str = "auto",
+    split: SequenceSplit | None = None,
 ) -> DeltaOutput:
     """Gated DeltaProduct: n erase-and-write sub-steps a token, then one read. The token's decay comes before the first.
 
@@ -206,7 +215,7 @@ def gated_delta_product(
         k: [B, T, n, H, K]. v: [B, T, n, HV, V], HV a multiple of H. Sub-step j of a token has the key k[:, :, j].
         log_decay: [B, T, HV], or [B, T, HV, K] for one a channel; natural log, <= 0.
         beta: [B, T, n, HV], in (0, 1), or (0, 2).
-        state, scale, cu_seqlens, check, backend: as of `kda`; borders count tokens, not sub-steps.
+        state, scale, cu_seqlens, check, backend, split: as of `kda`; borders count tokens, not sub-steps.
 
     Returns:
         DeltaOutput(output [B, T, HV, V], state [B or N, HV, K, V]).
@@ -246,7 +255,10 @@ def gated_delta_product(
     reads = F.pad(q[:, :, None], (0, 0, 0, 0, n - 1, 0)).flatten(1, 2)
     k, v, beta = (x.flatten(1, 2) for x in (k, v, beta))
     borders = None if cu_seqlens is None else cu_seqlens * n
-    result = kda(reads, k, v, decays, beta, state=state, scale=scale, cu_seqlens=borders, check=check, backend=backend)
+    result = kda(
+        reads, k, v, decays, beta, state=state, scale=scale, cu_seqlens=borders, check=check, backend=backend,
+        split=None if split is None else split.times(n),
+    )  # fmt: skip
     return DeltaOutput(result.output[:, n - 1 :: n], result.state)
 
 
@@ -260,12 +272,13 @@ def delta_rule(
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
+    split: SequenceSplit | None = None,
 ) -> DeltaOutput:
     """DeltaNet: no decay; each write is one gradient step of size beta on 1/2 |S^T k - v|^2.
 
     Args:
         q, k, v, beta: as of `kda`.
-        state, scale, cu_seqlens, backend: as of `kda`.
+        state, scale, cu_seqlens, backend, split: as of `kda`.
 
     Returns:
         DeltaOutput(output [B, T, HV, V], state [B or N, HV, K, V]).
@@ -280,9 +293,9 @@ def delta_rule(
     >>> delta_rule(k, k, v, torch.ones(1, 2, 1), scale=1.0).output.flatten().tolist()
     [3.0, 7.0]
     """
-    arguments.check("delta_rule", (q, k, v, beta, state), cu_seqlens)
+    arguments.check("delta_rule", (q, k, v, beta, _checkable(state, split, cu_seqlens)), cu_seqlens)
     log_decay = v.new_zeros(1, 1, 1, 1).expand(*beta.shape, q.shape[-1])  # a zero is exact in any dtype
-    return _run("kda", "delta_rule", (q, k, v, log_decay, beta), v, state, scale, cu_seqlens, backend)
+    return _run("kda", "delta_rule", (q, k, v, log_decay, beta), v, state, scale, cu_seqlens, backend, split)
 
 
 def gated_linear_attention(
@@ -296,6 +309,7 @@ def gated_linear_attention(
     cu_seqlens: Tensor | None = None,
     check: bool = False,
     backend: str = "auto",
+    split: SequenceSplit | None = None,
 ) -> DeltaOutput:
     """Gated linear attention: channel-wise decay and no erasing.
 
@@ -304,7 +318,7 @@ def gated_linear_attention(
     Args:
         q, k, v: as of `kda`; k need not be of unit length, for nothing is erased along it.
         log_decay: [B, T, HV, K], natural log, <= 0, in fp32 where it can be.
-        state, scale, cu_seqlens, check, backend: as of `kda`.
+        state, scale, cu_seqlens, check, backend, split: as of `kda`.
 
     Returns:
         DeltaOutput(output [B, T, HV, V], state [B or N, HV, K, V]).
@@ -319,11 +333,11 @@ def gated_linear_attention(
     >>> gated_linear_attention(k, k, k, half).state.item()  # the first value has faded to a half
     1.5
     """
-    arguments.check("gated_linear_attention", (q, k, v, log_decay, state), cu_seqlens)
+    arguments.check("gated_linear_attention", (q, k, v, log_decay, _checkable(state, split, cu_seqlens)), cu_seqlens)
     if check:
         _check_decay(log_decay)
     core = (q, k, torch.zeros_like(log_decay, dtype=k.dtype), v, log_decay)
-    return _run("core", "gated_linear_attention", core, v, state, scale, cu_seqlens, backend)
+    return _run("core", "gated_linear_attention", core, v, state, scale, cu_seqlens, backend, split)
 
 
 def elu_plus_one(x: Tensor) -> Tensor:
@@ -354,6 +368,7 @@ def linear_attention(
     scale: float | None = 1.0,
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
+    split: SequenceSplit | None = None,
 ) -> DeltaOutput:
     """Linear attention: o_t = phi(q_t)^T sum_s phi(k_s) v_s^T, over phi(q_t)^T sum_s phi(k_s) when normalised.
 
@@ -365,7 +380,7 @@ def linear_attention(
         normalise: divide by the sum of weights. The state then has a last column that holds it.
         state: [B, HV, F, V], or [B, HV, F, V + 1] when normalised; [N, ...] for N packed sequences; zeros if None.
         scale: multiplies phi(q); 1 / sqrt(F) if None. It cancels when normalised.
-        cu_seqlens, backend: as of `kda`.
+        cu_seqlens, backend, split: as of `kda`.
 
     Returns:
         DeltaOutput(output [B, T, HV, V], state like the one that came).
@@ -382,8 +397,8 @@ def linear_attention(
     arguments.check("linear_attention", (q, k, v, None), cu_seqlens)
     q, k = _features(feature_map, "q", q), _features(feature_map, "k", k)
     write = torch.cat((v, torch.ones_like(v[..., :1])), -1) if normalise else v
-    arguments.check("linear_attention", (q, k, write, state), cu_seqlens)
-    result = _run("linear", "linear_attention", (q, k, write), write, state, scale, cu_seqlens, backend)
+    arguments.check("linear_attention", (q, k, write, _checkable(state, split, cu_seqlens)), cu_seqlens)
+    result = _run("linear", "linear_attention", (q, k, write), write, state, scale, cu_seqlens, backend, split)
     if not normalise:
         return result
     V = v.shape[-1]
@@ -422,6 +437,7 @@ def dplr(
     cu_seqlens: Tensor | None = None,
     check: bool = False,
     backend: str = "auto",
+    split: SequenceSplit | None = None,
 ) -> DeltaOutput:
     """Diagonal plus low rank: S <- (Diag(exp log_decay) + b a^T) S + k v^T with free vectors a and b.
 
@@ -429,7 +445,7 @@ def dplr(
         q, k, v, log_decay: as of `kda`.
         a: [B, T, HV, K], reads the memory before the token's decay.
         b: [B, T, HV, K], along which what a has read is added.
-        state, scale, cu_seqlens, check, backend: as of `kda`.
+        state, scale, cu_seqlens, check, backend, split: as of `kda`.
 
     Returns:
         DeltaOutput(output [B, T, HV, V], state [B or N, HV, K, V]).
@@ -445,10 +461,10 @@ def dplr(
     >>> torch.allclose(output, kda(k, k, v, g, beta).output, atol=1e-5)
     True
     """
-    arguments.check("dplr", (q, k, v, a, b, log_decay, state), cu_seqlens)
+    arguments.check("dplr", (q, k, v, a, b, log_decay, _checkable(state, split, cu_seqlens)), cu_seqlens)
     if check:
         _check_decay(log_decay)
-    return _run("dplr", "dplr", (q, k, v, a, b, log_decay), v, state, scale, cu_seqlens, backend)
+    return _run("dplr", "dplr", (q, k, v, a, b, log_decay), v, state, scale, cu_seqlens, backend, split)
 
 
 def softmax_lookup(
@@ -521,6 +537,7 @@ def kda_from_logits(
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
+    split: SequenceSplit | None = None,
 ) -> DeltaOutput:
     """KDA as a layer calls it: normalise q and k, gate the logits, then `kda`. One kernel where a backend has one.
 
@@ -532,7 +549,7 @@ def kda_from_logits(
         gate: gates.SoftplusDecay(A_log, dt_bias), gates.SigmoidDecay(A_log, dt_bias, floor), or any function from
             decay_logits to log_decay.
         beta_max: 1, or up to 2 for negative eigenvalues.
-        state, scale, cu_seqlens, backend: as of `kda`.
+        state, scale, cu_seqlens, backend, split: as of `kda`.
 
     Returns:
         DeltaOutput(output [B, T, HV, V], state [B or N, HV, K, V]).
@@ -554,10 +571,12 @@ def kda_from_logits(
     if not callable(gate):
         raise TypeError(f"gate is a {type(gate).__name__}; it must be a SoftplusDecay, a SigmoidDecay or a function")
     if not isinstance(gate, (SoftplusDecay, SigmoidDecay)):
-        arguments.check("kda_from_logits", (*tensors, state), cu_seqlens)
+        arguments.check("kda_from_logits", (*tensors, _checkable(state, split, cu_seqlens)), cu_seqlens)
     else:
         parameters = (gate.A_log, gate.dt_bias)
-        arguments.check("kda_from_logits, gated", (*tensors, *parameters, state), cu_seqlens)
+        arguments.check(
+            "kda_from_logits, gated", (*tensors, *parameters, _checkable(state, split, cu_seqlens)), cu_seqlens
+        )
         everything = (*tensors, *parameters, state)
         problem = _problem("kda_from_logits", "kda", q, v, cu_seqlens, everything, gate.name)
         chosen = choose(Problem("kda", *problem[1:]), backend)
@@ -565,12 +584,14 @@ def kda_from_logits(
         whole = chosen.kda_from_logits if able else None
         if whole:  # the backend that runs KDA takes the logits, too
             scale = scale_of(scale, q)
+            if split is not None:
+                return DeltaOutput(*affine.remember(split, chosen, "kda_from_logits", tensors, state, scale, gate))
             state = _begin(state, chosen, v, q.shape[-1], cu_seqlens)
             return DeltaOutput(*whole(*tensors, gate, state, scale, cu_seqlens))
     beta = beta_max * beta_logits.to(state_dtype(v.dtype)).sigmoid()
     return kda(
         l2norm(q), l2norm(k), v, gate(decay_logits), beta,
-        state=state, scale=scale, cu_seqlens=cu_seqlens, backend=backend,
+        state=state, scale=scale, cu_seqlens=cu_seqlens, backend=backend, split=split,
     )  # fmt: skip
 
 
@@ -649,7 +670,11 @@ def _run(
     scale: float | None,
     cu_seqlens: Tensor | None,
     backend: str,
+    split: SequenceSplit | None,
 ) -> DeltaOutput:
+    if split is not None:
+        chosen = choose(_problem(op, variant, tensors[0], values, cu_seqlens, (*tensors, state)), backend)
+        return DeltaOutput(*affine.remember(split, chosen, op, tensors, state, scale_of(scale, tensors[0])))
     chosen, state = _start(op, variant, tensors, values, state, cu_seqlens, backend)
     return DeltaOutput(*getattr(chosen, op)(*tensors, state, scale_of(scale, tensors[0]), cu_seqlens))
 
@@ -667,6 +692,17 @@ def _start(
     q = tensors[0]
     chosen = choose(_problem(op, variant, q, values, cu_seqlens, (*tensors, state)), backend)
     return chosen, _begin(state, chosen, values, q.shape[-1], cu_seqlens)
+
+
+def _checkable(state: Tensor | None, split: SequenceSplit | None, cu_seqlens: Tensor | None) -> Tensor | None:
+    """The state as `arguments.check` can judge it; the rows of a split, which knows them, are judged there."""
+    if split is None:
+        return state
+    if cu_seqlens is not None:
+        raise ValueError(
+            "cu_seqlens came with split; say where documents begin to split_sequence, of the whole sequence"
+        )
+    return None
 
 
 def _problem(

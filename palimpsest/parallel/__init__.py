@@ -10,11 +10,24 @@ Reading order: plan.py, which is the table of the axes; parallelize.py, which ap
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-_HOME = {"Plan": "plan", "Spread": "parallelize", "make_mesh": "plan", "parallelize": "parallelize"}
+_HOME = {
+    "Plan": "plan",
+    "SequenceSplit": "context",
+    "Spread": "parallelize",
+    "layout_of": "context",
+    "make_mesh": "plan",
+    "parallelize": "parallelize",
+    "share": "context",
+    "split_sequence": "context",
+}
 
 __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
+    from palimpsest.parallel.context import SequenceSplit as SequenceSplit
+    from palimpsest.parallel.context import layout_of as layout_of
+    from palimpsest.parallel.context import share as share
+    from palimpsest.parallel.context import split_sequence as split_sequence
     from palimpsest.parallel.parallelize import Spread as Spread
     from palimpsest.parallel.parallelize import parallelize as parallelize
     from palimpsest.parallel.plan import Plan as Plan

@@ -6,6 +6,7 @@ Source   arXiv:2510.26692; parameter names and numerics are those of moonshotai/
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from contextlib import suppress
 from os import PathLike
@@ -20,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from palimpsest.layers.mlp import GatedMLP
 from palimpsest.layers.moe import Experts, MoE
 from palimpsest.layers.norms import RMSNorm
-from palimpsest.layers.padding import check_rows, pack, unpack
+from palimpsest.layers.padding import check_rows, check_split, pack, unpack
 from palimpsest.models.kimi_linear.checkpoint import check_files, fill_, read_config, save
 from palimpsest.models.kimi_linear.checkpoint_place import checkpoint_of
 from palimpsest.models.kimi_linear.compiled_step import CompiledStep
@@ -29,6 +30,7 @@ from palimpsest.models.kimi_linear.mixers import make_mixer
 from palimpsest.models.kimi_linear.model_state import ModelState
 from palimpsest.ops.cross_entropy import IGNORED, cross_entropy_sum
 from palimpsest.ops.packing import check_cu_seqlens
+from palimpsest.ops.split import SequenceSplit
 
 if TYPE_CHECKING:
     from palimpsest.generate import DecodeState, Generation, Sampling
@@ -74,13 +76,20 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, state=None, cu_seqlens: Tensor | None = None, keep_state: bool = True):
+    def forward(
+        self,
+        x: Tensor,
+        state=None,
+        cu_seqlens: Tensor | None = None,
+        keep_state: bool = True,
+        split: SequenceSplit | None = None,
+    ):
         """y [B, T, D] and the mixer's state after it; None in its place if it is not to be kept, as in training."""
-        normed = self.input_layernorm(x)
+        normed, more = self.input_layernorm(x), {} if split is None else {"split": split}
         if not keep_state and hasattr(self.self_attn, "without_state"):
-            y = self.self_attn.without_state(normed, cu_seqlens=cu_seqlens)  # type: ignore[operator]  # a method
+            y = self.self_attn.without_state(normed, cu_seqlens=cu_seqlens, **more)  # type: ignore[operator]  # a method
         else:
-            y, state = self.self_attn(normed, state, cu_seqlens=cu_seqlens)
+            y, state = self.self_attn(normed, state, cu_seqlens=cu_seqlens, **more)
         x = x + y
         return x + self._channel_mixer(self.post_attention_layernorm(x)), state if keep_state else None
 
@@ -129,12 +138,19 @@ class KimiLinearModel(nn.Module):
             return unpack(x, mask), state
         return self._run(input_ids, state, cu_seqlens)
 
-    def without_state(self, input_ids: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+    def without_state(
+        self, input_ids: Tensor, *, cu_seqlens: Tensor | None = None, split: SequenceSplit | None = None
+    ) -> Tensor:
         """Hidden states [B, T, D] where nobody continues, as in training: on a GPU the host is never waited for."""
-        self._check_ids(input_ids, 2, None, None, cu_seqlens)
+        if split is None or split.length:  # a rank may have none of the tokens
+            self._check_ids(input_ids, 2, None, None, cu_seqlens)
+        if split is not None:
+            check_split(split, None, cu_seqlens)
+            check_mixers(self.layers)
+            split.check_tokens("input_ids", input_ids)
         x = self.embed_tokens(input_ids)
         for layer in cast("list[DecoderLayer]", self.layers):
-            x, _ = self._layer(layer, x, None, cu_seqlens, False)
+            x, _ = self._layer(layer, x, None, cu_seqlens, False, split)
         return self.norm(x)
 
     def _run(self, input_ids: Tensor, state: ModelState | None, cu_seqlens: Tensor | None) -> tuple[Tensor, ModelState]:
@@ -149,13 +165,20 @@ class KimiLinearModel(nn.Module):
         position = seen if state is None else state.position + seen
         return self.norm(x), ModelState(tuple(after), position)
 
-    def _layer(self, layer: DecoderLayer, x: Tensor, state, cu_seqlens: Tensor | None, keep_state: bool):
+    def _layer(
+        self,
+        layer: DecoderLayer,
+        x: Tensor,
+        state,
+        cu_seqlens: Tensor | None,
+        keep_state: bool,
+        split: SequenceSplit | None = None,
+    ):
+        given = (x, state, cu_seqlens, keep_state) if split is None else (x, state, cu_seqlens, keep_state, split)
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            x, state = checkpoint(
-                layer, x, state, cu_seqlens, keep_state, use_reentrant=False, preserve_rng_state=False
-            )
+            x, state = checkpoint(layer, *given, use_reentrant=False, preserve_rng_state=False)
         else:
-            x, state = layer(x, state, cu_seqlens, keep_state)
+            x, state = layer(*given)
         if self.training and hasattr(layer, "block_sparse_moe"):
             layer.block_sparse_moe.record_load()  # here, and not in the layer: checkpointing runs that twice
         return x, state
@@ -263,6 +286,7 @@ class KimiLinearForCausalLM(nn.Module):
         cu_seqlens: Tensor | None = None,
         labels: Tensor | None = None,
         last_only: bool = False,
+        split: SequenceSplit | None = None,
     ) -> CausalOutput:
         """Logits for the token after each token.
 
@@ -275,6 +299,9 @@ class KimiLinearForCausalLM(nn.Module):
                 is then the loss; logits are never formed as a whole, and a state is kept only beside one given.
             last_only: logits of the last token of each sequence or document only, [B, 1, vocabulary] or
                 [1, N, vocabulary].
+            split: input_ids and labels are this rank's part of sequences that lie on several ranks, as `split.shard` gives;
+                without state, mask, cu_seqlens and last_only. The loss is then this rank's share: the mean over the ranks,
+                and that of the gradients, is what one rank would have found.
 
         Raises:
             ValueError: a shape, dtype or token that does not fit.
@@ -287,7 +314,15 @@ class KimiLinearForCausalLM(nn.Module):
         if labels is not None:
             check_tokens("labels", torch.where(labels == -100, 0, labels), self.config.vocab_size)
         after = None
-        if labels is None or state is not None or mask is not None:
+        if split is not None:
+            if state is not None or mask is not None or last_only:
+                raise ValueError(
+                    "split came with state, mask or last_only; a split sequence runs whole and from its start"
+                )
+            x = self.model.without_state(input_ids, cu_seqlens=cu_seqlens, split=split)
+            if labels is not None:
+                return CausalOutput(None, None, split_loss(x, self.lm_head.weight, labels, split))
+        elif labels is None or state is not None or mask is not None:
             x, after = self.model(input_ids, state=state, mask=mask, cu_seqlens=cu_seqlens)
         else:
             x = self.model.without_state(input_ids, cu_seqlens=cu_seqlens)
@@ -442,6 +477,31 @@ def next_token_loss(
     target = F.pad(target[:, 1:], (0, 1), value=IGNORED).flatten()  # each position's own: the token after it
     total = cross_entropy_sum(hidden.flatten(0, 1), head, target)
     return total / (target != IGNORED).sum().clamp(min=1)
+
+
+def split_loss(hidden: Tensor, head: Tensor, labels: Tensor, split: SequenceSplit) -> Tensor:
+    """This rank's share of `next_token_loss` of a sequence that lies on several ranks: their mean is that of the whole.
+
+    Args:
+        hidden, labels: of this rank's tokens. head: as next_token_loss.
+        split: who holds what.
+    """
+    target = split.next_tokens(labels, IGNORED)
+    total = cross_entropy_sum(hidden.flatten(0, 1), head, target.flatten())
+    count = split.sum_over_ranks((target != IGNORED).sum())
+    return total * split.size / count.clamp(min=1)
+
+
+def check_mixers(layers: nn.ModuleList) -> None:
+    """Raise ValueError if a layer cannot run on a part of a sequence."""
+    for index, layer in enumerate(layers):
+        mixer = layer.self_attn
+        run = mixer.without_state if hasattr(mixer, "without_state") else mixer.forward
+        if "split" not in inspect.signature(run).parameters:  # pyright: ignore[reportArgumentType]
+            raise ValueError(
+                f"layer {index} is a {type(mixer).__name__}, which cannot run on a part of a sequence: its forward (or "
+                "without_state) must take split=None, as that of the package's own layers does"
+            )
 
 
 def _last(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.ops.arguments import check
-from palimpsest.ops.backends import NO_TRANSFORMS, Backend, Problem
+from palimpsest.ops.backends import NO_TRANSFORMS, Backend, Problem, Segments
 from palimpsest.ops.gates import SigmoidDecay
 from palimpsest.ops.gpu.workspace import LinearArguments, MemoryArguments, schema
 
@@ -271,31 +271,72 @@ _memory_backward = _direct(_backward, torch.ops.palimpsest_gpu.delta_memory_back
 _linear_memory_backward = _direct(_linear_backward, torch.ops.palimpsest_gpu.linear_memory_backward)
 
 
+_GATED = 5  # place of the gate among the arguments of kda_from_logits
+
+
+def _arguments(hopper: bool, op: str, given: tuple) -> MemoryArguments:
+    """What a backend's function of this name is given, as the operator takes it."""
+    if op == "core":
+        q, k, erase, write, log_decay, *rest = given
+        return _memory_arguments(q, k, write, log_decay, erase.to(k.dtype), *rest, hopper=hopper)
+    if op == "kda_from_logits":
+        return _memory_arguments(*given[:_GATED], *given[_GATED + 1 :], gate=given[_GATED], hopper=hopper)
+    return _memory_arguments(*given, hopper=hopper)
+
+
+def _memory_arguments(
+    q, k, v, log_decay, erase, state, scale, cu_seqlens, gate=None, erase_before_decay=False, *, hopper
+) -> MemoryArguments:
+    A_log = dt_bias = None
+    kind, floor = 0, 0.0
+    if gate is not None:
+        H, K = log_decay.shape[2:]
+        A_log, dt_bias = gate.A_log.reshape(H), gate.dt_bias.reshape(H, K)
+        kind, floor = (2, gate.floor) if isinstance(gate, SigmoidDecay) else (1, 0.0)
+    return MemoryArguments(
+        q, k, v, log_decay, erase, state, scale, cu_seqlens, A_log=A_log, dt_bias=dt_bias, gate=kind, floor=floor,
+        erase_before_decay=erase_before_decay, hopper=hopper,
+    )  # fmt: skip
+
+
+def _segments(hopper: bool) -> Segments:
+    """A part of a longer sequence: one preparation for all that is asked of it, and the backward without a forward."""
+
+    @_on_the_device_of_its_tensors
+    def opened(_q, rows, x):
+        _check_memory(x)
+        return _delta_memory(hopper).opened(x, rows)
+
+    def gradients(op, d_out, d_state, given):
+        x = _arguments(hopper, op, given)
+        d_q, d_k, d_v, d_log_decay, d_erase, d_first, d_A_log, d_dt_bias = _memory_backward(d_out, d_state, *x)
+        d_first = None if x.state is None else d_first
+        if op == "core":
+            return d_first, d_q, d_k, d_erase, d_v, d_log_decay
+        parameters = []
+        if op == "kda_from_logits":
+            gate = given[_GATED]
+            parameters = [d_A_log.view(gate.A_log.shape), d_dt_bias.view(gate.dt_bias.shape)]
+        return d_first, d_q, d_k, d_v, d_log_decay, d_erase, *parameters
+
+    def open_(op, given, rows):
+        x = _arguments(hopper, op, given)
+        return opened(x.q, rows, x)
+
+    return Segments(("core", "kda", "kda_from_logits"), open_, gradients)
+
+
 def _family(name: str, refuses, hopper: bool) -> Backend:
     apply = _direct(_forward, torch.ops.palimpsest_gpu.delta_memory, _setup_context, _gradients)
 
-    def run(q, k, v, log_decay, erase, state, scale, cu_seqlens, gate=None, erase_before_decay=False):
-        A_log = dt_bias = None
-        kind, floor = 0, 0.0
-        if gate is not None:
-            H, K = log_decay.shape[2:]
-            A_log, dt_bias = gate.A_log.reshape(H), gate.dt_bias.reshape(H, K)
-            kind, floor = (2, gate.floor) if isinstance(gate, SigmoidDecay) else (1, 0.0)
-        return apply(
-            *MemoryArguments(
-                q, k, v, log_decay, erase, state, scale, cu_seqlens, A_log=A_log, dt_bias=dt_bias, gate=kind, floor=floor,
-                erase_before_decay=erase_before_decay, hopper=hopper,
-            )
-        )  # fmt: skip
+    def core(*given):
+        return apply(*_arguments(hopper, "core", given))
 
-    def core(q, k, erase, write, log_decay, state, scale, cu_seqlens):
-        return run(q, k, write, log_decay, erase.to(k.dtype), state, scale, cu_seqlens)
+    def kda(*given):
+        return apply(*_arguments(hopper, "kda", given))
 
-    def kda(q, k, v, log_decay, beta, state, scale, cu_seqlens):
-        return run(q, k, v, log_decay, beta, state, scale, cu_seqlens)
-
-    def kda_from_logits(q, k, v, decay_logits, beta_logits, gate, state, scale, cu_seqlens):
-        return run(q, k, v, decay_logits, beta_logits, state, scale, cu_seqlens, gate)
+    def kda_from_logits(*given):
+        return apply(*_arguments(hopper, "kda_from_logits", given))
 
     def dplr(q, k, v, a, b, log_decay, state, scale, cu_seqlens):
         """A token of DPLR is two of the core: b written with what a reads, then k with v and no decay."""
@@ -306,14 +347,18 @@ def _family(name: str, refuses, hopper: bool) -> Backend:
         def pairs(first, second):
             return torch.stack((first, second), 2).flatten(1, 2)
 
-        output, state = run(
+        x = _memory_arguments(
             pairs(zeros(q), q), pairs(b.to(k.dtype), k), pairs(zeros(v), v), pairs(log_decay, zeros(log_decay)),
             pairs(-a.to(k.dtype), zeros(k)), state, scale, None if cu_seqlens is None else 2 * cu_seqlens,
-            erase_before_decay=True,
+            erase_before_decay=True, hopper=hopper,
         )  # fmt: skip
+        output, state = apply(*x)
         return output[:, 1::2], state
 
-    return Backend(name, refuses, core=core, kda=kda, kda_from_logits=kda_from_logits, dplr=dplr, starts_empty=True)
+    return Backend(
+        name, refuses, core=core, kda=kda, kda_from_logits=kda_from_logits, dplr=dplr, starts_empty=True,
+        segments=_segments(hopper),
+    )  # fmt: skip
 
 
 _HAS_TRITON = find_spec("triton") is not None  # asked once: torch.compile would trace the question

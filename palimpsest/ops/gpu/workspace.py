@@ -62,3 +62,18 @@ def new_state(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """An uninitialised memory for each sequence: [N, HV, K, V], fp32."""
     N = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return v.new_empty(N, v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
+
+
+def runs_of(rows: list[int]) -> list[tuple[int, int, int]]:
+    """Rows that follow one another as (first, how many, place of the first in `rows`).
+
+    >>> runs_of([0, 1, 4])
+    [(0, 2, 0), (4, 1, 2)]
+    """
+    found: list[tuple[int, int, int]] = []
+    for at, row in enumerate(rows):
+        if found and row == found[-1][0] + found[-1][1]:
+            found[-1] = (found[-1][0], found[-1][1] + 1, found[-1][2])
+        else:
+            found.append((row, 1, at))
+    return found

@@ -1,6 +1,7 @@
 """The delta memory on Hopper: which kernels run in which order, on which workspaces.
 
 forward    intra_chunk -> inter_chunk; with few heads both at once, in one launch
+opened     intra_chunk -> inter_chunk twice, side by side: a part of a longer sequence, see affine.py
 backward   intra_chunk (again, nothing of it is kept) -> inter_chunk -> gradient
 
 Letters  B sequences, T tokens, H key heads, HV value heads, K key channels, V value channels, N packed sequences.
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.ops.gpu.hopper.launch import Kernel, kernel
-from palimpsest.ops.gpu.workspace import MemoryArguments
+from palimpsest.ops.gpu.workspace import MemoryArguments, runs_of
 
 C = 64  # tokens in a chunk
 # The argument structures of the kernels, in the notation of Python's struct.
@@ -153,15 +154,15 @@ def intra_chunk(plan: Plan, arguments: tuple) -> None:
         launch((plan.chunks * plan.HV, 1), *arguments)
 
 
-def inter_chunk(plan: Plan, *arguments: tuple) -> None:
-    """One pass over the chunks, or two side by side.
+def inter_chunk(plan: Plan, *arguments: tuple, beside: int = 0) -> None:
+    """One pass over the chunks, or two side by side; `beside` others run meanwhile.
 
     Two groups of warps share a head's tiles once one for each would be more than there are multiprocessors.
     """
     if plan.sequences:
         q = plan.call.q
         tasks, parts, device = plan.sequences * plan.HV, plan.V // 64, q.get_device()
-        groups = 2 if parts == 2 and tasks * parts * len(arguments) > multiprocessors(device) else 1
+        groups = 2 if parts == 2 and tasks * parts * (len(arguments) + beside) > multiprocessors(device) else 1
         launch = _inter_chunk(q.dtype, plan.K, groups, len(arguments), device).launch
         launch((tasks, parts // groups * len(arguments)), *itertools.chain(*arguments))
 
@@ -184,6 +185,43 @@ def forward(x: MemoryArguments) -> tuple[Tensor, Tensor]:
         intra_chunk(plan, intra)
         inter_chunk(plan, inter)
     return out, state_out
+
+
+@cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def opened(x: MemoryArguments, rows: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See affine.Opened: of one preparation two passes side by side, the second without values and from the identity.
+
+    Args:
+        rows: of the states, those that are open. Where sequences are packed, neighbours go in one launch.
+    """
+    x = _readable(x)
+    plan = plan_of(x)
+    out, state_out = torch.empty_like(x.v), x.new_state()
+    tiles, device = tiles_of(plan, save=False), x.q.get_device()
+    intra_chunk(plan, intra_chunk_arguments(plan, tiles))
+    # The identity and the absence of values are written where the transitions and the reads will be: each number is read
+    # before it is overwritten, by the same block.
+    reads = x.q.new_zeros(*x.v.shape[:3], plan.K)
+    transitions = torch.zeros(len(rows), plan.HV, plan.K, plan.K, dtype=torch.float32, device=x.q.device)
+    transitions.diagonal(dim1=-2, dim2=-1).fill_(1.0)
+    main, side = torch.cuda.current_stream(device), _side_stream(device)
+    side.wait_stream(main)
+    with torch.cuda.stream(side):
+        for first, count, at in runs_of(rows):
+            D = transitions[at : at + count]
+            part = plan._replace(sequences=count, V=plan.K)
+            if plan.cu_seqlens:
+                part = part._replace(
+                    cu_seqlens=plan.cu_seqlens + 4 * first, chunk_offsets=plan.chunk_offsets + 4 * first
+                )
+            inter_chunk(part, inter_chunk_arguments(part, tiles, reads, D, reads, D, None), beside=1)
+    inter_chunk(plan, inter_chunk_arguments(plan, tiles, x.v, x.state, out, state_out, None), beside=1)
+    main.wait_stream(side)
+    return out, state_out, reads, transitions
 
 
 def backward(d_out: Tensor, d_state: Tensor | None, given: MemoryArguments) -> tuple[Tensor, ...]:

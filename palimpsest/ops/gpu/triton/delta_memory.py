@@ -18,7 +18,7 @@ from palimpsest.ops.gpu.triton.gradient import gradient_kernel, scores_kernel
 from palimpsest.ops.gpu.triton.inter_chunk_bwd import inter_chunk_bwd_kernel
 from palimpsest.ops.gpu.triton.inter_chunk_fwd import inter_chunk_fwd_kernel
 from palimpsest.ops.gpu.triton.intra_chunk import intra_chunk_kernel
-from palimpsest.ops.gpu.workspace import MemoryArguments
+from palimpsest.ops.gpu.workspace import MemoryArguments, runs_of
 
 
 class Plan(NamedTuple):
@@ -93,14 +93,14 @@ def intra_chunk(plan: Plan, x: MemoryArguments, save: bool) -> Prepared:
     return Prepared(E, Q, W, P, D, M, norms)
 
 
-def inter_chunk_fwd(plan: Plan, x: MemoryArguments, prepared: Prepared, save: bool):
-    """The output and last state; or with save, the memory before each chunk [chunks, HV, V, K]."""
+def inter_chunk_fwd(plan: Plan, x: MemoryArguments, prepared: Prepared, save: bool, out: Tensor | None = None):
+    """The output, in `out` if given, and last state; or with save, the memory before each chunk [chunks, HV, V, K]."""
     E, Q, W, P, D, _, _ = prepared
-    out = state_out = memories = None
+    state_out = memories = None
     if save:
         memories = plan.empty(plan.V, plan.K, like=x.v)
     else:
-        out, state_out = torch.empty_like(x.v), torch.empty_like(x.state)
+        out, state_out = torch.empty_like(x.v) if out is None else out, torch.empty_like(x.state)
     settings = config("inter_chunk_fwd", plan.wide)
     block_v, stages = plan.block_v(settings), settings.pop("stages")
     if plan.sequences:
@@ -126,6 +126,30 @@ def forward(x: MemoryArguments) -> tuple[Tensor, Tensor]:
     plan = plan_of(x.q, x.v, x.cu_seqlens)
     prepared = intra_chunk(plan, x, save=False)
     return inter_chunk_fwd(plan, x, prepared, save=False)
+
+
+def opened(x: MemoryArguments, rows: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See affine.Opened: of one preparation two passes, the second without values and from the identity.
+
+    Args:
+        rows: of the states, those that are open. Where sequences are packed, neighbours go in one launch.
+    """
+    x = _readable(x)
+    plan = plan_of(x.q, x.v, x.cu_seqlens)
+    prepared = intra_chunk(plan, x, save=False)
+    out, state_out = inter_chunk_fwd(plan, x, prepared, save=False)
+    values = x.q.new_zeros(*x.v.shape[:3], plan.K)
+    reads, transitions = torch.empty_like(values), []
+    for first, count, _ in runs_of(rows):
+        part = plan._replace(sequences=count, V=plan.K)
+        if plan.cu_seqlens is not None and plan.chunk_offsets is not None:
+            # Copies lie on a 16-byte border, so that no row asks the compiler for another kernel.
+            borders, offsets = (t[first : first + count + 1].clone() for t in (plan.cu_seqlens, plan.chunk_offsets))
+            part = part._replace(cu_seqlens=borders, chunk_offsets=offsets)
+        eye = torch.eye(plan.K, device=x.q.device).expand(count, plan.HV, plan.K, plan.K).contiguous()
+        identity = x._replace(v=values, state=eye)
+        transitions.append(inter_chunk_fwd(part, identity, prepared, save=False, out=reads)[1])
+    return out, state_out, reads, torch.cat(transitions)
 
 
 def backward(d_out: Tensor, d_state: Tensor | None, x: MemoryArguments) -> tuple[Tensor, ...]:

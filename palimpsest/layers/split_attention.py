@@ -1,0 +1,103 @@
+"""Causal attention over a sequence that lies on several ranks: the latents go to all, each attends for its own tokens.
+
+A latent is one short row for all heads (576 numbers a token in the released sizes), so gathering it is cheaper than sending
+keys and values around, and every rank builds of it only what its own tokens look at.
+
+Letters  B sequences, L tokens of this rank, H heads, C channels of a key, V of a value, R + P of a latent; F tokens of a
+         fragment, S tokens that it looks at: from where its first document starts to its own end.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from palimpsest.ops.split import Fragment, SequenceSplit
+
+try:  # as in latent_attention.py
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:
+    varlen_attn = None
+_CAUSAL: dict[str, Any] = {"window_size": (-1, 0)}
+if varlen_attn is not None and "is_causal" in inspect.signature(varlen_attn).parameters:
+    _CAUSAL = {"is_causal": True}
+
+
+@torch.compiler.disable
+def attend_across(
+    split: SequenceSplit,
+    q: Tensor,
+    latent: Tensor,
+    keys_and_values: Callable[[Tensor], tuple[Tensor, Tensor]],
+    scale: float,
+) -> Tensor:
+    """What this rank's tokens read of all tokens before them in their documents.
+
+    Args:
+        q: [B, L, H, C]. latent: [B, L, R + P], of this rank's tokens.
+        keys_and_values: [B, S, R + P] -> keys [B, S, H, C] and values [B, S, H, V].
+        scale: multiplies the scores.
+
+    Returns:
+        [B, L, H, V].
+    """
+    latent = split.whole(latent)
+    if not split.mine:  # no token, but weights of which every rank has a gradient
+        k, v = keys_and_values(latent[:, :1])
+        return (q[..., :1] + 0 * (k.sum() + v.sum())).expand(*q.shape[:3], v.shape[-1])
+    first = min(f.pieces[0].document for f in split.mine)
+    last = max(f.stop for f in split.mine)
+    k, v = keys_and_values(latent[:, first:last])
+    outputs = []
+    for f in split.mine:
+        start = f.pieces[0].document - first
+        seen = slice(start, f.stop - first)
+        outputs.append(_attend(f, q[:, f.at : f.at + f.stop - f.start], k[:, seen], v[:, seen], scale))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+
+
+def _attend(f: Fragment, q_BFHC: Tensor, k_BSHC: Tensor, v_BSHV: Tensor, scale: float) -> Tensor:
+    """One fragment: of each of its pieces the last query sees all keys of its document so far, the one before all but one."""
+    if len(f.pieces) == 1 and not f.open:
+        return _plain(q_BFHC, k_BSHC, v_BSHV, None, scale)
+    fits = v_BSHV.shape[-1] <= q_BFHC.shape[-1] and q_BFHC.dtype in (torch.bfloat16, torch.float16)
+    if q_BFHC.is_cuda and fits and varlen_attn is not None:
+        return _packed(f, q_BFHC, k_BSHC, v_BSHV, scale)
+    start, outputs = f.pieces[0].document, []
+    for p in f.pieces:
+        queries, seen = slice(p.start - f.start, p.stop - f.start), slice(p.document - start, p.stop - start)
+        q, k, v = q_BFHC[:, queries], k_BSHC[:, seen], v_BSHV[:, seen]
+        T, S = q.shape[1], k.shape[1]
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if T < S else None
+        outputs.append(_plain(q, k, v, mask, scale))
+    return torch.cat(outputs, 1)
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    V = v.shape[-1]
+    if q.device.type == "cpu":  # its fused kernel wants one head size
+        v = F.pad(v, (0, max(0, q.shape[-1] - V)))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+    return y[..., :V].transpose(1, 2)
+
+
+def _packed(f: Fragment, q_BFHC: Tensor, k_BSHC: Tensor, v_BSHV: Tensor, scale: float) -> Tensor:
+    (B, tokens), S, V = q_BFHC.shape[:2], k_BSHC.shape[1], v_BSHV.shape[-1]
+    start = f.pieces[0].document
+    of_q = [b * tokens + p.start - f.start for b in range(B) for p in f.pieces]
+    of_k = [b * S + p.document - start for b in range(B) for p in f.pieces]
+    borders_q = torch.tensor([*of_q, B * tokens], dtype=torch.int32).to(q_BFHC.device)
+    borders_k = torch.tensor([*of_k, B * S], dtype=torch.int32).to(q_BFHC.device)
+    most_q, most_k = max(p.stop - p.start for p in f.pieces), max(p.stop - p.document for p in f.pieces)
+    v_BSHC = F.pad(v_BSHV, (0, q_BFHC.shape[-1] - V))  # the kernel wants one head size
+    flat = (x.flatten(0, 1) for x in (q_BFHC, k_BSHC, v_BSHC))
+    assert varlen_attn is not None
+    y = varlen_attn(*flat, borders_q, borders_k, most_q, most_k, scale=scale, **_CAUSAL)
+    assert isinstance(y, Tensor)
+    return y.unflatten(0, (B, tokens))[..., :V]
