@@ -170,7 +170,8 @@ class MemoryLayer(Float32Tensors):
 
         streams, windows = self._streams(x, state, cu_seqlens, split)
         memory = None if state is None else state.memory
-        output_BTHK, memory = self.remember(x, *streams, memory, cu_seqlens, split)
+        more = {} if split is None else {"split": split}  # a layer from outside may not know of it
+        output_BTHK, memory = self.remember(x, *streams, memory, cu_seqlens, **more)
         return self._way_out(x, output_BTHK), KDAState(memory, windows)
 
     def step_(self, x: Tensor, state: KDAState, mask: Tensor | None = None) -> tuple[Tensor, KDAState]:

@@ -497,10 +497,11 @@ def check_mixers(layers: nn.ModuleList) -> None:
     for index, layer in enumerate(layers):
         mixer = layer.self_attn
         run = mixer.without_state if hasattr(mixer, "without_state") else mixer.forward
-        if "split" not in inspect.signature(run).parameters:  # pyright: ignore[reportArgumentType]
+        inner = getattr(mixer, "remember", run)
+        if any("split" not in inspect.signature(f).parameters for f in (run, inner)):  # pyright: ignore[reportArgumentType]
             raise ValueError(
                 f"layer {index} is a {type(mixer).__name__}, which cannot run on a part of a sequence: its forward (or "
-                "without_state) must take split=None, as that of the package's own layers does"
+                "without_state, and a memory layer's remember) must take split=None, as that of the package's own layers does"
             )
 
 
