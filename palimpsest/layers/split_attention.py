@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from palimpsest.ops.split import Fragment, SequenceSplit
+from palimpsest.ops.split import Fragment, SequenceSplit, uncompiled
 
 try:  # as in latent_attention.py
     from torch.nn.attention.varlen import varlen_attn
@@ -28,7 +28,7 @@ if varlen_attn is not None and "is_causal" in inspect.signature(varlen_attn).par
     _CAUSAL = {"is_causal": True}
 
 
-@torch.compiler.disable
+@uncompiled
 def attend_across(
     split: SequenceSplit,
     q: Tensor,

@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from palimpsest.ops.arguments import state_dtype
 from palimpsest.ops.backends import Backend, Op, Segments
-from palimpsest.ops.split import Fragment, SequenceSplit
+from palimpsest.ops.split import Fragment, SequenceSplit, uncompiled
 
 _OPS = ("core", "kda", "kda_from_logits", "dplr", "linear")  # in this order they are numbered where ranks agree
 
@@ -60,7 +60,7 @@ class Call(NamedTuple):
     gate: Any
 
 
-@torch.compiler.disable
+@uncompiled
 def remember(
     split: SequenceSplit,
     backend: Backend,

@@ -18,6 +18,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._compile import (
+    _disable_dynamo as uncompiled,  # torch.compiler.disable would load the compiler with this file
+)
 from torch.autograd.function import once_differentiable
 
 from palimpsest.ops.packing import borders, check_cu_seqlens
@@ -165,7 +168,7 @@ class SequenceSplit:
     def _kept(self) -> dict:
         return {}
 
-    @torch.compiler.disable
+    @uncompiled
     def times(self, n: int) -> SequenceSplit:
         """The same split where each token is n: the sub-steps of Gated DeltaProduct."""
         if ("times", n) not in self._kept:
@@ -185,7 +188,7 @@ class SequenceSplit:
         parts = [x.narrow(dim, f.start, f.stop - f.start) for f in self.mine]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim) if parts else x.narrow(dim, 0, 0)
 
-    @torch.compiler.disable
+    @uncompiled
     def whole(self, x: Tensor) -> Tensor:
         """All tokens [B, tokens, C] of each rank's own x [B, L, C], in their order; gradients go back to where x was.
 
@@ -194,13 +197,13 @@ class SequenceSplit:
         self.check_tokens("x", x)
         return _Whole.apply(self, x)
 
-    @torch.compiler.disable
+    @uncompiled
     def positions(self, device: torch.device | str = "cpu") -> Tensor:
         """[L]: of each of this rank's tokens, its place in its document."""
         parts = [torch.arange(p.start - p.document, p.stop - p.document, device=device) for p in self.pieces]
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long, device=device)
 
-    @torch.compiler.disable
+    @uncompiled
     def next_tokens(self, labels: Tensor, ignored: int) -> Tensor:
         """[B, L]: the label of the token that follows each token in its document; `ignored` after a document's last.
 
@@ -222,7 +225,7 @@ class SequenceSplit:
                 target[:, f.at + f.stop - f.start - 1] = firsts[after.rank, after.slot]
         return target
 
-    @torch.compiler.disable
+    @uncompiled
     def convolve(
         self,
         convs: Callable,
