@@ -301,6 +301,7 @@ def test_a_checkpoint_with_a_layer_from_outside_takes_its_plugin(capsys, place, 
         ("eval", tmp_path / "run", tmp_path / "a.txt", "--device", "cpu"),
         ("info", tmp_path / "run"),
     ]
+    assert "--plugin" in run(capsys, "chat", "--help")[1]
     for command in commands:
         told = refusal(capsys, *command)  # nothing that lies in a checkpoint is run by itself
         assert "register_mixer" in told

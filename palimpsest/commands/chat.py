@@ -16,6 +16,7 @@ from palimpsest.commands.generate import device_of
 from palimpsest.commands.options import (
     Json,
     MinP,
+    Plugin,
     Quiet,
     RepetitionPenalty,
     Temperature,
@@ -61,6 +62,7 @@ def chat(
     ] = None,
     load: Annotated[Path | None, typer.Option(help="Go on from a file written by /save.")] = None,
     device: Annotated[str, typer.Option(help="`cpu`, `cuda`, or `auto`.")] = "auto",
+    plugin: Plugin = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> int:
