@@ -283,7 +283,8 @@ class Function:
     draw: Callable[[Draw], Arguments]
     edits: str = ""  # the argument that is edited in place
     has_backends: bool = True
-    rounds: bool = False  # something in between is a value of q's dtype
+    rounds: bool = False  # something in between is a value of the dtype of `like`
+    like: str = "q"
     roundings: int = 1  # to the result's dtype, on the way
 
 
@@ -454,13 +455,15 @@ FUNCTIONS: dict[str, Function] = {
 # ---- what comes of a call ----
 
 
-def outcome(name: str, arguments: Arguments, device: str = "cpu") -> str | None:
+def outcome(
+    name: str, arguments: Arguments, device: str = "cpu", functions: dict[str, Function] = FUNCTIONS
+) -> str | None:
     """None if the call gave the law's numbers or a sentence; else what it did instead.
 
     device: where the call is made. A GPU multiplies in the dtype of its inputs, and its numbers are judged elsewhere, within
     the budget of that: here they must be near.
     """
-    function = FUNCTIONS[name]
+    function = functions[name]
     if device != "cpu":
         return _outcome_on(device, function, arguments)
     given, edited = dict(arguments), arguments.get(function.edits)
@@ -499,7 +502,7 @@ def outcome(name: str, arguments: Arguments, device: str = "cpu") -> str | None:
         if i and not function.edits and _shares_memory(actual, arguments.values()):
             return f"result {i} is an argument itself, or a view of one"
         if wrong := _off(
-            actual, t, honest, arguments["q"].dtype if function.rounds else actual.dtype, function.roundings
+            actual, t, honest, arguments[function.like].dtype if function.rounds else actual.dtype, function.roundings
         ):
             return f"result {i} {wrong}"
     return None
@@ -670,7 +673,7 @@ def _tensors(name: str, x: Tensor) -> Iterator[tuple[str, Any]]:
     yield "at an odd offset", torch.cat((x.reshape(-1)[:1], x.reshape(-1)))[1:].view(x.shape)
     yield "negated as a view", torch._neg_view(-x)
     yield "conjugated and negated", torch.complex(x.double() * 0, -x.double()).conj().imag.to(x.dtype)
-    yield "a parameter", torch.nn.Parameter(x.clone())
+    yield "a parameter", torch.nn.Parameter(x.clone(), requires_grad=x.is_floating_point())
     yield "expanded", x[:1].expand(x.shape) if x.numel() else x
 
 

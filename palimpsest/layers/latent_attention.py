@@ -24,7 +24,7 @@ from palimpsest.layers.padding import check_input, check_rows, check_sizes, chec
 from palimpsest.layers.precision import float32
 from palimpsest.layers.split_attention import attend_across
 from palimpsest.ops.decode import latent_layer_step_, latent_step
-from palimpsest.ops.packing import borders
+from palimpsest.ops.packing import borders, watch_borders
 from palimpsest.ops.split import SequenceSplit
 
 try:  # torch has attention over packed documents from 2.10 on, and asked for its causal form in another way then
@@ -113,7 +113,7 @@ class MultiHeadLatentAttention(nn.Module):
         """The output of `forward` alone, where nobody continues: in training. On a GPU the host is not waited for.
 
         Args:
-            x, cu_seqlens: as forward's.
+            x, cu_seqlens: as forward's; borders on a GPU that do not rise from 0 to T raise at the next wait.
             split: x is this rank's part of a sequence that lies on several, without cu_seqlens. Latents go to every rank.
 
         Returns:
@@ -127,10 +127,11 @@ class MultiHeadLatentAttention(nn.Module):
             return self.o_proj(y_BTHV.flatten(-2))
         if cu_seqlens is None or not x.is_cuda or varlen_attn is None or self.V > self.N + self.P:
             return self.forward(x, cu_seqlens=cu_seqlens)[0]
-        starts_N = cu_seqlens.to(device=x.device, dtype=torch.int32)
-        starts_N = (
-            starts_N.clamp(0, x.shape[1]).cummax(0).values
-        )  # whatever they are, no kernel reads beyond the tokens
+        check_rows(x[..., 0], None, cu_seqlens)
+        starts_N = cu_seqlens.to(x.device)
+        watch_borders(starts_N, x.shape[1])
+        starts_N = starts_N.clamp(0, x.shape[1]).int()
+        starts_N = starts_N.cummax(0).values  # whatever they are, no kernel reads beyond the tokens
         tokens_T = torch.arange(x.shape[1], device=x.device, dtype=torch.int32)
         position_T = tokens_T - starts_N[torch.bucketize(tokens_T, starts_N, right=True) - 1]
         q_1THC, latent_1TC = self._project(x, position_T[None])

@@ -2,7 +2,8 @@
 
 A row is an argument: its name, its shape in letters, and the dtypes that it may have. The public functions have rows, and
 so has every door of a kernel (`cpu_forward`, `gpu_step` ...). A kernel's door checks again, since the torch operators
-behind it can be called by anybody.
+behind it can be called by anybody. What stands beside the memory in a layer has its rows in BESIDE: there letters take
+their sizes from the shapes, and `fit` holds a call to them.
 
 Letters  B sequences, T tokens, H key heads, HV value heads, K key channels, V value channels; N memories, B of them or one
          for each packed sequence; P memories that a backward pass starts from.
@@ -30,10 +31,11 @@ class Row(NamedTuple):
     """One argument."""
 
     name: str
-    shape: str  # letters; "numbers HV K" is H V times K numbers in any shape
-    dtypes: tuple[torch.dtype, ...] | str = FLOATS  # or Q, or MEMORY
+    shape: str  # letters, or sums and products of them; "numbers HV K" is H V times K numbers in any shape
+    dtypes: tuple[torch.dtype, ...] | str = FLOATS  # or Q, or MEMORY; in BESIDE "the dtype of" any row
     optional: bool = False
     in_place: bool = False  # it is edited, so it must be in order as it lies: a copy would not do
+    in_order: bool = False  # the kernel reads it as it lies
 
 
 class Table(NamedTuple):
@@ -116,6 +118,88 @@ TABLES: dict[str, Table] = {
         (*_rows(_DECAY, _BETA, memory=False), Row("state", "B HV K V", MEMORY, in_place=True)), **_GPU_HOLDS
     ),
 }
+
+
+# ---- what stands beside the memory: experts, convolutions, the loss, and the functions of one decoded token ----
+
+_WHOLE, _I64, _I32 = (torch.int32, torch.int64), (torch.int64,), (torch.int32,)
+X = "the dtype of x"
+MAY_BE_EMPTY = set("BTNMJ")  # letters of which there may be none
+
+
+def _in_order(*rows: Row) -> tuple[Row, ...]:
+    return tuple(row._replace(in_order=True) for row in rows)
+
+
+def _layer(q, others, weight, weights, norm, parameters, memory) -> tuple[Row, ...]:
+    """Of `memory_layer_step_`, by the dtypes of its rows."""
+    return (
+        Row("q", "B H*K", q), Row("k", "B H*K", others), Row("v", "B H*K", others),
+        *(Row(f"weights[{i}]", "H*K 1 W", weights if i else weight) for i in range(3)),
+        *(Row(f"windows[{i}]", "B H*K W-1", others, in_place=True) for i in range(3)),
+        Row("decay_logits", "B H*K", others), Row("A_log", "numbers H", parameters),
+        Row("dt_bias", "numbers H*K", parameters), Row("beta_logits", "B H", others),
+        Row("gate_logits", "B H*K", others), Row("norm", "K", norm), Row("state", "B H K K", memory, in_place=True),
+    )  # fmt: skip
+
+
+def _experts(x, others, weights) -> tuple[Row, ...]:
+    """Of `experts`, by the dtypes of its rows."""
+    mlp = Row("gate", "E W D", others), Row("up", "E W D", others), Row("down", "E D W", others)
+    shared = Row("shared[0]", "S D", others), Row("shared[1]", "S D", others), Row("shared[2]", "D S", others)
+    given = Row("x", "N D", x), Row("chosen", "N k", _I64), Row("weights", "N k", weights)
+    return (*given, *mlp, *(row._replace(optional=True) for row in shared))
+
+
+def _latent(q, norm, others=Q) -> tuple[Row, ...]:
+    """Of `latent_layer_step_`, by the dtypes of its rows."""
+    return (
+        Row("q", "B O", q), Row("latent", "B C", others), Row("norm", "R", norm), Row("weights", "H X R", others),
+        Row("rows", "B S C", others, in_place=True), Row("length", "B", _I64, in_place=True),
+    )  # fmt: skip
+
+
+BESIDE: dict[str, tuple[Row, ...]] = {
+    "run_experts": (
+        Row("x", "N D"), Row("experts", "N k", _WHOLE), Row("weights", "N k"),
+        Row("w1", "E I D"), Row("w3", "E I D"), Row("w2", "E D I"),
+    ),
+    "cross_entropy_sum": (Row("hidden", "N D"), Row("head", "V D"), Row("targets", "N", _I64)),
+    "short_conv": (Row("x", "B T D"), Row("weight", "D 1 W", X), Row("state", "M D W-1", X, optional=True)),
+    "short_convs": (Row("x", "B T D"), Row("weight", "D 1 W"), Row("state", "M D W-1", optional=True)),
+    "short_conv_step_": (Row("x", "B D"), Row("weight", "D 1 W"), Row("state", "B D W-1")),
+    "project": (Row("x", "N D"), Row("weight", "O D")),
+    "add_norm": (Row("x", "N D"), Row("parts", "N J D"), Row("weight", "D")),
+    "memory_layer_step_": _layer(FLOATS, Q, FLOATS, FLOATS, FLOATS, FLOATS, MEMORY),
+    "latent_step": (Row("q", "B T H C"), Row("rows", "B S C", Q), Row("length", "B", _I64)),
+    "latent_layer_step_": _latent(FLOATS, FLOATS),
+    "route": (Row("logits", "N E"), Row("bias", "E")),
+    "experts": _experts(FLOATS, X, FLOATS),
+    # the doors of kernels
+    "gpu_grouped_product": (Row("matrices", "E B A", GPU_READS), Row("rows", "M A", "the dtype of matrices"))
+    + (Row("ends", "E", _I32),),
+    "gpu_grouped_outer": (Row("left", "M A", GPU_READS), Row("right", "M B", "the dtype of left"), Row("ends", "E", _I32)),
+    "gpu_row_losses_": (Row("logits", "N V", GPU_READS), Row("targets", "N", _I64)),
+    "gpu_short_conv": (
+        Row("x", "B T D", GPU_READS), Row("weight", "D W", GPU_READS, in_order=True),
+        Row("state", "M D W-1", GPU_READS, optional=True, in_order=True), Row("ages", "T", _I32, optional=True, in_order=True),
+        Row("rows", "T", _I32, optional=True, in_order=True),
+    ),
+    "gpu_project": _in_order(Row("x", "N D", GPU_READS), Row("weight", "O D", X)),
+    "gpu_add_norm": _in_order(Row("x", "N D", GPU_READS), Row("parts", "N J D"), Row("weight", "D")),
+    "gpu_memory_layer_step_": _in_order(*_layer(GPU_READS, Q, Q, Q, FLOATS, _F32, _F32)),
+    "gpu_latent_step": _in_order(Row("q", "B T H C", GPU_READS), Row("rows", "B S C", Q), Row("length", "B", _I64)),
+    "gpu_latent_layer_step_": _in_order(*_latent(GPU_READS, FLOATS)),
+    "gpu_route": _in_order(Row("logits", "N E", _F32), Row("bias", "E", _F32)),
+    "gpu_experts": _in_order(*_experts(GPU_READS, X, _F32)),
+    "cpu_project": _in_order(Row("x", "N D", _F32), Row("weight", "O D", _F32)),
+    "cpu_add_norm": _in_order(Row("x", "N D", _F32), Row("parts", "N J D", _F32), Row("weight", "D", _F32)),
+    "cpu_memory_layer_step_": _in_order(
+        *_layer(C_READS, Q, C_READS, "the dtype of weights[0]", "the dtype of weights[0]", _F32, _F32)
+    ),
+    "cpu_route": _in_order(Row("logits", "N E", _F32), Row("bias", "E", _F32)),
+    "cpu_experts": _in_order(*_experts(_F32, _F32, _F32)),
+}  # fmt: skip
 
 
 def _dtypes(row: Row, q_dtype: torch.dtype) -> tuple[torch.dtype, ...]:
@@ -214,8 +298,8 @@ def _walk(op: str, tensors: Sequence[Tensor | None], cu_seqlens: Tensor | None, 
         x = named[row.name]
         if not isinstance(x, Tensor) and not (x is None and row.optional):
             raise TypeError(f"{row.name} is {_kind(x)}; it must be a torch.Tensor")
-        if x is not None and x.layout != torch.strided:
-            raise ValueError(f"{row.name} has the layout {x.layout}; pass a dense tensor: {row.name}.to_dense()")
+        if x is not None:
+            _expect_dense(row, x)
     q_row, _, v_row, *_ = table.rows
     q, v = named[q_row.name], named[v_row.name]
     q_letters, v_letters = q_row.shape.split(), v_row.shape.split()
@@ -232,8 +316,7 @@ def _walk(op: str, tensors: Sequence[Tensor | None], cu_seqlens: Tensor | None, 
 
     for row in table.rows[1:3]:
         _expect_shape(row, named[row.name], sizes)
-    if H < 1 or HV < 1 or HV % H:
-        raise ValueError(f"{v_row.name} has {HV} heads and q has {H}; the heads of v must be a multiple of those of q")
+    _expect_heads(v_row, H, HV)
     if K < 1 or V < 1:
         raise ValueError(f"q has {K} channels a head and {v_row.name} has {V}; both must have at least one")
     if table.key_channels < K or table.value_channels < V:
@@ -257,16 +340,33 @@ def _walk(op: str, tensors: Sequence[Tensor | None], cu_seqlens: Tensor | None, 
             )
         if x.dtype not in allowed:
             raise ValueError(f"{row.name} is {x.dtype}; it must be {_or(allowed)}")
-        if x.device != q.device:
-            raise ValueError(f"{row.name} is on {x.device} and q on {q.device}; move all of them to one device")
-        if row.in_place and not x.is_contiguous():
-            raise ValueError(
-                f"{row.name} is not contiguous; it is edited in place, so pass {row.name}.contiguous() and keep that"
-            )
-        if row.in_place and not torch.compiler.is_compiling() and x.is_neg():
-            raise ValueError(
-                f"{row.name} is a view yet to be negated; it is edited in place, so pass {row.name}.resolve_neg() and keep that"
-            )
+        _expect_device(row, x, "q", q)
+        _expect_order(row, x)
+
+
+def _expect_dense(row: Row, x: Tensor) -> None:
+    if x.layout != torch.strided:
+        raise ValueError(f"{row.name} has the layout {x.layout}; pass a dense tensor: {row.name}.to_dense()")
+
+
+def _expect_heads(v_row: Row, H: int, HV: int) -> None:
+    if H < 1 or HV < 1 or HV % H:
+        raise ValueError(f"{v_row.name} has {HV} heads and q has {H}; the heads of v must be a multiple of those of q")
+
+
+def _expect_device(row: Row, x: Tensor, name: str, first: Tensor) -> None:
+    if x.device != first.device:
+        raise ValueError(f"{row.name} is on {x.device} and {name} on {first.device}; move all of them to one device")
+
+
+def _expect_order(row: Row, x: Tensor) -> None:
+    if not (row.in_place or row.in_order):
+        return
+    keep = "it is edited in place, so pass {} and keep that" if row.in_place else "pass {}"
+    if not x.is_contiguous():
+        raise ValueError(f"{row.name} is not contiguous; {keep.format(f'{row.name}.contiguous()')}")
+    if not torch.compiler.is_compiling() and x.is_neg():
+        raise ValueError(f"{row.name} is a view yet to be negated; {keep.format(f'{row.name}.resolve_neg()')}")
 
 
 def _expect_shape(row: Row, x: Tensor, sizes: dict[str, int]) -> None:
@@ -287,3 +387,147 @@ def _shape(x: Tensor) -> tuple[int, ...]:
 def _or(dtypes: tuple[torch.dtype, ...]) -> str:
     *most, last = map(str, dtypes)
     return f"{', '.join(most)} or {last}" if most else last
+
+
+# ---- calls beside the memory ----
+
+_FITTED: dict[tuple, dict[str, int]] = {}  # letters of calls that were found right, as _RIGHT
+_LIE = {op: [i for i, row in enumerate(rows) if row.in_order or row.in_place] for op, rows in BESIDE.items()}
+
+
+def fit(op: str, tensors: Sequence[Tensor | None], **sizes: int) -> dict[str, int]:
+    """Every letter's size, if the tensors are what BESIDE says of `op`, in the order of its rows.
+
+    sizes: letters that are known before.
+
+    Raises:
+        TypeError: an argument is no tensor. ValueError: a shape, dtype, device or layout. Both name the argument.
+
+    >>> fit("project", (torch.zeros(1, 3), torch.zeros(5, 3)))
+    {'N': 1, 'D': 3, 'O': 5}
+    >>> fit("project", (torch.zeros(1, 3), torch.zeros(5, 4)))
+    Traceback (most recent call last):
+    ValueError: weight is torch.float32 of shape (5, 4); expected bfloat16, float16, float32 or float64 of shape [O, D], D = 3
+    """
+    if torch.compiler.is_compiling():
+        return _walk_beside(op, tensors, sizes)
+    try:
+        call: tuple[Any, ...] = (
+            op,
+            *sizes.items(),
+            *[None if x is None else (x.shape, x.dtype, x.device, x.layout) for x in tensors],
+        )
+        known = _FITTED.get(call)
+    except (AttributeError, TypeError):  # not a tensor; or a shape that is still a symbol
+        return _walk_beside(op, tensors, sizes)
+    if known is not None and all(x is None or _is_ordered(x) for x in [tensors[i] for i in _LIE[op]]):
+        return known
+    found = _walk_beside(op, tensors, sizes)
+    if len(_FITTED) >= _MOST:
+        _FITTED.clear()
+    _FITTED[call] = found
+    return found
+
+
+def fits(op: str, tensors: Sequence[Tensor | None], **sizes: int) -> dict[str, int] | None:
+    """As `fit`, and None where that raises: for a kernel beside which another form stands, which then says what is wrong."""
+    try:
+        return fit(op, tensors, **sizes)
+    except (TypeError, ValueError):
+        return None
+
+
+def _walk_beside(op: str, tensors: Sequence[Tensor | None], sizes: dict[str, int]) -> dict[str, int]:
+    rows, sizes = BESIDE[op], dict(sizes)
+    given: list[tuple[Row, Any]] = [
+        (row, x) for row, x in zip(rows, tensors, strict=True) if x is not None or not row.optional
+    ]
+    named, source = {row.name: x for row, x in given}, dict[str, str]()
+    for row, x in given:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{row.name} is {_kind(x)}; it must be a torch.Tensor")
+        _expect_dense(row, x)
+    leading, *others = given
+    for row, x in (
+        leading,
+        *sorted(others, key=lambda pair: -pair[1].ndim),
+    ):  # who has most dimensions says what they are
+        letters = row.shape.split()
+        for letter, size in zip(letters, x.shape) if len(letters) == x.ndim else ():
+            if letter.isalpha() and letter not in sizes:
+                sizes[letter], source[letter] = size, row.name
+    for row, x in given:
+        _expect_letters(row, x, sizes, source, _dtypes_beside(row, named))
+        _expect_device(row, x, leading[0].name, leading[1])
+        _expect_order(row, x)
+    return sizes
+
+
+def _expect_letters(
+    row: Row, x: Tensor, sizes: dict[str, int], source: dict[str, str], dtypes: tuple[torch.dtype, ...]
+):
+    letters, many = row.shape.removeprefix(NUMBERS).split(), row.shape.startswith(NUMBERS)
+    wanted = [_size(letter, sizes) for letter in letters]
+    if x.dtype not in dtypes or ([x.numel()] if many else list(x.shape)) != wanted:
+        others = [
+            f", {letter} = {size}"
+            for letter, size in zip(letters, wanted)
+            if size is not None and not letter.isdigit() and source.get(letter) != row.name
+        ]
+        raise ValueError(
+            f"{row.name} is {x.dtype} of shape {_shape(x)}; expected {_or(dtypes).replace('torch.', '')} of shape "
+            f"{NUMBERS if many else ''}[{', '.join(letters)}]{''.join(others)}"
+        )
+    for letter in letters:
+        if letter.isalpha() and letter not in MAY_BE_EMPTY and not sizes[letter]:
+            raise ValueError(
+                f"{row.name} has shape {_shape(x)} for [{', '.join(letters)}]; {letter} must be at least 1"
+            )
+
+
+def _dtypes_beside(row: Row, named: dict[str, Any]) -> tuple[torch.dtype, ...]:
+    if isinstance(row.dtypes, tuple):
+        return row.dtypes
+    if row.dtypes == MEMORY:
+        return (state_dtype(named["q"].dtype),)
+    return (named[row.dtypes.removeprefix("the dtype of ")].dtype,)
+
+
+def _size(letters: str, sizes: dict[str, int]) -> int | None:
+    """The value of "W-1" or "H*K"; None where a letter is not known."""
+    total = 0
+    for term in letters.replace("-", "+-").split("+"):
+        product = 1
+        for factor in term.removeprefix("-").split("*"):
+            if not factor.isdigit() and factor not in sizes:
+                return None
+            product *= int(factor) if factor.isdigit() else sizes[factor]
+        total += -product if term.startswith("-") else product
+    return total
+
+
+# ---- what letters cannot say ----
+
+
+def chosen_experts(k: int, E: int) -> None:
+    """Raise unless k of E experts can be chosen."""
+    if not isinstance(k, int) or not 1 <= k <= E:
+        raise ValueError(f"k is {k}; it must be from 1 to the {E} experts")
+
+
+def latent_values(value_dim: int, C: int) -> None:
+    """Raise unless the first value_dim of a row's C channels can be its value."""
+    if not isinstance(value_dim, int) or not 1 <= value_dim <= C:
+        raise ValueError(f"value_dim is {value_dim}; it must be from 1 to the {C} channels of a row")
+
+
+def latent_channels(sizes: dict[str, int]) -> None:
+    """Raise unless q [B, O], weights [H, X, R] and rows [B, S, C] leave a head keys, values and a row of room."""
+    O, H, X, R, S, C = (sizes[letter] for letter in "OHXRSC")
+    P = C - R
+    N = O // H - P
+    if P < 0 or not 1 <= N < X or not S or O != H * (N + P):
+        raise ValueError(
+            f"q has {O} channels for {H} heads, weights {X} and {R} and rows {S} of {C}: that leaves {P} position, {N} key and "
+            f"{X - N} value channels a head and {S} rows of room; expected 0, 1, 1 and 1 at least"
+        )

@@ -14,6 +14,9 @@ meet at their border: rows of the later one carry the decay since the border, ro
 to it, so every factor is a product of decays, at most 1. No exponent is ever a difference of sums, nothing
 overflows or cancels, however fast the gates forget, and M comes from the same merge by blocked forward substitution.
 
+A NaN reaches no other head, no other sequence and no earlier chunk; within its chunk the products carry it to earlier
+outputs, too (0 times NaN is NaN). The backends `reference` and `cpu` keep causality for NaN token by token.
+
 Letters as in reference.py; N chunks of C tokens, h tokens in a block.
 Memory   O(segment) intermediates: a long sequence is cut into segments, and backward recomputes each from its state.
 """

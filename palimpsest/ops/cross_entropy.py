@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from palimpsest.ops.arguments import state_dtype
+from palimpsest.ops.arguments import fit, state_dtype
 
 IGNORED = -100
 CHUNK_BYTES = {"cpu": 1 << 25, "cuda": 1 << 29}  # of logits: a CPU's cache, and a GPU's products at full speed
@@ -43,20 +43,7 @@ def cross_entropy_sum(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     >>> cross_entropy_sum(torch.zeros(3, 2), torch.zeros(4, 2), torch.tensor([0, 1, -100])) / 2  # log 4
     tensor(1.3863)
     """
-    if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[1] or not head.shape[0]:
-        raise ValueError(
-            f"hidden has shape {tuple(hidden.shape)} and head {tuple(head.shape)}; expected [N, D] and [V, D]"
-        )
-    for name, tensor in (("hidden", hidden), ("head", head)):
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} is {tensor.dtype}; expected floating numbers")
-    if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
-        raise ValueError(
-            f"targets is {targets.dtype} of shape {tuple(targets.shape)}; expected int64 of shape ({len(hidden)},)"
-        )
-    for name, tensor in (("head", head), ("targets", targets)):
-        if tensor.device != hidden.device:
-            raise ValueError(f"{name} is on {tensor.device} and hidden on {hidden.device}; move both to one device")
+    fit("cross_entropy_sum", (hidden, head, targets))
     if not hidden.is_cuda and len(targets):
         real = targets[targets != IGNORED]
         if len(real) and not 0 <= int(real.min()) <= int(real.max()) < len(head):

@@ -24,8 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from palimpsest.ops.arguments import state_dtype
+from palimpsest.ops.arguments import chosen_experts, fit, latent_channels, latent_values, state_dtype
 from palimpsest.ops.backends import within_a_transform
+from palimpsest.ops.experts import spoil_unknown
 from palimpsest.ops.gates import SigmoidDecay, SoftplusDecay, l2norm
 
 Form = Literal["auto", "torch", "triton", "cpu"]
@@ -66,6 +67,10 @@ def fused(x: Tensor, form: Form = "auto", most: int | None = None) -> bool:
     """
     if form not in FORMS:
         raise ValueError(f"form is {form!r}; choose one of {', '.join(map(repr, FORMS))}")
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"the first argument is a {type(x).__name__}; it must be a torch.Tensor, as all that have numbers"
+        )
     if form in ("torch", "cpu"):
         return False
     if form == "triton" and not x.is_cuda:  # Triton's interpreter
@@ -99,10 +104,20 @@ def project(
     >>> project([torch.ones(1, 2)] * 2, [torch.ones(1, 2), torch.ones(3, 2)])[1]
     tensor([[2., 2., 2.]])
     """
+    if not xs or len(xs) != len(weights):
+        raise ValueError(f"there are {len(xs)} xs and {len(weights)} weights; expected as many, one at least")
     if fused(xs[0], form, MOST_TOKENS):
         return torch.ops.palimpsest_gpu.project(xs, weights, dtype or xs[0].dtype)
     if (ys := _on_cpu("project", xs[0], form, xs, weights, dtype or xs[0].dtype)) is not None:
         return ys
+    sizes: dict[str, int] = {}
+    for x, weight in zip(xs, weights):
+        found = fit("project", (x, weight), **sizes)
+        sizes = {letter: found[letter] for letter in "ND"}
+        if dtype is None and weight.dtype != x.dtype:
+            raise ValueError(
+                f"weight is {weight.dtype} and x is {x.dtype}; give them one dtype, or name that of the results"
+            )
     if dtype is not None and dtype != xs[0].dtype:
         return [F.linear(x.to(dtype), w.to(dtype)) for x, w in zip(xs, weights, strict=True)]
     return [F.linear(x, w) for x, w in zip(xs, weights, strict=True)]
@@ -126,6 +141,7 @@ def add_norm(x: Tensor, parts: Tensor, weight: Tensor, eps: float, *, form: Form
         return torch.ops.palimpsest_gpu.add_norm(x, parts, weight, eps)
     if (sums := _on_cpu("add_norm", x, form, x, parts, weight, eps)) is not None:
         return sums
+    fit("add_norm", (x, parts, weight))
     x = (_wide(x) + _wide(parts).sum(1)).to(x.dtype)
     return x, F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
 
@@ -150,7 +166,10 @@ def memory_layer_step_(
     Returns:
         [B, D] in q's dtype.
     """
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, decay_logits, gate_logits, *weights, state)):
+    if len(weights) != 3 or len(windows) != 3:
+        raise ValueError(f"there are {len(weights)} weights and {len(windows)} windows; expected three, for q, k and v")
+    given = q, k, v, decay_logits, gate_logits, *weights, state
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in given):
         raise RuntimeError(
             "memory_layer_step_ edits the state in place and has no gradient; run whole sequences, or enter torch.no_grad()"
         )
@@ -159,11 +178,16 @@ def memory_layer_step_(
         q, k, v, weights, windows, decay_logits, decay.A_log, decay.dt_bias, beta_logits, gate_logits, norm, state,
         eps, beta_max, kind, floor, silu_gate,
     )  # fmt: skip
-    if (state.shape[-1] <= MOST_CHANNELS or form == "triton") and fused(q, form):
+    fits = form == "triton" or not isinstance(state, Tensor) or state.shape[-1:] <= (MOST_CHANNELS,)
+    if fused(q, form) and fits:
         return torch.ops.palimpsest_gpu.memory_layer_step_(*arguments)
     if (y := _on_cpu("memory_layer_step_", q, form, *arguments)) is not None:
         return y
-    (B, H, K, _), wide = state.shape, state.dtype
+    A_log, dt_bias = decay.A_log, decay.dt_bias
+    rows = q, k, v, *weights, *windows, decay_logits, A_log, dt_bias, beta_logits, gate_logits, norm, state
+    sizes = fit("memory_layer_step_", rows)
+    B, H, K = (sizes[letter] for letter in "BHK")
+    wide = state.dtype
     heads = []
     for x, weight, window in zip((q, k, v), weights, windows, strict=True):
         taps = torch.cat((window, x[..., None]), -1)
@@ -198,9 +222,11 @@ def latent_step(q: Tensor, rows: Tensor, length: Tensor, *, value_dim: int, form
     >>> latent_step(torch.zeros(1, 1, 1, 2), rows, torch.tensor([2]), value_dim=1)
     tensor([[[[2.]]]])
     """
-    T, S = q.shape[1], rows.shape[1]
     if fused(q, form):
         return torch.ops.palimpsest_gpu.latent_step(q.contiguous(), rows, length, value_dim)
+    sizes = fit("latent_step", (q, rows, length))
+    latent_values(value_dim, sizes["C"])
+    T, S = sizes["T"], sizes["S"]
     scores = _wide(torch.einsum("bthc,bsc->bths", q, rows))
     until_BT = length[:, None] + torch.arange(1 - T, 1, device=q.device)
     hidden_BTS = torch.arange(S, device=q.device) >= until_BT[..., None]
@@ -220,18 +246,20 @@ def latent_layer_step_(
         norm: [R], the weight of that norm; eps within its root.
         weights: [H, N + V, R], keys and values of each head from the latent, contiguous.
         rows: [B, S, R + P], the cache with its room, finite everywhere; the new row is written in place.
-        length: [B], int64, rows filled before; one more afterwards. Beyond S the last row is overwritten.
+        length: [B], int64, rows filled before; one more afterwards. Below 0 the first row is overwritten, beyond S the last.
 
     Returns:
         [B, H V] in q's dtype.
     """
     if fused(q, form):
         return torch.ops.palimpsest_gpu.latent_layer_step_(q, latent, norm, weights, rows, length, eps)
-    (B, S, C), (H, _, R) = rows.shape, weights.shape
+    sizes = fit("latent_layer_step_", (q, latent, norm, weights, rows, length))
+    latent_channels(sizes)
+    B, S, C, H, R = (sizes[letter] for letter in "BSCHR")
     q = q.view(B, H, -1)
     N = q.shape[-1] - (C - R)
     new = torch.cat((F.rms_norm(latent[:, :R], (R,), norm.to(latent.dtype), eps), latent[:, R:]), -1)
-    rows.index_put_((torch.arange(B, device=q.device), length.clamp(max=S - 1)), new)
+    rows.index_put_((torch.arange(B, device=q.device), length.clamp(0, S - 1)), new)
     length.add_(1)
     against = torch.cat((torch.einsum("bhn,hnr->bhr", q[..., :N], weights[:, :N]), q[..., N:]), -1)
     against = against * q.shape[-1] ** -0.5
@@ -256,6 +284,7 @@ def route(
         return torch.ops.palimpsest_gpu.route(logits, bias, k, scaling, renormalize, biased)
     if (chosen := _on_cpu("route", logits, form, logits, bias, k, scaling, renormalize, biased)) is not None:
         return chosen
+    chosen_experts(k, fit("route", (logits, bias))["E"])
     scores = logits.sigmoid()
     experts = (scores + bias).topk(k, dim=-1).indices
     weights = (scores + bias if biased else scores).gather(1, experts)
@@ -272,17 +301,21 @@ def experts(
 
     Args:
         x: [N, D].
-        chosen: [N, k], int64, which experts; weights: [N, k], fp32, how much of each.
+        chosen: [N, k], int64, which experts; one that there is not gives NaN. weights: [N, k], fp32, how much of each.
         gate, up: [E, W, D]; down: [E, D, W].
         shared: the three matrices of the MLP that every token goes through, [S, D], [S, D], [D, S], or none.
 
     Returns:
         [N, k, D], or [N, k + 1, D] with shared, fp32 (fp64 in fp64): parts, to be added up.
     """
+    if len(shared) not in (0, 3) or any(matrix is None for matrix in shared):
+        raise ValueError(f"shared holds {len(shared)} matrices; expected gate, up and down, or none")
     if fused(x, form, MOST_TOKENS):
         return torch.ops.palimpsest_gpu.experts_step(x, chosen, weights, gate, up, down, list(shared))
     if (parts := _on_cpu("experts", x, form, x, chosen, weights, gate, up, down, list(shared))) is not None:
         return parts
+    fit("experts", (x, chosen, weights, gate, up, down, *(shared or (None,) * 3)))
+    chosen, weights = spoil_unknown(chosen, weights, len(gate))
     column = x[:, None, :, None]
     h = F.silu(gate[chosen] @ column) * (up[chosen] @ column)
     parts = [_wide(down[chosen] @ h)[..., 0] * weights[..., None]]

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from palimpsest.ops.arguments import state_dtype
+from palimpsest.ops.arguments import fit, state_dtype
 
 
 def law(x: Tensor, experts: Tensor, weights: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ def run_experts(
     >>> y.shape, load
     (torch.Size([1, 2]), tensor([0, 1]))
     """
-    _check(x, experts, weights, w1, w3, w2)
+    fit("run_experts", (x, experts, weights, w1, w3, w2))
     if form(x) != "loop":
         experts, weights = spoil_unknown(experts, weights, len(w1))
     order_M, back_Nk, ends_E = sort_by_expert(experts, len(w1))
@@ -207,24 +207,3 @@ def _wide(x: Tensor) -> Tensor:
 def _product_dtype(x: Tensor) -> torch.dtype:
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else x.dtype
-
-
-def _check(x, experts, weights, w1, w3, w2) -> None:
-    if x.ndim != 2 or not x.is_floating_point():
-        raise ValueError(f"x is {x.dtype} of shape {tuple(x.shape)}; expected floating [tokens, channels]")
-    N, D = x.shape
-    if experts.ndim != 2 or experts.shape[0] != N or experts.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"experts is {experts.dtype} of shape {tuple(experts.shape)}; expected int32 or int64 of shape [{N}, k]"
-        )
-    if weights.shape != experts.shape or not weights.is_floating_point():
-        raise ValueError(
-            f"weights is {weights.dtype} of shape {tuple(weights.shape)}; expected floating {experts.shape}"
-        )
-    E, I = w1.shape[0], w1.shape[1] if w1.ndim == 3 else 0
-    for name, matrix, shape in (("w1", w1, (E, I, D)), ("w3", w3, (E, I, D)), ("w2", w2, (E, D, I))):
-        if tuple(matrix.shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(matrix.shape)}; x and w1 ask for {shape}")
-    for name, tensor in (("experts", experts), ("weights", weights), ("w1", w1), ("w3", w3), ("w2", w2)):
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device} and x on {x.device}; move all of them to one device")

@@ -50,6 +50,16 @@ def borders(cu_seqlens: Tensor, tokens: int) -> list[int]:
     return ends
 
 
+def watch_borders(cu_seqlens: Tensor, tokens: int) -> None:
+    """On a GPU, which is not waited for: the next wait raises unless cu_seqlens rises from 0 to `tokens`.
+
+    Elsewhere, and within torch.compile, nothing: a CPU's borders have been read, and the memory's kernels watch for themselves.
+    """
+    if cu_seqlens.is_cuda and not torch.compiler.is_compiling():
+        right = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == tokens) & (cu_seqlens.diff() >= 0).all()
+        torch._assert_async(right, f"cu_seqlens must rise from 0 to the number of tokens, {tokens}")
+
+
 def by_sequence(
     law: Callable[..., tuple[Tensor, Tensor]], sequences: tuple[Tensor, ...], state: Tensor, cu_seqlens: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -63,9 +73,9 @@ def by_sequence(
     Returns:
         The output [1, T, H, V] in the order of the tokens, and the states [N, ...].
     """
-    borders = cu_seqlens.tolist()
+    ends = borders(cu_seqlens, sequences[0].shape[1])
     groups = defaultdict(list)  # sequences whose lengths share a power of two: padding at most doubles the work
-    for n, (start, stop) in enumerate(zip(borders, borders[1:])):
+    for n, (start, stop) in enumerate(pairwise(ends)):
         groups[(stop - start).bit_length()].append(n)
 
     tokens, outputs, members, states = [], [], [], []
@@ -74,8 +84,8 @@ def by_sequence(
         if size == 0:
             states.append(state[group])
             continue
-        starts = torch.tensor([borders[n] for n in group])[:, None]
-        lengths = torch.tensor([borders[n + 1] - borders[n] for n in group])[:, None]
+        starts = torch.tensor([ends[n] for n in group])[:, None]
+        lengths = torch.tensor([ends[n + 1] - ends[n] for n in group])[:, None]
         offsets = torch.arange(int(lengths.max()))
         real = (offsets < lengths).to(state.device)
         index = torch.where(offsets < lengths, starts + offsets, starts).to(state.device)

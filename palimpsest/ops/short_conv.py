@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from palimpsest.ops.arguments import expect_floats
-from palimpsest.ops.packing import check_cu_seqlens
+from palimpsest.ops.arguments import fit
+from palimpsest.ops.packing import check_cu_seqlens, watch_borders
 
 
 def short_conv(
@@ -30,28 +30,24 @@ def short_conv(
     Returns:
         y [B, T, D] and the state after the last token.
 
+    Raises:
+        ValueError: a shape, dtype, layout or device; on a CPU also borders that do not rise from 0 to T. A GPU, which is not
+            waited for, raises at its next wait. TypeError: an argument is no tensor.
+
     >>> y, state = short_conv(torch.ones(1, 3, 1), torch.ones(1, 1, 4))
     >>> y.flatten().tolist(), state.shape
     ([1.0, 2.0, 3.0], torch.Size([1, 1, 3]))
     """
-    expect_floats("x", x)
-    expect_floats("weight", weight, x.device)
-    if x.ndim != 3:
-        raise ValueError(f"x has shape {tuple(x.shape)}; it must be [B, T, D]")
-    B, T, D = x.shape
-    W = weight.shape[-1] if weight.ndim else 0
-    if W < 1 or tuple(weight.shape) != (D, 1, W):
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; x of shape {tuple(x.shape)} asks for ({D}, 1, taps)")
+    sizes = fit("short_conv", (x, weight, state))
+    B, T, D, W = (sizes[letter] for letter in "BTDW")
     N = B
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, B, T, x.device)
         N = len(cu_seqlens) - 1
-    state = x.new_zeros(N, D, W - 1) if state is None else state
-    expect_floats("state", state, x.device)
-    if tuple(state.shape) != (N, D, W - 1):
+    if state is None:
+        state = x.new_zeros(N, D, W - 1)
+    elif len(state) != N:
         raise ValueError(f"state has shape {tuple(state.shape)}; x and weight ask for {(N, D, W - 1)}")
-    if not x.dtype == weight.dtype == state.dtype:
-        raise ValueError(f"x is {x.dtype}, weight {weight.dtype} and state {state.dtype}; they must share one dtype")
 
     if T == 0:
         return x.clone(), state.clone()
@@ -90,22 +86,37 @@ def short_convs(
     Returns:
         The streams after SiLU, and their states after the last token, both in the dtype of xs.
 
+    Raises:
+        ValueError, TypeError: as `short_conv`; not as many of each, or of other numbers of tokens or taps.
+
     >>> ys, states = short_convs([torch.ones(1, 3, 2)] * 3, [torch.ones(2, 1, 4)] * 3)
     >>> ys[0].shape, states[2].shape
     (torch.Size([1, 3, 2]), torch.Size([1, 2, 3]))
     """
+    if not xs or len(weights) != len(xs) or (states is not None and len(states) != len(xs)):
+        held = "no" if states is None else len(states)
+        raise ValueError(f"there are {len(xs)} xs, {len(weights)} weights and {held} states; expected as many of each")
+    sizes: dict[str, int] = {}
+    for i, (x, weight) in enumerate(zip(xs, weights)):
+        found = fit("short_convs", (x, weight, None if states is None else states[i]), **sizes)
+        sizes = {letter: found[letter] for letter in "BTW"}
+    B, T, W = sizes.values()
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, B, T, xs[0].device)
+    sequences = B if cu_seqlens is None else len(cu_seqlens) - 1
+    for state in states or ():
+        if len(state) != sequences:
+            raise ValueError(
+                f"a state has shape {tuple(state.shape)}; expected one row for each of {sequences} sequences"
+            )
     if _has_kernel(xs):
-        B, T, _ = xs[0].shape
         borders = None if cu_seqlens is None else cu_seqlens.to(xs[0].device).long()
-        if cu_seqlens is not None:
-            check_cu_seqlens(cu_seqlens, B, T)
         ages, rows = (None, None) if borders is None else (x.int() for x in _places(borders, T))
         streams = [x if x.is_contiguous() else x.contiguous() for x in xs]
         flat = [weight.flatten(1) for weight in weights]
         held = [] if states is None else [state.to(xs[0].dtype).contiguous() for state in states]
         ys = _ShortConvs.apply(len(xs), ages, rows, borders, *streams, *flat, *held)
         before: Sequence[Tensor | None] = [None] * len(xs) if states is None else held
-        W = weights[0].shape[-1]
         return list(ys), [_windows(x, state, W, borders) for x, state in zip(xs, before)]
     ys, after = [], []
     for i, (x, weight) in enumerate(zip(xs, weights)):
@@ -164,6 +175,7 @@ def _has_kernel(xs: Sequence[Tensor]) -> bool:
 def _places(borders: Tensor, T: int) -> tuple[Tensor, Tensor]:
     """Of each of T packed tokens: its distance from the first of its sequence, and which sequence that is."""
     tokens = torch.arange(T, device=borders.device)
+    watch_borders(borders, T)
     sequence = torch.bucketize(tokens, borders, right=True) - 1
     return tokens - borders[sequence], sequence
 
@@ -188,22 +200,7 @@ def _last_inputs(x: Tensor, state: Tensor, borders: Tensor) -> Tensor:
 
 def short_conv_step_(x: Tensor, weight: Tensor, state: Tensor) -> Tensor:
     """One token, x [B, D]; the state [B, D, W - 1] is moved on in place. Returns y [B, D]. No gradient."""
-    for name, tensor in (("x", x), ("weight", weight), ("state", state)):
-        expect_floats(name, tensor)
-    if (
-        weight.ndim != 3
-        or x.ndim != 2
-        or state.shape != (*x.shape, weight.shape[2] - 1)
-        or weight.shape[:2] != (x.shape[1], 1)
-    ):
-        raise ValueError(
-            f"x has shape {tuple(x.shape)}, weight {tuple(weight.shape)} and state {tuple(state.shape)}; "
-            "they must be [B, D], [D, 1, W] and [B, D, W - 1]"
-        )
-    if not x.device == weight.device == state.device:
-        raise ValueError(
-            f"x is on {x.device}, weight on {weight.device} and state on {state.device}; they must be on one"
-        )
+    fit("short_conv_step_", (x, weight, state))
     window = torch.cat((state, x[..., None]), -1)
     state.copy_(window[..., 1:])
     return (window * weight[:, 0]).sum(-1)

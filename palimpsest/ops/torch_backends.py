@@ -5,6 +5,7 @@ very products that the fp32 state is there to protect.
 """
 
 from contextlib import nullcontext
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from palimpsest.ops import chunked, reference
 from palimpsest.ops.arguments import check
 from palimpsest.ops.backends import Backend, linear_by_core
-from palimpsest.ops.packing import by_sequence
+from palimpsest.ops.packing import borders, by_sequence
 
 
 def _backend(name: str, law, fold) -> Backend:
@@ -57,7 +58,8 @@ def _backend(name: str, law, fold) -> Backend:
         keys = keys.repeat_interleave(v.shape[2] // k.shape[2], dim=2)
         if cu_seqlens is None:
             return law.softmax_lookup(q, keys, values)
-        lengths = cu_seqlens.diff().tolist()
+        ends = borders(cu_seqlens, q.shape[1])
+        lengths = [stop - start for start, stop in pairwise(ends)]
         return torch.cat([law.softmax_lookup(*x) for x in zip(*(x.split(lengths, 1) for x in (q, keys, values)))], 1)
 
     linear = linear_by_core(core)

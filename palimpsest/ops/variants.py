@@ -81,6 +81,9 @@ def kda(
         split: the tensors are this rank's part of a sequence that lies on several, `split_sequence` of `parallel.context`;
             without cu_seqlens. `state` then has one row a piece of this rank, and so has what is returned.
 
+    A NaN in a token reaches no other head and no other sequence. With the backends `cpu` and `reference` it reaches no earlier
+    token either; with `chunked`, `triton` and `hopper` it may show in earlier outputs of its chunk, of 32 or 64 tokens.
+
     Returns:
         DeltaOutput(output [B, T, HV, V], state [B or N, HV, K, V]).
 

@@ -15,6 +15,7 @@ from dataclasses import replace
 import torch
 
 from benchmarks.faults.bad_calls import FUNCTIONS, Draw, bad_operator_calls, outcome, spoiled
+from benchmarks.faults.calls_beside import FUNCTIONS_BESIDE, spoiled_beside
 from palimpsest import gates
 from palimpsest.ops import arguments, decode
 from palimpsest.ops.cpu import jit
@@ -87,6 +88,11 @@ def wrong_calls(most: int) -> int:
         call = function.draw(Draw()) | ({"backend": "cpu"} if function.has_backends else {})
         for what, changed, value in rng.sample(list(spoiled(call)), most):
             assert outcome(name, call | {changed: value}) is None, (name, what)
+            count += 1
+    for name, function in FUNCTIONS_BESIDE.items():
+        call = function.draw(Draw())
+        for what, changed, value in rng.sample(list(spoiled_beside(call)), most):
+            assert outcome(name, call | {changed: value}, functions=FUNCTIONS_BESIDE) is None, (name, what)
             count += 1
     for trial in itertools.islice(bad_operator_calls(), 0, None, 23):
         assert trial.run() is None, trial.name

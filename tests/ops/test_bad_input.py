@@ -4,8 +4,11 @@ import pytest
 import torch
 
 from palimpsest import backends
+from palimpsest.compat.fla.kda import _in_chunks
 from palimpsest.ops.backends import Backend, Problem
+from palimpsest.ops.packing import by_sequence
 from palimpsest.ops.short_conv import short_conv
+from palimpsest.ops.torch_backends import CHUNKED
 from palimpsest.ops.trace import trace
 from palimpsest.ops.variants import dplr, gated_delta, kda, kda_step_, linear_attention, softmax_lookup
 
@@ -57,6 +60,19 @@ def test_packing_says_what_is_wrong(borders, sentence):
         short_conv(torch.zeros(1, 8, 2), torch.zeros(2, 1, 4), cu_seqlens=torch.tensor(borders))
 
 
+@pytest.mark.parametrize("ends", [[0, 5, 3, 8], [0, 9], [1, 8], [0, 7]])
+def test_borders_that_came_from_a_gpu_are_judged_where_the_host_gets_them(ends):
+    """The public functions do not read a GPU's; the forms that bring them to the host do."""
+    x, cu_seqlens, state = good()["q"].flatten(0, 1)[None], torch.tensor(ends), torch.zeros(len(ends) - 1, 3, 8, 8)
+    for run in (
+        lambda: by_sequence(lambda x, state: (x, state), (x,), state, cu_seqlens),
+        lambda: CHUNKED.lookup(x, x, x, x[:, :0], x[:, :0], 1.0, cu_seqlens),
+        lambda: _in_chunks(lambda *x: x, (x, x, x), state, cu_seqlens, 4),
+    ):
+        with pytest.raises(ValueError, match="it must rise from 0 to the number of tokens, 8"):
+            run()
+
+
 def test_an_unknown_option_is_a_type_error():
     with pytest.raises(TypeError, match="use_qk_l2norm"):
         kda(**good(), use_qk_l2norm=True)  # pyright: ignore
@@ -84,7 +100,7 @@ def test_the_cousins_say_what_is_wrong():
         softmax_lookup(*one, state=(one[1], one[2]), cu_seqlens=torch.tensor([0, 4]))
     with pytest.raises(ValueError, match="a trace needs at least one"):
         trace(*(tensor[:, :0] for tensor in x.values()))
-    with pytest.raises(ValueError, match=r"weight has shape \(8, 4\); x of shape \(2, 4, 8\) asks for \(8, 1, taps\)"):
+    with pytest.raises(ValueError, match=r"weight is torch.float32 of shape \(8, 4\); .* \[D, 1, W\], D = 8"):
         short_conv(torch.zeros(2, 4, 8), torch.zeros(8, 4))
 
 

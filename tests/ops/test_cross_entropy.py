@@ -96,15 +96,15 @@ def test_memory_does_not_grow_with_the_words():
 @pytest.mark.parametrize(
     ("place", "change", "sentence"),
     [
-        (0, lambda h: h[0], "hidden has shape"),
-        (1, lambda w: w[:, 1:], "hidden has shape"),
+        (0, lambda h: h[0], "hidden is torch.float64 of shape"),
+        (1, lambda w: w[:, 1:], "head is torch.float64 of shape .* D = 24"),
         (2, lambda t: t[1:], "targets is torch.int64 of shape"),
         (2, lambda t: t.float(), "targets is torch.float32"),
         (2, lambda t: t + V, "the head has 0 to 300"),
         (1, lambda w: w.to("meta"), "head is on meta"),
-        (0, lambda h: h.int(), "hidden is torch.int32; expected floating"),
-        (0, lambda h: h.to(torch.complex64), "hidden is torch.complex64; expected floating"),
-        (1, lambda w: w.to(torch.complex64), "head is torch.complex64; expected floating"),
+        (0, lambda h: h.int(), "hidden is torch.int32 of shape .*; expected bfloat16"),
+        (0, lambda h: h.to(torch.complex64), "hidden is torch.complex64 of shape .*; expected bfloat16"),
+        (1, lambda w: w.to(torch.complex64), "head is torch.complex64 of shape .*; expected bfloat16"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_a_sentence(place, change, sentence):

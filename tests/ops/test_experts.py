@@ -104,8 +104,8 @@ def test_the_same_bits_twice():
         (1, lambda e: e.to(torch.int16), "experts is torch.int16 of shape"),
         (0, lambda x: x.int(), "x is torch.int32 of shape"),
         (2, lambda w: w[:, :1], "weights is torch.float64 of shape"),
-        (3, lambda w: w.mT, "w1 has shape"),
-        (5, lambda w: w[1:], "w2 has shape"),
+        (3, lambda w: w.mT, "w1 is torch.float64 of shape .* D = 24"),
+        (5, lambda w: w[1:], "w2 is torch.float64 of shape"),
         (4, lambda w: w.to("meta"), "w3 is on meta and x on cpu"),
     ],
 )

@@ -10,6 +10,7 @@ from torch import Tensor
 from palimpsest.compat.fla.arguments import beta_of, check_options, kda_gate, state_in, state_layout, state_out
 from palimpsest.ops.arguments import state_dtype
 from palimpsest.ops.gates import l2norm
+from palimpsest.ops.packing import borders
 from palimpsest.ops.variants import gdn2, kda, kda_from_logits
 
 
@@ -259,9 +260,9 @@ def _in_chunks(run, tensors, state, cu_seqlens, chunk: int):
             output, state = run(*part, state, None)
             outputs.append(output)
         return torch.cat(outputs, 1), state, torch.cat(before, 1)
-    borders = cu_seqlens.tolist()
+    ends = borders(cu_seqlens, tensors[0].shape[1])
     parts = [
         _in_chunks(run, tuple(x[:, a:b] for x in tensors), None if state is None else state[n : n + 1], None, chunk)
-        for n, (a, b) in enumerate(zip(borders, borders[1:]))
+        for n, (a, b) in enumerate(zip(ends, ends[1:]))
     ]
     return tuple(torch.cat([part[i] for part in parts], dim) for i, dim in enumerate((1, 0, 1)))

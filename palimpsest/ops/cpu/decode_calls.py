@@ -1,6 +1,7 @@
 """The compiled functions of decoding, by the names of ops/decode.py: a call each, so that a token costs few calls.
 
-Each checks what it is given before any address is used, and says None where the tensors are not for it: then torch runs.
+Each holds what it is given to its rows in ops/arguments.py before any address is used, and says None where the tensors are not
+for it: then torch runs.
 """
 
 import ctypes
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from palimpsest.ops.arguments import fits
 from palimpsest.ops.cpu import jit
 from palimpsest.ops.cpu.register import MAX_K
 
@@ -35,27 +37,14 @@ def memory_layer_step_(
     q, k, v, weights, windows, decay, A_log, dt_bias, beta, gate, norm, state, eps, beta_max, kind, floor, silu
 ) -> Tensor | None:
     """One token through a KDA layer in place, as ops/decode.py says; None if this is not for the kernel."""
-    if state.ndim != 4 or len(weights) != 3 or len(windows) != 3 or weights[0].ndim != 3:
+    if jit.refusal():
         return None
-    B, H, K, V = state.shape
-    D, W, dtype, wide = H * K, weights[0].shape[-1], q.dtype, weights[0].dtype
-    kept = torch.float32, torch.bfloat16
-    if dtype not in kept or wide not in kept or K != V or K > MAX_K or not 2 <= W <= MAX_TAPS or jit.refusal():
+    rows = (q, k, v, *weights, *windows, decay, A_log, dt_bias, beta, gate, norm, state)
+    sizes = fits("cpu_memory_layer_step_", rows) if len(rows) == 16 and q.is_cpu else None
+    if sizes is None or sizes["K"] > MAX_K or not 2 <= sizes["W"] <= MAX_TAPS or kind not in (1, 2):
         return None
-    for x, shape in ((q, (B, D)), (k, (B, D)), (v, (B, D)), (decay, (B, D)), (gate, (B, D)), (beta, (B, H))):
-        if not _is(x, shape, dtype):
-            return None
-    for weight, window in zip(weights, windows, strict=True):
-        if not _is(weight, (D, 1, W), wide) or not _is(window, (B, D, W - 1), dtype):
-            return None
-    for x, count, of in (
-        (A_log, H, torch.float32),
-        (dt_bias, D, torch.float32),
-        (norm, K, wide),
-        (state, B * D * K, torch.float32),
-    ):
-        if x.numel() != count or not _is(x, x.shape, of):
-            return None
+    B, H, K, W = (sizes[letter] for letter in "BHKW")
+    dtype, wide = q.dtype, weights[0].dtype
     out = torch.empty_like(q)
     three = c_void_p * 3
     call = LayerStep(
@@ -71,13 +60,15 @@ def memory_layer_step_(
 
 
 def project(xs: list[Tensor], weights: list[Tensor], dtype: torch.dtype) -> list[Tensor] | None:
-    if not xs or xs[0].ndim != 2:
+    if not xs or len(xs) != len(weights) or not xs[0].is_cpu or dtype is not torch.float32 or jit.refusal():
         return None
-    N, D = xs[0].shape
-    if N > MOST_ROWS or dtype is not torch.float32 or len(xs) != len(weights) or jit.refusal():
-        return None
-    if not all(_is(x, (N, D)) for x in xs) or not all(_is(w, (len(w), D)) for w in weights):
-        return None
+    sizes: dict[str, int] = {}
+    for x, w in zip(xs, weights):
+        found = fits("cpu_project", (x, w), **sizes)
+        if found is None or found["N"] > MOST_ROWS:
+            return None
+        sizes = {letter: found[letter] for letter in "ND"}
+    N, D = sizes.values()
     count = len(xs)
     ys = [x.new_empty(N, len(w)) for x, w in zip(xs, weights)]
     pointers = c_void_p * count
@@ -89,11 +80,10 @@ def project(xs: list[Tensor], weights: list[Tensor], dtype: torch.dtype) -> list
 
 
 def add_norm(x: Tensor, parts: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor] | None:
-    if parts.ndim != 3:
+    sizes = fits("cpu_add_norm", (x, parts, weight)) if x.is_cpu and not jit.refusal() else None
+    if sizes is None:
         return None
-    N, J, D = parts.shape
-    if jit.refusal() or not _is(x, (N, D)) or not _is(parts, (N, J, D)) or not _is(weight, (D,)):
-        return None
+    N, J, D = (sizes[letter] for letter in "NJD")
     sums, y = torch.empty_like(x), torch.empty_like(x)
     _function("decode_add_norm", "iiidppppp")(
         N, J, D, eps, x.data_ptr(), parts.data_ptr(), weight.data_ptr(), sums.data_ptr(), y.data_ptr()
@@ -104,11 +94,10 @@ def add_norm(x: Tensor, parts: Tensor, weight: Tensor, eps: float) -> tuple[Tens
 def route(
     logits: Tensor, bias: Tensor, k: int, scaling: float, renormalize: bool, biased: bool
 ) -> tuple[Tensor, Tensor] | None:
-    if logits.ndim != 2:
+    sizes = fits("cpu_route", (logits, bias)) if logits.is_cpu and not jit.refusal() else None
+    if sizes is None or not 1 <= k <= sizes["E"]:
         return None
-    N, E = logits.shape
-    if jit.refusal() or not _is(logits, (N, E)) or not _is(bias, (E,)) or not 1 <= k <= E:
-        return None
+    N, E = sizes["N"], sizes["E"]
     experts, weights, scratch = (
         logits.new_empty(N, k, dtype=torch.int64),
         logits.new_empty(N, k),
@@ -124,18 +113,13 @@ def route(
 def experts(
     x: Tensor, chosen: Tensor, weights: Tensor, gate: Tensor, up: Tensor, down: Tensor, shared: list[Tensor]
 ) -> Tensor | None:
-    if x.ndim != 2 or chosen.ndim != 2 or gate.ndim != 3 or len(shared) not in (0, 3) or not x.numel():
+    if len(shared) not in (0, 3) or any(w is None for w in shared) or not x.is_cpu or jit.refusal():
         return None
-    (N, D), k, (E, W, _) = x.shape, chosen.shape[1], gate.shape
-    S = len(shared[0]) if shared else 0
-    fits = _is(x, (N, D)) and _is(chosen, (N, k), torch.int64) and _is(weights, (N, k)) and _is(gate, (E, W, D))
-    fits = fits and _is(up, (E, W, D)) and _is(down, (E, D, W))
-    if (
-        not fits
-        or jit.refusal()
-        or (shared and not (_is(shared[0], (S, D)) and _is(shared[1], (S, D)) and _is(shared[2], (D, S))))
-    ):
+    sizes = fits("cpu_experts", (x, chosen, weights, gate, up, down, *(shared or (None,) * 3)))
+    if sizes is None or not sizes["N"]:
         return None
+    N, k, E, D, W = (sizes[letter] for letter in "NkEDW")
+    S = sizes.get("S", 0)
     parts = x.new_empty(N, k + bool(shared), D)
     three = (c_void_p * 3)(*(w.data_ptr() for w in shared))
     if _function("decode_experts", "iiiiiiipppppppp")(

@@ -930,7 +930,7 @@ EXPORT int decode_experts(int64_t N, int64_t k, int64_t E, int64_t D, int64_t W,
         else if (e >= 0 && e < E)
             gated_mlp(x + n * D, gate + e * W * D, up + e * W * D, down + e * W * D, D, W, weights[n * k + j], h, y);
         else
-            memset(y, 0, sizeof(float) * D);
+            for (int64_t d = 0; d < D; d++) y[d] = NAN; /* there is no such expert */
     }
     free(scratch);
     return 0;

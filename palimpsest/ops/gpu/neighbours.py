@@ -1,10 +1,13 @@
 """What stands beside the memory in a layer, as torch custom ops: grouped products, short convolutions, cross entropy.
 
-Knows torch alone: the kernels are imported when one first runs. Each op checks what it is handed before a kernel sees it.
+Knows torch alone: the kernels are imported when one first runs. Each op holds what it is handed to its rows in
+ops/arguments.py before a kernel sees it; values that address memory, such as the ends of groups, are clamped in the kernels.
 """
 
 import torch
 from torch import Tensor
+
+from palimpsest.ops.arguments import fit
 
 _LIB = torch.library.Library("palimpsest_gpu", "FRAGMENT")
 _LIB.define("grouped_product(Tensor rows, Tensor matrices, Tensor ends) -> Tensor")
@@ -17,42 +20,38 @@ _LIB.define(
     "short_conv_backward(Tensor[] xs, Tensor[] weights, Tensor[] states, Tensor? ages, Tensor? rows, Tensor[] dys)"
     " -> (Tensor[], Tensor[])",
 )
-WIDTHS = (torch.float32, torch.bfloat16, torch.float16)
+LAUNCH = 2**31  # what 32 bits of a kernel can count: rows, and the numbers of one matrix
 
 
-def _expect(name: str, x: Tensor, like: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
-    if tuple(x.shape) != shape or x.dtype not in dtypes or x.device != like.device:
-        kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise ValueError(
-            f"{name} is {x.dtype} of shape {tuple(x.shape)} on {x.device}; expected {kinds} of shape {shape} on {like.device}"
-        )
+def _countable(name: str, x: Tensor, numbers: int) -> None:
+    if len(x) >= LAUNCH or numbers >= LAUNCH:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; that is more than one launch can count: cut it")
 
 
 def _grouped_product(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
-    E, B, A = matrices.shape
-    _expect("rows", rows, matrices, (rows.shape[0], A), WIDTHS)
-    _expect("matrices", matrices, rows, (E, B, A), (rows.dtype,))
-    _expect("ends", ends, rows, (E,), (torch.int32,))
+    fit("gpu_grouped_product", (matrices, rows, ends))
+    _countable("rows", rows, 0)
+    _countable(
+        "matrices", matrices, max(matrices.stride(1) * matrices.shape[1], matrices.stride(2) * matrices.shape[2])
+    )
     from palimpsest.ops.gpu.triton import grouped
 
     return grouped.product(rows, matrices, ends.contiguous())
 
 
 def _grouped_outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
-    M, A = left.shape
-    _expect("left", left, right, (M, A), WIDTHS)
-    _expect("right", right, left, (M, right.shape[-1]), (left.dtype,))
-    _expect("ends", ends, left, (len(ends),), (torch.int32,))
+    fit("gpu_grouped_outer", (left, right, ends))
+    _countable("left", left, left.shape[1])
+    _countable("right", right, right.shape[1])
     from palimpsest.ops.gpu.triton import grouped
 
     return grouped.outer(left, right, ends.contiguous())
 
 
 def _row_losses_(logits: Tensor, targets: Tensor, ignore: int, gradient: bool) -> Tensor:
-    N, V = logits.shape
-    _expect("logits", logits, targets, (N, V), WIDTHS)
-    _expect("targets", targets, logits, (N,), (torch.int64,))
-    if V == 0 or logits.stride(1) != 1:
+    N, V = (fit("gpu_row_losses_", (logits, targets))[letter] for letter in "NV")
+    _countable("logits", logits, V)
+    if logits.stride(1) != 1 or (N > 1 and logits.stride(0) < V):  # they are written over
         raise ValueError(f"logits has strides {logits.stride()} and shape {(N, V)}; expected rows that lie whole")
     from palimpsest.ops.gpu.triton import cross_entropy
 
@@ -64,25 +63,25 @@ def _check_streams(xs, weights, states, ages, rows) -> None:
         raise ValueError(
             f"{len(xs)} streams with {len(weights)} weights and {len(states)} states; expected 1 to 3 of each"
         )
-    B, T, _ = xs[0].shape
-    W = weights[0].shape[-1]
-    N = states[0].shape[0] if states else B
+    sizes: dict[str, int] = {}
     for i, (x, weight) in enumerate(zip(xs, weights)):
-        D = x.shape[-1]
-        _expect(f"x {i}", x, xs[0], (B, T, D), WIDTHS if i == 0 else (xs[0].dtype,))
-        _expect(f"weight {i}", weight, x, (D, W), WIDTHS)
-        if states:
-            _expect(f"state {i}", states[i], x, (N, D, W - 1), (states[0].dtype,))
-            if not states[i].is_contiguous():
-                raise ValueError(f"state {i} is not contiguous; expected [N, D, W - 1] as it lies in memory")
-        whole = x.stride(2) == 1 and (B == 1 or x.stride(0) == T * x.stride(1))
-        if T and D and not (whole and weight.is_contiguous()):
-            raise ValueError(f"x {i} has strides {x.stride()} and its weight {weight.stride()}; expected whole rows")
-    if (ages is None) != (rows is None) or (ages is None and states and N != B) or (ages is not None and B != 1):
+        if x.dtype != xs[0].dtype or (states and states[i].dtype != states[0].dtype):
+            raise ValueError(
+                f"x {i} is {x.dtype} and x 0 {xs[0].dtype}; expected one dtype for all, and one for states"
+            )
+        found = fit("gpu_short_conv", (x, weight, states[i] if states else None, ages, rows), **sizes)
+        sizes = {letter: found[letter] for letter in "BTWM" if letter in found}
+        B, T, D = (found[letter] for letter in "BTD")
+        whole = x.stride(2) == 1 and x.stride(1) >= D and (B == 1 or x.stride(0) == T * x.stride(1))
+        if T and not whole:
+            raise ValueError(f"x {i} has strides {x.stride()}; expected whole rows")
+        if T >= LAUNCH // 2 or D * found["W"] >= LAUNCH:
+            raise ValueError(f"x {i} has shape {tuple(x.shape)}; that is more than one launch can count: cut it")
+    B, M = sizes["B"], sizes.get("M")
+    if (ages is None) != (rows is None) or (ages is None and M not in (None, B)) or (ages is not None and B != 1):
         raise ValueError("ages and rows come together, for one row of packed sequences; states then have a row each")
-    for name, x in (("ages", ages), ("rows", rows)):
-        if x is not None:
-            _expect(name, x, xs[0], (T,), (torch.int32,))
+    if ages is not None and M == 0 and sizes["T"]:
+        raise ValueError("states have no row; packed sequences have a row each")
 
 
 def _short_conv(xs, weights, states, ages, rows):
@@ -94,9 +93,15 @@ def _short_conv(xs, weights, states, ages, rows):
 
 def _short_conv_backward(xs, weights, states, ages, rows, dys):
     _check_streams(xs, weights, states, ages, rows)
-    dys = [dy.to(x.dtype).contiguous() for dy, x in zip(dys, xs)]
     for i, (dy, x) in enumerate(zip(dys, xs)):
-        _expect(f"dy {i}", dy, x, tuple(x.shape), (x.dtype,))
+        if dy.shape != x.shape or dy.device != x.device or not dy.is_floating_point() or dy.layout != torch.strided:
+            shape = tuple(dy.shape)
+            raise ValueError(
+                f"dy {i} is {dy.dtype} of shape {shape} on {dy.device}; expected floating {tuple(x.shape)}"
+            )
+    if len(dys) != len(xs):
+        raise ValueError(f"there are {len(dys)} dys and {len(xs)} xs; expected as many")
+    dys = [dy.to(x.dtype).contiguous() for dy, x in zip(dys, xs)]
     from palimpsest.ops.gpu.triton import short_conv
 
     return short_conv.backward(xs, weights, states, ages, rows, dys)
@@ -106,8 +111,8 @@ def _on_their_device(run):
     """A launch goes to the current device, which need not be that of the tensors."""
 
     def there(first, *rest):
-        x = first if isinstance(first, Tensor) else first[0]
-        if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        x = first if isinstance(first, Tensor) else next(iter(first), None)
+        if x is None or not x.is_cuda or x.get_device() == torch.cuda.current_device():
             return run(first, *rest)
         with torch.cuda.device(x.device):
             return run(first, *rest)

@@ -49,13 +49,15 @@ def route_kernel(
 
 @triton.jit
 def pairs_of_expert(experts, pair, PAIRS, E, BLOCK_P: tl.constexpr):
-    """The expert of a pair, how many pairs it has before this one and in all, and each pair's rank among them."""
+    """The expert of a pair, what its result is multiplied by (1, or NaN where there is no such expert), how many pairs it has
+    before this one and in all, and each pair's rank among them."""
     p = tl.arange(0, BLOCK_P)
     expert = tl.load(experts + pair)
     same_P = (p < PAIRS) & (tl.load(experts + p, mask=p < PAIRS, other=-1) == expert)
     rank_P = tl.where(same_P, tl.cumsum(same_P.to(tl.int32), 0) - 1, -1)
     before, count = tl.sum((same_P & (p < pair)).to(tl.int32), 0), tl.sum(same_P.to(tl.int32), 0)
-    return tl.minimum(tl.maximum(expert, 0), E - 1), before, count, rank_P
+    known = tl.minimum(tl.maximum(expert, 0), E - 1)
+    return known, tl.where(known == expert, 1.0, float("nan")), before, count, rank_P
 
 
 @triton.jit
@@ -101,7 +103,7 @@ def experts_up_kernel(
     slot = tl.program_id(0)
     n, m = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
     if slot < PAIRS:
-        expert, before, count, rank_P = pairs_of_expert(experts, slot, PAIRS, E, BLOCK_P)
+        expert, _, before, count, rank_P = pairs_of_expert(experts, slot, PAIRS, E, BLOCK_P)
         if before == 0:
             matrix = expert * WIDTH * D
             for first in range(0, count, BLOCK_M):
@@ -129,7 +131,7 @@ def experts_down_kernel(
     slot = tl.program_id(0)
     n, m = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
     if slot < PAIRS:
-        expert, before, count, rank_P = pairs_of_expert(experts, slot, PAIRS, E, BLOCK_P)
+        expert, real, before, count, rank_P = pairs_of_expert(experts, slot, PAIRS, E, BLOCK_P)
         if before == 0:
             matrix = expert * D * WIDTH
             for first in range(0, count, BLOCK_M):
@@ -138,7 +140,7 @@ def experts_down_kernel(
                 y_NM = weight_rows_times_tokens(
                     down + matrix, h, n, n < D, pair_M, in_M, WIDTH, BLOCK_N, BLOCK_M, BLOCK_W, PRECISION
                 )
-                y_NM *= tl.load(weights + pair_M, mask=in_M, other=0.0)[None, :]
+                y_NM *= real * tl.load(weights + pair_M, mask=in_M, other=0.0)[None, :]
                 to_M = (pair_M // K * PARTS + pair_M % K).to(tl.int64)
                 tl.store(parts + to_M[None, :] * D + n[:, None], y_NM, mask=(n < D)[:, None] & in_M[None, :])
     elif SHARED:

@@ -15,9 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 
-@triton.jit(do_not_specialize=["E"])
+@triton.jit(do_not_specialize=["M", "E"])
 def product_kernel(
-    rows, matrices, ends, out, E, A, B, row_stride, stride_e, stride_b, stride_a,
+    rows, matrices, ends, out, M, E, A, B, row_stride, stride_e, stride_b, stride_a,
     BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     group = tl.arange(0, BLOCK_E)
@@ -32,7 +32,7 @@ def product_kernel(
         tile = tl.program_id(0) - tl.sum(tl.where(mine, before_E - tiles_E, 0), 0)
         m = start + tile * BLOCK_M + tl.arange(0, BLOCK_M)
         b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
-        in_M, in_B = m < end, b < B
+        in_M, in_B = (m >= 0) & (m < tl.minimum(end, M)), b < B  # whatever `ends` says
         matrix = matrices + e.to(tl.int64) * stride_e + b[None, :] * stride_b
         row = rows + m[:, None].to(tl.int64) * row_stride
         acc_MB = tl.zeros((BLOCK_M, BLOCK_B), tl.float32)
@@ -45,14 +45,14 @@ def product_kernel(
         tl.store(out + at, acc_MB.to(out.dtype.element_ty), mask=in_M[:, None] & in_B[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def outer_kernel(
-    left, right, ends, out, A, B, left_stride, right_stride,
+    left, right, ends, out, M, A, B, left_stride, right_stride,
     BLOCK_M: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     e = tl.program_id(0)
-    end = tl.load(ends + e)
-    start = tl.load(ends + e - 1, mask=e > 0, other=0)
+    end = tl.minimum(tl.load(ends + e), M)  # no row beyond them is read, whatever `ends` says
+    start = tl.maximum(tl.load(ends + e - 1, mask=e > 0, other=0), 0)
     a = tl.program_id(1) * BLOCK_A + tl.arange(0, BLOCK_A)
     b = tl.program_id(2) * BLOCK_B + tl.arange(0, BLOCK_B)
     in_A, in_B = a < A, b < B
@@ -76,7 +76,7 @@ def product(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
     block_m, block_b, block_a = (64, 64, 32) if wide else (128 if M >= 64 * E else 32, 128, 64)
     if M:
         product_kernel[(triton.cdiv(M, block_m) + E, triton.cdiv(B, block_b))](
-            rows, matrices, ends, out, E, A, B, rows.stride(0), *matrices.stride(),
+            rows, matrices, ends, out, M, E, A, B, rows.stride(0), *matrices.stride(),
             BLOCK_E=max(16, triton.next_power_of_2(E)), BLOCK_M=block_m, BLOCK_A=block_a, BLOCK_B=block_b,
             PRECISION="ieee" if wide else "tf32", num_warps=4 if wide or block_m < 128 else 8, num_stages=2 if wide else 3,
         )  # fmt: skip
@@ -85,13 +85,13 @@ def product(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
 
 def outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     """left [M, A], right [M, B], ends [E] int32 -> [E, A, B] in the dtype of left."""
-    A, B, E = left.shape[1], right.shape[1], len(ends)
+    (M, A), B, E = left.shape, right.shape[1], len(ends)
     left, right = (x if x.stride(1) == 1 else x.contiguous() for x in (left, right))
     out = left.new_empty(E, A, B)
     wide = left.dtype == torch.float32
     block = 64 if wide else 128
     outer_kernel[(E, triton.cdiv(A, block), triton.cdiv(B, block))](
-        left, right, ends, out, A, B, left.stride(0), right.stride(0),
+        left, right, ends, out, M, A, B, left.stride(0), right.stride(0),
         BLOCK_M=32 if wide else 64, BLOCK_A=block, BLOCK_B=block,
         PRECISION="ieee" if wide else "tf32", num_warps=4 if wide else 8, num_stages=2 if wide else 3,
     )  # fmt: skip

@@ -29,7 +29,7 @@ def latent_split_kernel(
     m, r, p = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_P)
     in_M, in_R, in_P = m < T * H, r < R, p < P
     C: tl.constexpr = R + P
-    held = tl.minimum(tl.load(length + b), S).to(tl.int32)
+    held = tl.maximum(tl.minimum(tl.load(length + b), S), 0).to(tl.int32)
     until_M = held - T + 1 + m // H  # rows that a query may see
     share = tl.cdiv(tl.cdiv(held, BLOCK_S), SPLITS) * BLOCK_S
     start = split * share
@@ -109,7 +109,7 @@ def latent_query_kernel(
         r = tl.arange(0, WHOLE_R)
         in_MR, in_MP = in_B[:, None] & (r < R)[None, :], in_B[:, None] & (p < P)[None, :]
         held_M = tl.load(length + b, mask=in_B, other=0)
-        to = (b.to(tl.int64) * S + tl.minimum(held_M, S - 1))[:, None] * C
+        to = (b.to(tl.int64) * S + tl.maximum(tl.minimum(held_M, S - 1), 0))[:, None] * C
         x_MR = tl.load(latent + b[:, None] * C + r[None, :], mask=in_MR, other=0.0).to(tl.float32)
         x_MR *= tl.rsqrt(tl.sum(x_MR * x_MR, 1) / R + eps)[:, None]
         x_MR *= tl.load(norm + r, mask=r < R, other=0.0).to(tl.float32)[None, :]

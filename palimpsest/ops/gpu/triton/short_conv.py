@@ -44,16 +44,20 @@ def _convolved(x, state, weight, at_T, age_T, in_T, row_T, d, in_D, x_stride, D,
 
 
 @triton.jit
-def _place(ages, rows, t, batch, at_T, in_T, PACKED: tl.constexpr):
-    """Of each token: its distance from the first of its sequence, and the row of states that is its sequence's."""
+def _place(ages, rows, held, t, batch, at_T, in_T, PACKED: tl.constexpr):
+    """Of each token: its distance from the first of its sequence, and the row of states that is its sequence's.
+
+    Whatever `ages` and `rows` say, no token is older than the first, and no row is beyond the `held` ones."""
     if PACKED:
-        return tl.load(ages + at_T, mask=in_T, other=0), tl.load(rows + at_T, mask=in_T, other=0).to(tl.int64)
+        age_T = tl.minimum(tl.maximum(tl.load(ages + at_T, mask=in_T, other=0), 0), t)
+        row_T = tl.minimum(tl.maximum(tl.load(rows + at_T, mask=in_T, other=0), 0), held - 1)
+        return age_T, row_T.to(tl.int64)
     return t, tl.zeros_like(t).to(tl.int64) + batch
 
 
-@triton.jit(do_not_specialize=["T"])  # a width divisible by 16 makes masks, and so loads, 16 bytes wide
+@triton.jit(do_not_specialize=["T", "held"])  # a width divisible by 16 makes masks, and so loads, 16 bytes wide
 def forward_kernel(
-    x0, x1, x2, weight0, weight1, weight2, state0, state1, state2, y0, y1, y2, ages, rows, T, D0, D1, D2,
+    x0, x1, x2, weight0, weight1, weight2, state0, state1, state2, y0, y1, y2, ages, rows, held, T, D0, D1, D2,
     stride0, stride1, stride2,
     W: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -67,15 +71,15 @@ def forward_kernel(
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     in_T, in_D = t < T, d < D
     at_T = batch * T + t
-    age_T, row_T = _place(ages, rows, t, batch, at_T, in_T, PACKED)
+    age_T, row_T = _place(ages, rows, held, t, batch, at_T, in_T, PACKED)
     u_TD = _convolved(x, state, weight, at_T, age_T, in_T, row_T, d, in_D, x_stride, D, W, STATE)
     y_TD = u_TD * tl.sigmoid(u_TD)
     tl.store(y + at_T[:, None] * D + d[None, :], y_TD.to(y.dtype.element_ty), mask=in_T[:, None] & in_D[None, :])
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "held"])
 def activation_backward_kernel(
-    x, weight, state, dy, du, d_weight, ages, rows, T, D, x_stride, dy_stride,
+    x, weight, state, dy, du, d_weight, ages, rows, held, T, D, x_stride, dy_stride,
     W: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """du = dy silu'(u), and this tile's share of the weights' gradient."""
@@ -84,7 +88,7 @@ def activation_backward_kernel(
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     in_T, in_D = t < T, d < D
     at_T = batch * T + t
-    age_T, row_T = _place(ages, rows, t, batch, at_T, in_T, PACKED)
+    age_T, row_T = _place(ages, rows, held, t, batch, at_T, in_T, PACKED)
     u_TD = _convolved(x, state, weight, at_T, age_T, in_T, row_T, d, in_D, x_stride, D, W, STATE)
     share = tl.sigmoid(u_TD)
     in_tile = in_T[:, None] & in_D[None, :]
@@ -111,7 +115,7 @@ def backward_kernel(
     dx_TD = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     for ahead in tl.static_range(0, W):
         in_T = t + ahead < T
-        age_T, _ = _place(ages, rows, t + ahead, batch, own_T + ahead, in_T, PACKED)
+        age_T, _ = _place(ages, rows, 1, t + ahead, batch, own_T + ahead, in_T, PACKED)
         seen = (in_T & (age_T >= ahead))[:, None] & in_D[None, :]
         du_TD = tl.load(du + (own_T + ahead)[:, None] * D + d[None, :], mask=seen, other=0.0).to(tl.float32)
         dx_TD += du_TD * tl.load(weight + d * W + W - 1 - ahead, mask=in_D, other=0.0).to(tl.float32)[None, :]
@@ -130,7 +134,7 @@ def forward(
     widths = [x.shape[2] for x in xs] + [0] * (3 - len(xs))  # a stream that is not there has no channels
     if B * T:
         forward_kernel[(triton.cdiv(max(widths), BLOCK_D), triton.cdiv(T, BLOCK_T), 3 * B)](
-            *pick(xs), *pick(weights), *pick(states or xs), *pick(ys), ages, rows, T, *widths,
+            *pick(xs), *pick(weights), *pick(states or xs), *pick(ys), ages, rows, len(states[0]) if states else 1, T, *widths,
             *pick([x.stride(1) for x in xs]),
             W=W, STATE=bool(states), PACKED=ages is not None, BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D, num_warps=4,
         )  # fmt: skip
@@ -156,7 +160,8 @@ def backward(
             grid = triton.cdiv(D, BACK_D), triton.cdiv(T, BACK_T), B
             shape = dict(W=W, PACKED=ages is not None, BLOCK_T=BACK_T, BLOCK_D=BACK_D, num_warps=4)
             activation_backward_kernel[grid](
-                x, weight, states[i] if states else x, dy, du, parts, ages, rows, T, D, x.stride(1), dy.stride(1),
+                x, weight, states[i] if states else x, dy, du, parts, ages, rows, len(states[i]) if states else 1, T, D,
+                x.stride(1), dy.stride(1),
                 STATE=bool(states), **shape,
             )  # fmt: skip
             backward_kernel[grid](du, weight, dx, ages, rows, T, D, **shape)
