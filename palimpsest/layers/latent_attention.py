@@ -123,7 +123,7 @@ class MultiHeadLatentAttention(nn.Module):
             check_input(x, self.hidden_size, dtype=dtype_of(self.q_proj))
             check_split(split, None, cu_seqlens)
             q_BTHC, latent_BTC = self._project(x, split.positions(x.device)[None])
-            y_BTHV = attend_across(split, q_BTHC, latent_BTC, self._keys_and_values, self.scale)
+            y_BTHV = attend_across(split, q_BTHC, latent_BTC, self._keys_and_values_of, self.scale)
             return self.o_proj(y_BTHV.flatten(-2))
         if cu_seqlens is None or not x.is_cuda or varlen_attn is None or self.V > self.N + self.P:
             return self.forward(x, cu_seqlens=cu_seqlens)[0]
@@ -239,6 +239,17 @@ class MultiHeadLatentAttention(nn.Module):
         latent_BSR, shared_BSP = latent_BSC.split([self.R, self.P], dim=-1)
         k_BSHN, v_BSHV = self.kv_b_proj(latent_BSR).unflatten(-1, (H, self.N + self.V)).split([self.N, self.V], dim=-1)
         return torch.cat([k_BSHN, shared_BSP[:, :, None].expand(B, S, H, self.P)], dim=-1), v_BSHV
+
+    def _keys_and_values_of(self, latent_BSC: Tensor, heads: slice) -> tuple[Tensor, Tensor]:
+        """`_keys_and_values` of some heads alone."""
+        if heads == slice(0, self.num_heads) or type(self.kv_b_proj) is not nn.Linear:
+            k_BSHC, v_BSHV = self._keys_and_values(latent_BSC)
+            return k_BSHC[:, :, heads], v_BSHV[:, :, heads]
+        latent_BSR, shared_BSP = latent_BSC.split([self.R, self.P], dim=-1)
+        both_BSX = F.linear(latent_BSR, self._head_weights()[heads].flatten(0, 1))
+        k_BSHN, v_BSHV = both_BSX.unflatten(-1, (-1, self.N + self.V)).split([self.N, self.V], dim=-1)
+        shared_BSHP = shared_BSP[:, :, None].expand(*k_BSHN.shape[:3], self.P)
+        return torch.cat([k_BSHN, shared_BSHP], dim=-1), v_BSHV
 
     def _absorbed(self, q_BTHC: Tensor, latent_BSC: Tensor, valid_BS: Tensor | None) -> Tensor:
         _, T, H, _ = q_BTHC.shape

@@ -1,10 +1,12 @@
-"""Causal attention over a sequence that lies on several ranks: the latents go to all, each attends for its own tokens.
+"""Causal attention over a sequence that lies on several ranks.
 
-A latent is one short row for all heads (576 numbers a token in the released sizes), so gathering it is cheaper than sending
-keys and values around, and every rank builds of it only what its own tokens look at.
+The latents go to all: one short row a token for all heads (576 numbers in the released sizes), cheaper than keys and values.
+By heads    with at least as many heads as ranks, each rank takes all tokens for some of the heads: queries are dealt by heads,
+            outputs come back by tokens. All ranks work alike, whatever the layout, and each head is computed as on one rank.
+By tokens   with more ranks than heads, each rank attends for its own tokens: the zigzag layout makes the work alike.
 
-Letters  B sequences, L tokens of this rank, H heads, C channels of a key, V of a value, R + P of a latent; F tokens of a
-         fragment, S tokens that it looks at: from where its first document starts to its own end.
+Letters  B sequences, T tokens of all, L of this rank, H heads, C channels of a key, V of a value, R + P of a latent; F tokens of
+         a fragment, S tokens that it looks at: from where its first document starts to its own end.
 """
 
 from __future__ import annotations
@@ -33,48 +35,59 @@ def attend_across(
     split: SequenceSplit,
     q: Tensor,
     latent: Tensor,
-    keys_and_values: Callable[[Tensor], tuple[Tensor, Tensor]],
+    keys_and_values: Callable[[Tensor, slice], tuple[Tensor, Tensor]],
     scale: float,
 ) -> Tensor:
     """What this rank's tokens read of all tokens before them in their documents.
 
     Args:
         q: [B, L, H, C]. latent: [B, L, R + P], of this rank's tokens.
-        keys_and_values: [B, S, R + P] -> keys [B, S, H, C] and values [B, S, H, V].
+        keys_and_values: ([B, S, R + P], some of the heads) -> their keys [B, S, H', C] and values [B, S, H', V].
         scale: multiplies the scores.
 
     Returns:
         [B, L, H, V].
     """
-    latent = split.whole(latent)
+    latent, H = split.whole(latent), q.shape[2]
+    if split.group is not None and split.size <= H:
+        k, v = keys_and_values(latent, split.heads_of(split.rank, H))
+        everything = SequenceSplit(split.tokens, split.documents, (((0, split.tokens),),), 0).mine[0]
+        return split.to_tokens(attend_fragment(everything, split.to_heads(q), k, v, scale), H)
     if not split.mine:  # no token, but weights of which every rank has a gradient
-        k, v = keys_and_values(latent[:, :1])
+        k, v = keys_and_values(latent[:, :1], slice(0, H))
         return (q[..., :1] + 0 * (k.sum() + v.sum())).expand(*q.shape[:3], v.shape[-1])
     first = min(f.pieces[0].document for f in split.mine)
     last = max(f.stop for f in split.mine)
-    k, v = keys_and_values(latent[:, first:last])
+    k, v = keys_and_values(latent[:, first:last], slice(0, H))
     outputs = []
     for f in split.mine:
-        start = f.pieces[0].document - first
-        seen = slice(start, f.stop - first)
-        outputs.append(_attend(f, q[:, f.at : f.at + f.stop - f.start], k[:, seen], v[:, seen], scale))
+        seen = slice(f.pieces[0].document - first, f.stop - first)
+        outputs.append(attend_fragment(f, q[:, f.at : f.at + f.stop - f.start], k[:, seen], v[:, seen], scale))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
 
 
-def _attend(f: Fragment, q_BFHC: Tensor, k_BSHC: Tensor, v_BSHV: Tensor, scale: float) -> Tensor:
-    """One fragment: of each of its pieces the last query sees all keys of its document so far, the one before all but one."""
+def attend_fragment(f: Fragment, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """One fragment: of each of its pieces the last query sees all keys of its document so far, the one before all but one.
+
+    Args:
+        f: the fragment.
+        q: [B, F, H, C]. k: [B, S, H, C]. v: [B, S, H, V].
+        scale: multiplies the scores.
+
+    Returns:
+        [B, F, H, V].
+    """
     if len(f.pieces) == 1 and not f.open:
-        return _plain(q_BFHC, k_BSHC, v_BSHV, None, scale)
-    fits = v_BSHV.shape[-1] <= q_BFHC.shape[-1] and q_BFHC.dtype in (torch.bfloat16, torch.float16)
-    if q_BFHC.is_cuda and fits and varlen_attn is not None:
-        return _packed(f, q_BFHC, k_BSHC, v_BSHV, scale)
+        return _plain(q, k, v, None, scale)
+    fits = v.shape[-1] <= q.shape[-1] and q.dtype in (torch.bfloat16, torch.float16)
+    if q.is_cuda and fits and varlen_attn is not None:
+        return _packed(f, q, k, v, scale)
     start, outputs = f.pieces[0].document, []
     for p in f.pieces:
         queries, seen = slice(p.start - f.start, p.stop - f.start), slice(p.document - start, p.stop - start)
-        q, k, v = q_BFHC[:, queries], k_BSHC[:, seen], v_BSHV[:, seen]
-        T, S = q.shape[1], k.shape[1]
+        T, S = p.stop - p.start, p.stop - p.document
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if T < S else None
-        outputs.append(_plain(q, k, v, mask, scale))
+        outputs.append(_plain(q[:, queries], k[:, seen], v[:, seen], mask, scale))
     return torch.cat(outputs, 1)
 
 

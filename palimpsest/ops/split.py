@@ -10,6 +10,7 @@ Traffic  All-gathers of fixed sizes that every rank computes from the table of f
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -196,6 +197,20 @@ class SequenceSplit:
         """
         self.check_tokens("x", x)
         return _Whole.apply(self, x)
+
+    def heads_of(self, rank: int, heads: int) -> slice:
+        """Which of `heads` a rank works on where each rank takes all tokens for some heads: shares as even as can be."""
+        return slice(rank * heads // self.size, (rank + 1) * heads // self.size)
+
+    @uncompiled
+    def to_heads(self, x: Tensor) -> Tensor:
+        """All tokens of this rank's heads, [B, tokens, H', C], of each rank's tokens for all heads, [B, L, H, C]."""
+        return _Turned.apply(self, True, x.shape[2], x)
+
+    @uncompiled
+    def to_tokens(self, x: Tensor, heads: int) -> Tensor:
+        """The way back from `to_heads`: [B, tokens, H', C] -> [B, L, H, C] with H = `heads`."""
+        return _Turned.apply(self, False, heads, x)
 
     @uncompiled
     def positions(self, device: torch.device | str = "cpu") -> Tensor:
@@ -466,6 +481,51 @@ class _Whole(torch.autograd.Function):
         mine = torch.empty_like(sent[0])
         _reduce_scatter(mine.view(-1), sent.view(-1), group=split.group)
         return None, mine[: split.length].transpose(0, 1)
+
+
+class _Turned(torch.autograd.Function):
+    """Tokens for heads, or heads for tokens: an all-to-all, whose backward is the other one."""
+
+    @staticmethod
+    def forward(ctx, split: SequenceSplit, to_heads: bool, heads: int, x: Tensor):
+        ctx.split, ctx.to_heads, ctx.heads = split, to_heads, heads
+        return _turned(split, to_heads, heads, x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None, None, None, _turned(ctx.split, not ctx.to_heads, ctx.heads, gradients[0])
+
+
+def _turned(split: SequenceSplit, to_heads: bool, heads: int, x: Tensor) -> Tensor:
+    if split.group is None:
+        return split.shard(x) if not to_heads else _in_order(split, [x])
+    (B, _, _, C), ranks = x.shape, range(split.size)
+    lengths = [sum(b - a for a, b in ranges) for ranges in split.ranges]
+    slices = [split.heads_of(rank, heads) for rank in ranks]
+    counts = [at.stop - at.start for at in slices]
+    if to_heads:
+        sent = [x[:, :, at] for at in slices]
+        shapes = [(B, length, counts[split.rank], C) for length in lengths]
+    else:
+        sent = [_of_rank(split, x, rank) for rank in ranks]
+        shapes = [(B, split.length, count, C) for count in counts]
+    sizes = [math.prod(shape) for shape in shapes]
+    found = x.new_empty(sum(sizes))
+    flat = torch.cat([part.reshape(-1) for part in sent])
+    dist.all_to_all_single(found, flat, sizes, [part.numel() for part in sent], group=split.group)
+    parts = [part.view(shape) for part, shape in zip(found.split(sizes), shapes)]
+    return _in_order(split, parts) if to_heads else torch.cat(parts, 2)
+
+
+def _of_rank(split: SequenceSplit, x: Tensor, rank: int) -> Tensor:
+    parts = [x[:, a:b] for a, b in split.ranges[rank]]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _in_order(split: SequenceSplit, parts: list[Tensor]) -> Tensor:
+    """All tokens [B, tokens, ...] of each rank's [B, L, ...]."""
+    return torch.cat([parts[f.rank][:, f.at : f.at + f.stop - f.start] for f in split.fragments], 1)
 
 
 class _Halo(torch.autograd.Function):

@@ -243,11 +243,16 @@ def every_layer(groups):
         "gla": GatedLinearAttention(16, **heads),
         "scalar": ScalarDecay(16, **heads, options=MixerOptions(decay="head")),
         "product": GatedDeltaProduct(16, **heads, options=MixerOptions(decay="head", num_householder=2)),
-        "mla": MultiHeadLatentAttention(16, 2, **latent),
+        "mla": MultiHeadLatentAttention(16, 2, **latent),  # more ranks than heads: by tokens
         "rope": MultiHeadLatentAttention(16, 2, rope=100.0, **latent),
+        "mla, by heads": MultiHeadLatentAttention(16, 5, **latent),
     }
     for name, layer in layers.items():
-        size, how = (4, "documents, ragged") if name in ("kda", "mla", "rope") else (3, "documents, zigzag")
+        size, how = (
+            (4, "documents, ragged")
+            if name == "kda" or isinstance(layer, MultiHeadLatentAttention)
+            else (3, "documents, zigzag")
+        )
         with telling(f"{name}, {how}"):
             if size in groups:
                 of_module(layer.double(), drawn(1, T, 16), groups[size], layouts(size)[how])
@@ -255,7 +260,7 @@ def every_layer(groups):
         if 2 not in groups:
             return
         of_module(layers["kda"], drawn(2, T, 16), groups[2], layouts(2)["zigzag"])
-        of_module(layers["mla"], drawn(2, T, 16), groups[2], layouts(2)["zigzag"])
+        of_module(layers["rope"], drawn(2, T, 16), groups[2], layouts(2)["zigzag"])
 
 
 @check
