@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -190,12 +191,13 @@ def run(
         workers == 1 or side_by_side == 1,
         f"--workers is {workers} and --side-by-side {side_by_side}; give one of them: models beside each other share a process",
     )
+    drawing = 0 if device == "cpu" else max(min((os.cpu_count() or 2) // 2, 12), 1)  # processes that make sequences
     last: dict[str, Any] = {}
     try:
         with display(_status, _remarks, quiet=quiet, as_json=as_json) as show_event:
             run_sweep(
                 loaded, scale, folder, device=device, workers=workers, only=only, minutes=minutes, command=command,
-                note=note, runner=SideBySide(side_by_side) if side_by_side > 1 else None,
+                note=note, runner=SideBySide(side_by_side, drawing) if side_by_side > 1 else None,
                 report=lambda event: (last.update(event), show_event(event))[1],
             )  # fmt: skip
     except InterruptedSweep:

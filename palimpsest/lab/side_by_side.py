@@ -14,11 +14,14 @@ rounding alone: batches, weights, schedule and tests are the same.
 from __future__ import annotations
 
 import math
+import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,6 +34,7 @@ from palimpsest.train.optim import build_optimizer, rate_factor
 from palimpsest.train.recipe import Optim, Schedule
 
 LAPS = 2  # parts of the ring of batches: one is read while the next is filled
+AHEAD = 6  # laps that are drawn before they are needed
 MOST_A_LAP = 25  # steps between two looks at the host's list of things to do
 
 
@@ -209,17 +213,34 @@ class Ring:
         for ring, x in zip(self.tensors, first):
             ring.copy_(x.expand_as(ring))  # something to warm up with
 
-    def drawn(self, first: int) -> list[Tensor]:
-        """The batches of a lap from step `first` on, stacked, on the host."""
-        steps = range(first, min(first + self.lap, self.lesson.steps))
-        stacked = [torch.stack(x) for x in zip(*(self.lesson.draw(i) for i in steps))]
-        return [x.pin_memory() for x in stacked] if self.on_gpu else stacked
+    def steps(self, first: int) -> range:
+        """Of the lap from step `first` on."""
+        return range(first, min(first + self.lap, self.lesson.steps))
 
-    def fill(self, first: int, batches: Sequence[Tensor]) -> None:
+    def fill(self, first: int, batches: Sequence[np.ndarray]) -> None:
         """Copies what was drawn for a lap into its half of the ring."""
         start = first % (LAPS * self.lap)
-        for ring, x in zip(self.tensors, batches):
-            ring[start : start + len(x)].copy_(x, non_blocking=True)
+        for ring, x in zip(self.tensors, map(torch.from_numpy, batches)):
+            ring[start : start + len(x)].copy_(x.pin_memory() if self.on_gpu else x, non_blocking=True)
+
+
+def _draw(lesson: Lesson, steps: range) -> list[np.ndarray]:
+    """The batches of these steps, stacked; perhaps in another process."""
+    return [torch.stack(x).numpy() for x in zip(*(lesson.draw(i) for i in steps))]
+
+
+@contextmanager
+def drawers(count: int) -> Iterator[Executor]:
+    """Those who draw batches ahead: a thread, or processes where one would be too slow for a GPU."""
+    if not count:
+        with ThreadPoolExecutor(1) as pool:
+            yield pool
+        return
+    with ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        try:
+            yield pool
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def learn_together(
@@ -228,6 +249,7 @@ def learn_together(
     progress: Callable[[Lesson, float, str], None] = lambda lesson, share, word: None,
     *,
     tests: Any = None,
+    pool: Executor | None = None,
 ) -> Iterator[tuple[Lesson, Row]]:
     """Takes lessons of one material side by side; yields each with its result as it ends.
 
@@ -236,6 +258,7 @@ def learn_together(
         device: "cpu" or a GPU; all of them must fit it at once.
         progress: told the share that is done of a lesson, and a word, at each test; may raise to stop.
         tests: what their `draw_tests` gave before, if it was called.
+        pool: of `drawers`; None takes a thread.
 
     Raises:
         ValueError: the lessons are of several materials.
@@ -246,18 +269,21 @@ def learn_together(
         f"learn_together was given {len(lessons)} lessons of several materials; group them by material()",
     )
     lap = next(n for n in range(min(MOST_A_LAP, first.evaluate_every), 0, -1) if first.evaluate_every % n == 0)
-    tests = first.draw_tests(device) if tests is None else tests
-    questions = first.score_inputs(tests)
-    ring = Ring(first, lap, device)
-    learners = [Learner(lesson, ring.tensors, questions, device) for lesson in lessons]
-    home = torch.cuda.current_stream(device) if device.startswith("cuda") else None
-    marks: list[list[torch.cuda.Event]] = []  # of each lap: that its readers are through
-    with ThreadPoolExecutor(1) as pool:
-        drawn = pool.submit(ring.drawn, 0)
-        for step in range(0, first.steps, lap):
-            batches = drawn.result()
-            if step + lap < first.steps:
-                drawn = pool.submit(ring.drawn, step + lap)
+    with ExitStack() as stack:
+        pool = stack.enter_context(drawers(0)) if pool is None else pool
+        laps = range(0, first.steps, lap)
+        ring = Ring(first, lap, device)
+        ahead = [pool.submit(_draw, first, ring.steps(step)) for step in laps[:AHEAD]]
+        stack.callback(lambda: [future.cancel() for future in ahead])
+        tests = first.draw_tests(device) if tests is None else tests
+        questions = first.score_inputs(tests)
+        learners = [Learner(lesson, ring.tensors, questions, device) for lesson in lessons]
+        home = torch.cuda.current_stream(device) if device.startswith("cuda") else None
+        marks: list[list[torch.cuda.Event]] = []  # of each lap: that its readers are through
+        for step in laps:
+            batches = ahead.pop(0).result()
+            if step + AHEAD * lap < first.steps:
+                ahead.append(pool.submit(_draw, first, ring.steps(step + AHEAD * lap)))
             if home is not None:
                 for mark in marks[-LAPS] if len(marks) >= LAPS else ():
                     home.wait_event(mark)
@@ -282,11 +308,8 @@ def learn_together(
             for learner in list(learners):
                 over = learner.end_score(end) or end == first.steps
                 last = learner.curve[-1]
-                progress(
-                    learner.lesson,
-                    end / first.steps,
-                    f"step {end}, loss {last['train_loss']:.3f}, accuracy {last['accuracy']:.1%}",
-                )
+                word = f"step {end}, loss {last['train_loss']:.3f}, accuracy {last['accuracy']:.1%}"
+                progress(learner.lesson, end / first.steps, word)
                 if over:
                     learners.remove(learner)
                     yield learner.lesson, learner.lesson.report(learner.model, learner.curve, tests, device)
@@ -301,9 +324,11 @@ class SideBySide(NamedTuple):
 
     Attributes:
         at_once: at most so many points of one material.
+        processes: that draw batches; 0 is a thread, enough on a CPU.
     """
 
     at_once: int = 16
+    processes: int = 0
 
     def __call__(
         self, left: Mapping[str, Any], device: str, sweep: SweepFolder, tally: Tally, keep_on: Callable[[], None]
@@ -314,19 +339,22 @@ class SideBySide(NamedTuple):
                 run_here({identity: point}, device, sweep, tally, keep_on)
             else:
                 materials.setdefault(point.material(), []).append(identity)
-        for alike in materials.values():
-            tests = left[alike[0]].draw_tests(device)
-            for together in (alike[i : i + self.at_once] for i in range(0, len(alike), self.at_once)):
-                keep_on()
-                _run_together({identity: left[identity] for identity in together}, device, tests, sweep, tally, keep_on)
-                if device.startswith("cuda"):
-                    torch.cuda.empty_cache()
+        with drawers(self.processes if materials else 0) as pool:
+            for alike in materials.values():
+                tests = left[alike[0]].draw_tests(device)
+                for together in (alike[i : i + self.at_once] for i in range(0, len(alike), self.at_once)):
+                    keep_on()
+                    lessons = {identity: left[identity] for identity in together}
+                    _run_together(lessons, device, tests, pool, sweep, tally, keep_on)
+                    if device.startswith("cuda"):
+                        torch.cuda.empty_cache()
 
 
 def _run_together(
     lessons: Mapping[str, Lesson],
     device: str,
     tests: Any,
+    pool: Executor,
     sweep: SweepFolder,
     tally: Tally,
     keep_on: Callable[[], None],
@@ -338,7 +366,7 @@ def _run_together(
         tally.progress(identities[id(lesson)], share, word)
         keep_on()
 
-    for lesson, result in learn_together(list(lessons.values()), device, progress, tests=tests):
+    for lesson, result in learn_together(list(lessons.values()), device, progress, tests=tests, pool=pool):
         identity, outcome = identities[id(lesson)], {"result": result}
         seconds = (time.monotonic() - began) / len(lessons)  # its share of the device
         sweep.keep(identity, outcome, seconds)

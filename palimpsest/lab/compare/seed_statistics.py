@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,15 @@ class Spread:
     def text(self, form: Callable[[float], str] = lambda x: f"{x:.3g}", unit: str = "") -> str:
         spread = f" ({form(self.low)} to {form(self.high)})" if len(self.values) > 1 else ""
         return form(self.mean) + unit + spread
+
+
+def by_luck(one: int, other: int) -> str:
+    """How often all of so many seeds of one lie above all of the other's where there is no difference, in words.
+
+    >>> by_luck(2, 2), by_luck(3, 3)
+    ('1 time in 6', '1 time in 20')
+    """
+    return f"1 time in {math.comb(one + other, one):,}"
 
 
 def tuned(
