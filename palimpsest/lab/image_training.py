@@ -172,7 +172,8 @@ class ImageTraining:
         """As a lesson's."""
         found = logits(model, images)
         nats = F.cross_entropy(found, labels, reduction="sum")
-        return torch.stack([(found.argmax(-1) == labels).sum().float(), torch.full_like(nats, len(labels)), nats])
+        right, count = (found.argmax(-1) == labels).sum().float(), torch.full_like(nats, len(labels))
+        return torch.stack([right, count, nats, right, count])
 
     @torch.no_grad()
     def report(self, model: Any, curve: list[Row], tests: Any, device: str) -> Row:

@@ -88,7 +88,7 @@ class Lesson(Protocol):
         ...
 
     def score(self, model: nn.Module, *batch: Tensor) -> Tensor:
-        """[3]: how many right, of how many, and the sum of their nats; never waits for the device."""
+        """[5]: answers right, of how many, the sum of their nats; sequences all right, of how many; without a wait."""
         ...
 
     def report(self, model: nn.Module, curve: list[Row], tests: Any, device: str) -> Row:
@@ -126,7 +126,7 @@ class Learner:
         self.stream = torch.cuda.Stream(device) if self.on_gpu else None
         self._step: Callable[[], object] = self._take_step
         self._score: Callable[[], object] = self._take_score
-        self.scored = torch.zeros(3, device=device)
+        self.scored = torch.zeros(5, device=device)
         if self.on_gpu:
             self._record()
 
@@ -143,19 +143,12 @@ class Learner:
     def end_score(self, step: int) -> bool:
         """Adds to the curve; whether the run has ended by success or by a loss that is no number."""
         before = self.curve[-1]["step"] if self.curve else 0
-        right, asked, nats = self.scored.tolist()
+        right, asked, nats, whole, rows = self.scored.tolist()
         loss = float(self.running) / (step - before)
         self.running.zero_()
         nats = nats / max(asked, 1)
-        self.curve.append(
-            {
-                "step": step,
-                "train_loss": loss,
-                "accuracy": right / max(asked, 1),
-                "loss": nats,
-                "bits": nats / math.log(2),
-            }
-        )
+        scores = {"accuracy": right / max(asked, 1), "exact": whole / rows, "loss": nats, "bits": nats / math.log(2)}
+        self.curve.append({"step": step, "train_loss": loss, **scores})
         return not math.isfinite(loss) or self.curve[-1]["accuracy"] >= self.lesson.stop_at
 
     def _take_step(self) -> None:
@@ -183,14 +176,16 @@ class Learner:
     def _record(self) -> None:
         """Both graphs. What is compiled or allocated once happens before; the model is then put back as it began."""
         assert self.stream is not None
-        before = [p.detach().clone() for p in self.parameters]
+        kept = [*self.parameters, *self.model.buffers()]
+        before = [x.detach().clone() for x in kept]
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             self._take_step()
             self._take_score()
         self.stream.synchronize()
         with torch.no_grad():
-            torch._foreach_copy_(self.parameters, before)
+            for x, old in zip(kept, before):
+                x.copy_(old)
             moments = [x for state in self.optimizer.state.values() for x in state.values() if torch.is_tensor(x)]
             torch._foreach_zero_(moments)
             torch._foreach_zero_([self.count, self.running])

@@ -169,7 +169,8 @@ class Training:
 
     def score(self, model: Any, tokens: Tensor, labels: Tensor, scored: Tensor) -> Tensor:
         losses, right = label_losses(model, tokens, labels)
-        return torch.stack([(right & scored).sum(), scored.sum(), (losses * scored).sum()]).float()
+        whole, rows = (right | ~scored).all(1).sum(), torch.full_like(scored.sum(), len(scored))
+        return torch.stack([(right & scored).sum(), scored.sum(), (losses * scored).sum(), whole, rows]).float()
 
     def report(self, model: Any, curve: list[Row], tests: list[Test], device: str) -> Row:
         return outcome(self, model, curve, tests, device)

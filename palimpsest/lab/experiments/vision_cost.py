@@ -104,7 +104,7 @@ EXPERIMENT = Experiment(
     alone=True,
     setting=(
         "About 16,384 patches at a time, whatever the resolution: images at once times patches an image. bfloat16 on a GPU, as "
-        "CUDA graphs, so that the host is not timed; attention is torch's fused kernel. Resolutions in turn, the fastest of three "
-        "rounds of five calls. Parameters are equal through the MLPs."
+        "CUDA graphs, so that the host is not timed; attention is torch's fused kernel. Resolutions in turn, the fastest of "
+        "three rounds of five calls. Parameters are equal through the MLPs."
     ),
 )

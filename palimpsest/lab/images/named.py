@@ -1,4 +1,4 @@
-"""Images of a data set that has a name, through Hugging Face's `datasets`: CIFAR, ImageNet and the like, where there is a network."""
+"""Images of a data set that has a name, through `datasets`: CIFAR, ImageNet and the like, where there is a network."""
 
 from __future__ import annotations
 
