@@ -235,8 +235,8 @@ EXPERIMENT = Experiment(
         "Two needles (names with keys of four digits) hidden in 256 bytes of real text, both asked for; the text is learned "
         "too. All fixed placements have the parameters of KDA alone. A greedy search is replayed on the map, and costs the "
         "trainings it would have asked for. Learned: each layer is (1 - g) KDA + g attention, the gates are a softmax over "
-        "layers times the budget, with a penalty on undecided ones; where it puts most is looked up in the map, as if it were pruned to "
-        "that and trained anew. Routed: the attention of the middle layer keeps only tokens that a router chooses when they "
-        "come; the choice is hard in training, with a price on more than the budget."
+        "layers times the budget, with a penalty on undecided ones; where it puts most is looked up in the map, as if it were "
+        "pruned to that and trained anew. Routed: the attention of the middle layer keeps only tokens that a router chooses when "
+        "they come; the choice is hard in training, with a price on more than the budget."
     ),
 )

@@ -12,9 +12,9 @@ from functools import cache
 import numpy as np
 import torch
 
-from palimpsest.checks import check
+from palimpsest.checks import check, check_fields
 from palimpsest.lab.images.image_task import ImageBatch
-from palimpsest.lab.tasks.task import Key, check_whole
+from palimpsest.lab.tasks.task import Key
 
 
 @cache
@@ -45,7 +45,7 @@ class Digits:
     kinds = ("digits",)
 
     def __post_init__(self):
-        check_whole(self)
+        check_fields(self, f"{self.name}: ")
         check(self.size >= 8 and self.size % 8 == 0, f"digits: size is {self.size}; give a multiple of 8")
 
     def draw(self, count: int, key: Key) -> ImageBatch:

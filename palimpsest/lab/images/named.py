@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from palimpsest.checks import check
+from palimpsest.checks import check, check_fields
 from palimpsest.lab.images.image_task import ImageBatch
-from palimpsest.lab.tasks.task import Key, check_whole
+from palimpsest.lab.tasks.task import Key
 
 
 @cache
@@ -50,7 +50,7 @@ class NamedImages:
     channels = 3
 
     def __post_init__(self):
-        check_whole(self)
+        check_fields(self, "named images: ")
         check(self.size >= 1, f"named images: size is {self.size}; give at least 1")
         check(self.train != self.test, f"named images: train and test are both {self.train!r}; give two splits")
 

@@ -17,9 +17,9 @@ from functools import cache
 import numpy as np
 import torch
 
-from palimpsest.checks import check
+from palimpsest.checks import check, check_fields
 from palimpsest.lab.images.image_task import ImageBatch
-from palimpsest.lab.tasks.task import Key, check_whole
+from palimpsest.lab.tasks.task import Key
 
 KINDS = ("counting", "relation", "maze")
 MOST = 6  # discs
@@ -50,7 +50,7 @@ class Scenes:
     num_classes = sum(CLASSES.values())
 
     def __post_init__(self):
-        check_whole(self)
+        check_fields(self, f"{self.name}: ")
         check(self.size >= 16 and self.size % 4 == 0, f"scenes: size is {self.size}; give a multiple of 4 from 16 on")
         unknown = [kind for kind in self.kinds if kind not in KINDS]
         check(bool(self.kinds) and not unknown, f"scenes: kinds is {self.kinds}; choose from {', '.join(KINDS)}")

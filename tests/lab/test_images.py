@@ -1,0 +1,133 @@
+"""Images whose answers can be found again by looking at the pixels."""
+
+import sys
+from collections import deque
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from palimpsest.lab.images import Digits, ImageTask, NamedImages, Scenes
+from palimpsest.lab.images.scenes import BLUE, CLASSES, KINDS, RED
+from palimpsest.lab.tasks import Key
+
+
+def drawn(kind: str, count: int = 30):
+    batch = Scenes(kinds=(kind,)).draw(count, Key("test", 0, 0))
+    first = sum(CLASSES[k] for k in KINDS[: KINDS.index(kind)])
+    return [(image.permute(1, 2, 0).numpy(), int(label) - first) for image, label in zip(batch.images, batch.labels)]
+
+
+def parts(mask: np.ndarray) -> list[np.ndarray]:
+    """Connected parts of a mask, each the places of its pixels."""
+    left, found = set(zip(*np.nonzero(mask))), []
+    while left:
+        seed = left.pop()
+        part, waiting = [seed], deque([seed])
+        while waiting:
+            y, x = waiting.popleft()
+            for near in ((y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1)):
+                if near in left:
+                    left.remove(near)
+                    part.append(near)
+                    waiting.append(near)
+        found.append(np.array(part))
+    return found
+
+
+def of_colour(image: np.ndarray, colour) -> np.ndarray:
+    return (image == np.array(colour)).all(-1)
+
+
+def test_discs_can_be_counted():
+    for image, label in drawn("counting"):
+        colours = {tuple(c) for c in image.reshape(-1, 3).tolist()} - {(0, 0, 0)}
+        discs = 0
+        for colour in colours:
+            for part in parts(of_colour(image, colour)):
+                high, wide = np.ptp(part, 0) + 1
+                discs += len(part) < high * wide  # a square fills its box
+        assert discs == label + 1
+
+
+def test_which_side_can_be_seen():
+    for image, label in drawn("relation"):
+        red, blue = (np.argwhere(of_colour(image, c)).mean(0) for c in (RED, BLUE))
+        down, across = red - blue
+        side = (0 if across < 0 else 1) if abs(across) > abs(down) else (2 if down < 0 else 3)
+        assert side == label
+
+
+def test_a_way_can_be_walked():
+    answers = []
+    for image, label in drawn("maze"):
+        floor = ~(image == 235).all(-1)
+        red = tuple(np.argwhere(of_colour(image, RED))[0])
+        blue = tuple(np.argwhere(of_colour(image, BLUE))[0])
+        part = next(p for p in parts(floor) if red in set(map(tuple, p)))
+        assert len(parts(floor)) == 2
+        assert (blue in set(map(tuple, part))) == (label == 0)
+        answers.append(label)
+    assert 5 < sum(answers) < 25
+
+
+@pytest.mark.parametrize("task", [Scenes(size=32), Digits(size=16)])
+def test_the_key_names_the_batch_and_the_splits_share_no_image(task):
+    pytest.importorskip("sklearn") if task.name == "digits" else None
+    assert isinstance(task, ImageTask)
+    draw = lambda split, seed, step: task.draw(24, Key(split, seed, step))
+    assert all(a.equal(b) for a, b in zip(draw("train", 1, 2), draw("train", 1, 2)))
+    assert not draw("train", 1, 2).images.equal(draw("train", 1, 3).images)
+    seen = {image.numpy().tobytes() for i in range(40) for image in draw("train", 0, i).images}
+    asked = {image.numpy().tobytes() for i in range(40) for image in draw("test", 0, i).images}
+    assert not seen & asked
+    batch = draw("train", 0, 0)
+    assert batch.images.dtype == torch.uint8
+    assert batch.images.shape == (24, task.channels, task.size, task.size)
+    assert 0 <= batch.labels.min() <= batch.labels.max() < task.num_classes
+
+
+def test_named_images_come_through_datasets(tmp_path):
+    pytest.importorskip("datasets")
+    from PIL import Image
+
+    for split in ("train", "test"):
+        for name, colour in (("cat", 40), ("dog", 200)):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(3):
+                Image.new("RGB", (40, 20), (colour + i, 0, 10)).save(tmp_path / split / name / f"{i}.png")
+    task = NamedImages(path=str(tmp_path), size=8, num_classes=2, image="image")
+    batch = task.draw(6, Key("test", 0, 0))
+    assert batch.images.shape == (6, 3, 8, 8)
+    assert ((batch.images[:, 0, 0, 0] > 100).long() == batch.labels).all()
+    assert sorted(batch.labels.tolist()) == [0, 0, 0, 1, 1, 1]
+    with pytest.raises(ValueError, match="has no column"):
+        NamedImages(path=str(tmp_path), num_classes=2).draw(1, Key("test", 0, 0))
+    with pytest.raises(ValueError, match="num_classes is 1"):
+        NamedImages(path=str(tmp_path), num_classes=1, image="image").draw(6, Key("test", 0, 0))
+
+
+def test_an_unknown_name_is_told(monkeypatch):
+    def load_dataset(name, split):
+        raise FileNotFoundError(f"no data set {name}")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(ValueError, match="check the name, the split and the network"):
+        NamedImages(path="nobody/nothing").draw(1, Key("train", 0, 0))
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: Scenes(size=18), "multiple of 4"),
+        (lambda: Scenes(kinds=("counting", "beauty")), "choose from counting, relation, maze"),
+        (lambda: Scenes(cells=1), "cells is 1"),
+        (lambda: Scenes(size=64.0), "size is 64.0"),
+        (lambda: Digits(size=12), "multiple of 8"),
+        (lambda: NamedImages(train="test"), "give two splits"),
+    ],
+)
+def test_impossible_images_are_refused(make, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        make()
