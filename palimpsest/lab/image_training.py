@@ -44,7 +44,7 @@ class Seer:
     changes: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        VisionConfig(**{"num_heads": 4} | dict(self.changes))  # raises for what there is not
+        VisionConfig(**{"num_heads": 4, **self.changes})  # raises for what there is not
         object.__setattr__(self, "changes", MappingProxyType(dict(self.changes)))
 
     def __reduce__(self):  # a read-only mapping does not travel to other processes by itself

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -26,7 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from palimpsest.checks import check
-from palimpsest.lab.framework.experiment import Row
+from palimpsest.files import replacing
+from palimpsest.lab.framework.experiment import InterruptedSweep, Row
 from palimpsest.lab.framework.results import SweepFolder
 from palimpsest.lab.framework.tally import Tally
 from palimpsest.lab.framework.worker import run_here
@@ -151,6 +153,30 @@ class Learner:
         self.curve.append({"step": step, "train_loss": loss, **scores})
         return not math.isfinite(loss) or self.curve[-1]["accuracy"] >= self.lesson.stop_at
 
+    def keep(self, file: Path) -> None:
+        """Writes everything that going on needs."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "curve": self.curve}
+        with replacing(file) as partial:
+            torch.save(state | {"count": self.count, "running": self.running}, partial)
+
+    @torch.no_grad()
+    def take_up(self, file: Path) -> None:
+        """Goes on from what was kept: into the tensors that the graphs know."""
+        held = torch.load(file, map_location=self.running.device, weights_only=True)
+        for name, x in self.model.state_dict().items():
+            x.copy_(held["model"][name])
+        if self.on_gpu:
+            of = held["optimizer"]["state"]
+            for i, p in enumerate(p for group in self.optimizer.param_groups for p in group["params"]):
+                for name, x in self.optimizer.state[p].items():
+                    x.copy_(of[i][name])
+        else:
+            self.optimizer.load_state_dict(held["optimizer"])
+        self.count.copy_(held["count"])
+        self.running.copy_(held["running"])
+        self.curve = held["curve"]
+
     def _take_step(self) -> None:
         slot = self.count % len(self.ring[0])
         batch = [x.index_select(0, slot)[0] for x in self.ring]
@@ -245,6 +271,7 @@ def learn_together(
     *,
     tests: Any = None,
     pool: Executor | None = None,
+    unfinished: Mapping[int, Path] | None = None,
 ) -> Iterator[tuple[Lesson, Row]]:
     """Takes lessons of one material side by side; yields each with its result as it ends.
 
@@ -254,6 +281,7 @@ def learn_together(
         progress: told the share that is done of a lesson, and a word, at each test; may raise to stop.
         tests: what their `draw_tests` gave before, if it was called.
         pool: of `drawers`; None takes a thread.
+        unfinished: id(lesson) -> where a run that `progress` stops is kept, and taken up again if all of them have got as far.
 
     Raises:
         ValueError: the lessons are of several materials.
@@ -266,13 +294,17 @@ def learn_together(
     lap = next(n for n in range(min(MOST_A_LAP, first.evaluate_every), 0, -1) if first.evaluate_every % n == 0)
     with ExitStack() as stack:
         pool = stack.enter_context(drawers(0)) if pool is None else pool
-        laps = range(0, first.steps, lap)
+        files = [unfinished[id(lesson)] for lesson in lessons] if unfinished else []
+        done = _steps_kept(files)
+        laps = range(done, first.steps, lap)
         ring = Ring(first, lap, device)
         ahead = [pool.submit(_draw, first, ring.steps(step)) for step in laps[:AHEAD]]
         stack.callback(lambda: [future.cancel() for future in ahead])
         tests = first.draw_tests(device) if tests is None else tests
         questions = first.score_inputs(tests)
         learners = [Learner(lesson, ring.tensors, questions, device) for lesson in lessons]
+        for learner, file in zip(learners, files if done else []):
+            learner.take_up(file)
         home = torch.cuda.current_stream(device) if device.startswith("cuda") else None
         marks: list[list[torch.cuda.Event]] = []  # of each lap: that its readers are through
         for step in laps:
@@ -300,22 +332,36 @@ def learn_together(
                 learner.begin_score()
             if home is not None:
                 torch.cuda.synchronize(device)
-            for learner in list(learners):
-                over = learner.end_score(end) or end == first.steps
-                last = learner.curve[-1]
-                word = f"step {end}, loss {last['train_loss']:.3f}, accuracy {last['accuracy']:.1%}"
-                progress(learner.lesson, end / first.steps, word)
-                if over:
-                    learners.remove(learner)
-                    yield learner.lesson, learner.lesson.report(learner.model, learner.curve, tests, device)
+            over = [learner for learner in learners if learner.end_score(end) or end == first.steps]
+            learners = [learner for learner in learners if learner not in over]
+            for learner in over:
+                yield learner.lesson, learner.lesson.report(learner.model, learner.curve, tests, device)
+            try:
+                for learner in learners:
+                    last = learner.curve[-1]
+                    word = f"step {end}, loss {last['train_loss']:.3f}, accuracy {last['accuracy']:.1%}"
+                    progress(learner.lesson, end / first.steps, word)
+            except InterruptedSweep:
+                for learner in learners if unfinished else ():
+                    learner.keep(unfinished[id(learner.lesson)])  # type: ignore[index]  # just asked for
+                raise
             if not learners:
                 return
+
+
+def _steps_kept(files: Sequence[Path]) -> int:
+    """How far all of these runs had got when they were kept; 0 unless all are there and as far as each other."""
+    if not files or not all(file.is_file() for file in files):
+        return 0
+    steps = {int(torch.load(file, map_location="cpu", weights_only=True, mmap=True)["count"]) for file in files}
+    return steps.pop() if len(steps) == 1 else 0
 
 
 class SideBySide(NamedTuple):
     """Runs points as `framework.worker.run_here` does, with many learning beside each other: a runner of `sweep.run`.
 
-    Points that are no lessons are run one after another. An interrupt loses the points that are learning: they are short.
+    Points that are no lessons are run one after another. An interrupt keeps what is learning at the next test, and the same
+    call goes on from there.
 
     Attributes:
         at_once: at most so many points of one material.
@@ -355,13 +401,16 @@ def _run_together(
     keep_on: Callable[[], None],
 ) -> None:
     identities = {id(lesson): identity for identity, lesson in lessons.items()}
+    kept = {id(lesson): sweep.unfinished(identity) for identity, lesson in lessons.items()}
     began = time.monotonic()
 
     def progress(lesson: Lesson, share: float, word: str) -> None:
         tally.progress(identities[id(lesson)], share, word)
         keep_on()
 
-    for lesson, result in learn_together(list(lessons.values()), device, progress, tests=tests, pool=pool):
+    for lesson, result in learn_together(
+        list(lessons.values()), device, progress, tests=tests, pool=pool, unfinished=kept
+    ):
         identity, outcome = identities[id(lesson)], {"result": result}
         seconds = (time.monotonic() - began) / len(lessons)  # its share of the device
         sweep.keep(identity, outcome, seconds)

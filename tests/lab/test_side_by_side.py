@@ -81,3 +81,20 @@ def test_an_interrupt_between_tests_keeps_what_is_done(tmp_path):
     assert len(read_records(tmp_path / "out")) == 3
     assert run(experiment, "tiny", tmp_path / "out", device="cpu", runner=SideBySide(8))
     assert len(read_records(tmp_path / "out")) == 9
+
+
+def test_what_an_interrupt_stops_goes_on_as_if_nothing_had_been(tmp_path):
+    points = [replace(POINT, who=MODEL_VARIANTS[who]) for who in ("kda", "gdn")]
+    files = {id(point): tmp_path / f"{point.who.name}.pt" for point in points}
+
+    def stop(lesson, share, word):
+        if share > 0.5 and lesson is points[1]:
+            raise InterruptedSweep
+
+    with pytest.raises(InterruptedSweep):
+        list(learn_together(points, "cpu", stop, unfinished=files))
+    assert all(file.is_file() for file in files.values())
+    asked = []
+    again = list(learn_together(points, "cpu", lambda lesson, share, word: asked.append(share), unfinished=files))
+    assert {lesson.who.name: result for lesson, result in again} == dict(zip(("kda", "gdn"), together(*points)))
+    assert asked == []  # the last third alone was left

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from palimpsest.models.kimi_linear.mixers import MIXERS
-from palimpsest.models.vision.scans import scan_order
+from palimpsest.models.vision.scans import in_order, in_reading_order
 from palimpsest.models.vision.vision_config import VisionConfig
 
 
@@ -51,28 +51,9 @@ class ScannedMemory(nn.Module):
         Returns:
             y [B, T, D].
         """
-        y = torch.zeros_like(x)
-        for direction, mixer in zip(self.directions, self.mixers):
-            if direction == "rows":
-                y = y + mixer(x)[0]
-                continue
-            order = on(direction, rows, columns, x.device)
-            y = y + mixer(x.index_select(1, order))[0].index_select(
-                1, on(direction, rows, columns, x.device, back=True)
-            )
-        return y
-
-
-_orders: dict[tuple, Tensor] = {}
-
-
-def on(direction: str, rows: int, columns: int, device: torch.device, *, back: bool = False) -> Tensor:
-    """`scan_order` on a device, or the order that undoes it: copied there once, since a recorded step may not copy."""
-    key = direction, rows, columns, device, back
-    if key not in _orders:
-        order = scan_order(direction, rows, columns)
-        _orders[key] = (order.argsort() if back else order).to(device)
-    return _orders[key]
+        read = [mixer(in_order(x, d, rows, columns))[0] for d, mixer in zip(self.directions, self.mixers)]
+        ys = [in_reading_order(y, d, rows, columns) for d, y in zip(self.directions, read)]
+        return ys[0] if len(ys) == 1 else torch.stack(ys).sum(0)
 
 
 class PatchAttention(nn.Module):

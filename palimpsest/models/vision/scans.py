@@ -34,3 +34,29 @@ def scan_order(direction: str, rows: int, columns: int) -> Tensor:
     grid = torch.arange(rows * columns).view(rows, columns)
     order = (grid if line == "rows" else grid.mT).flatten()
     return order.flip(0) if back else order
+
+
+def in_order(x: Tensor, direction: str, rows: int, columns: int) -> Tensor:
+    """Patches in the order of a direction, by views and flips: their gradients need no scattering.
+
+    Args:
+        x: [B, rows * columns, D], in reading order. direction: as of `scan_order`.
+
+    >>> in_order(torch.arange(6).view(1, 6, 1), "columns back", 2, 3).flatten().tolist()
+    [5, 2, 4, 1, 3, 0]
+    """
+    line, _, back = direction.partition(" ")
+    x = x.unflatten(1, (rows, columns)).transpose(1, 2).flatten(1, 2) if line == "columns" else x
+    return x.flip(1) if back else x
+
+
+def in_reading_order(y: Tensor, direction: str, rows: int, columns: int) -> Tensor:
+    """What `in_order` put into the order of a direction, back in reading order.
+
+    >>> x = torch.arange(6).view(1, 6, 1)
+    >>> in_reading_order(in_order(x, "columns back", 2, 3), "columns back", 2, 3).equal(x)
+    True
+    """
+    line, _, back = direction.partition(" ")
+    y = y.flip(1) if back else y
+    return y.unflatten(1, (columns, rows)).transpose(1, 2).flatten(1, 2) if line == "columns" else y
