@@ -84,10 +84,37 @@ def on_page_markdown(markdown, page, config, files):
     if place == "gallery.md":
         home, table = LAB, (LAB / "README.md").read_text().partition("| results |")
         markdown = markdown.replace("](../results/lab/", "](").replace("<!-- results -->", "".join(table[1:]))
+    if place == "lab/index.md":
+        home, markdown = LAB, markdown.replace("](method.md)", "](../../docs/lab/method.md)")
+        markdown = markdown.replace("<!-- verdicts -->", "\n".join(map(verdict, sorted(LAB.glob("*/report.md")))))
     if place == "course/index.md":
         markdown = markdown.replace("<!-- lessons -->", "\n".join(map(_line_of_index, lessons())))
     markdown = re.sub(r"^```python\n(?=>>>)", "```pycon\n", markdown, flags=re.MULTILINE)  # prompts are no code
     return LINK.sub(lambda x: _link(x[1], x[2], x[3] or "", home, place), markdown)
+
+
+def verdict(report: Path) -> str:
+    """What a report says, short: its question, its verdict and first plot, what it took, and the command."""
+    text, name = report.read_text(), report.parent.name
+    found = {
+        key: re.search(pattern, text, re.MULTILINE)
+        for key, pattern in {
+            "question": r"^# [^:]+: (.*)$",
+            "verdict": r"^\*\*Verdict: (.*)$",
+            "plot": r"^!\[.*\]\((.*)\)$",
+            "took": r"Seeds: (.*?)\. Time, summed over points: (.*?)\.$",
+            "command": r"^- (.*?): `(.*?)` on (.*)$",
+        }.items()
+    }
+    if found["question"] is None or found["verdict"] is None or found["command"] is None:
+        raise PluginError(f"{report} has no question, verdict or command; write it again with palimpsest lab")
+    outcome, _, because = found["verdict"][1].partition("**")
+    seeds = f" Seeds {found['took'][1]}; {found['took'][2]} of points in all." if found["took"] else ""
+    lines = [f"## {found['question'][1][0].upper()}{found['question'][1][1:]}", ""]
+    lines += [f"**{outcome.rstrip('.').capitalize()}** ([{name}]({name}/report.md)).{because}", ""]
+    lines += [f"![{name}]({name}/{found['plot'][1]})", ""] if found["plot"] else []
+    date, command, machine = found["command"].groups()
+    return "\n".join([*lines, f"`{command}`, {date}, on {machine}.{seeds}", ""])
 
 
 def _link(text: str, target: str, anchor: str, home: Path, place: str) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from palimpsest.checks import check, check_fields
 from palimpsest.lab.framework.experiment import Progress, Row
-from palimpsest.lab.images import ImageTask
+from palimpsest.lab.images.image_task import ImageTask
 from palimpsest.lab.side_by_side import learn_together
 from palimpsest.lab.tasks.task import Key
 from palimpsest.lab.training import TEST_SEED

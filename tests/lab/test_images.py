@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from palimpsest.lab.images import Digits, ImageTask, NamedImages, Scenes
-from palimpsest.lab.images.scenes import BLUE, CLASSES, KINDS, RED
+from palimpsest.lab.images import Digits, NamedImages, Scenes
+from palimpsest.lab.images.drawn_scenes import BLUE, CLASSES, KINDS, RED
+from palimpsest.lab.images.image_task import ImageTask
 from palimpsest.lab.tasks import Key
 
 

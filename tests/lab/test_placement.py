@@ -157,6 +157,6 @@ def test_a_choice_is_shown_only_where_seeds_agree_on_a_good_place():
 
 
 def test_the_full_map_has_every_layer_and_every_pair():
-    words = [p.who.pattern for p in EXPERIMENT.points("full") if p.seed == 0 and type(p) is Training]
+    words = [p.who.pattern for p in EXPERIMENT.points("map") if p.seed == 0 and type(p) is Training]
     assert len(words) == len(set(words)) == 1 + 6 + 15
     assert replace(EXPERIMENT.points("full")[0], seed=1).material() != EXPERIMENT.points("full")[0].material()

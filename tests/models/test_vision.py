@@ -69,8 +69,10 @@ def test_without_positions_attention_cannot_tell_where_and_a_scan_can():
     torch.manual_seed(0)
     image = torch.rand(1, 3, 16, 16)
     swapped = torch.cat((image[..., 8:], image[..., :8]), -1)  # patches in other places
-    tells = lambda **changes: not torch.allclose(
-        (model := VisionTransformer(VisionConfig(**CONFIG, **changes)))(image), model(swapped), atol=1e-6
+    tells = lambda **changes: (
+        not torch.allclose(
+            (model := VisionTransformer(VisionConfig(**CONFIG, **changes)))(image), model(swapped), atol=1e-6
+        )
     )
     assert not tells(mixer="softmax")
     assert tells(mixer="softmax", positions="learned")
@@ -92,9 +94,9 @@ def test_what_is_left_of_the_writes_adds_up_to_the_memory():
             kda(k[:, :t], k[:, :t], v[:, :t], log_decay[:, :t], beta[:, :t]).state if t else torch.zeros_like(states)
         )
         rest = slice(t + 1, T)
-        go_on = lambda state, u=u, rest=rest: kda(
-            k[:, rest], k[:, rest], u[:, rest], log_decay[:, rest], beta[:, rest], state=state
-        ).state
+        go_on = lambda state, u=u, rest=rest: (
+            kda(k[:, rest], k[:, rest], u[:, rest], log_decay[:, rest], beta[:, rest], state=state).state
+        )
         without = go_on(before) if t + 1 < T else before
         assert (whole - without).flatten(1).norm(dim=1).tolist() == pytest.approx(left[:, t].tolist(), rel=1e-4)
 

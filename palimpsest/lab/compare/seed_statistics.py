@@ -55,6 +55,34 @@ def by_luck(one: int, other: int) -> str:
     return f"1 time in {math.comb(one + other, one):,}"
 
 
+def fisher(one: int, of_one: int, other: int, of_other: int) -> float:
+    """How often two shares as far apart as these come up where there is no difference: Fisher's exact test, two-sided.
+
+    Args:
+        one, other: successes. of_one, of_other: runs.
+
+    >>> round(fisher(6, 6, 0, 6), 4), fisher(3, 6, 3, 6)
+    (0.0022, 1.0)
+    """
+    both, runs = one + other, of_one + of_other
+    ways = lambda k: math.comb(of_one, k) * math.comb(of_other, both - k)
+    possible = range(max(0, both - of_other), min(both, of_one) + 1)
+    seen = ways(one)
+    return sum(ways(k) for k in possible if ways(k) <= seen) / math.comb(runs, both)
+
+
+def power(runs: int, level: float = 0.05) -> str:
+    """From which difference on so many runs of each of two tell them apart, in words.
+
+    >>> power(6)
+    'with 6 runs each, 6 successes are told from at most 1'
+    """
+    most = max((b for b in range(runs) if fisher(runs, runs, b, runs) <= level), default=None)
+    if most is None:
+        return f"with {runs} runs each, no difference in successes could be told"
+    return f"with {runs} runs each, {runs} successes are told from at most {most}"
+
+
 def tuned(
     records: Iterable[Record], by: Sequence[str], value: str = "best_accuracy", *, larger: bool = True
 ) -> dict[tuple, tuple[Spread, float]]:

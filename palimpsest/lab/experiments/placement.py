@@ -37,13 +37,10 @@ def points(scale: str) -> list[Training]:
         task = Needle(length=length, needles=2, queries=2)
         tests = (Needle(length=2 * length, needles=2, queries=2), Text(length=128))
     else:
-        size, seeds, pair_seeds, length = (
-            Size(layers=6, hidden_size=128, heads=2, head_dim=64, mlp=256),
-            (0, 1, 2),
-            (0,),
-            256,
-        )
-        shared = {"steps": 1200, "tokens_per_step": 4096, "evaluate_every": 100, "test_batches": 8, "lr": 1e-3}
+        size, length = Size(layers=6, hidden_size=128, heads=2, head_dim=64, mlp=256), 256
+        seeds, pair_seeds = (0, 1, 2), ((0,) if scale == "map" else ())
+        steps, tokens = (1200, 4096) if scale == "map" else (900, 8192)
+        shared = {"steps": steps, "tokens_per_step": tokens, "evaluate_every": 100, "test_batches": 8, "lr": 1e-3}
         task = Needle(length=length, needles=2, queries=2)
         tests = (Needle(length=2 * length, needles=2, queries=2), Text(length=128))
     n = size.layers
@@ -54,7 +51,7 @@ def points(scale: str) -> list[Training]:
         made += [base, *(Training(who=pattern(n, i), seed=seed, **shared) for i in range(n))]  # type: ignore[arg-type]
         made.append(placed(base, who=ModelVariant(LEARNED, "K"), choose="layers", budget=1.0))
         middle = pattern(n, n // 2).pattern
-        budgets = (0.1, 0.3) if scale == "map" else (0.1,)
+        budgets = (0.1,) if scale == "tiny" else (0.1, 0.3)
         made += [
             placed(base, who=ModelVariant(f"{ROUTED}, {b:.0%}", middle), choose="tokens", budget=b) for b in budgets
         ]

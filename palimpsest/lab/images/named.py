@@ -31,12 +31,16 @@ def _split(name: str, split: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class NamedImages:
-    """Args:
-    path: of the data set: "uoft-cs/cifar10", "ILSVRC/imagenet-1k", or a folder with train/CLASS/*.png and test/CLASS/*.png.
-    size: pixels of a side; images are resized so that the shorter side fits, and the middle is taken.
-    num_classes: that it has.
-    image, label: its columns. train, test: its splits.
-    mirror: show every second training image from behind.
+    """The images of a data set, fitted to a square.
+
+    Args:
+        path: "uoft-cs/cifar10", "ILSVRC/imagenet-1k", or a folder with train/CLASS/*.png and test/CLASS/*.png.
+        size: pixels of a side; images are resized so that the shorter side fits, and the middle is taken.
+        num_classes: that it has.
+        image, label: its columns.
+        train: the split that is learned from.
+        test: the split that is asked.
+        mirror: show every second training image from behind.
     """
 
     path: str = "uoft-cs/cifar10"

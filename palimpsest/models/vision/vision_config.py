@@ -22,7 +22,8 @@ class VisionConfig:
         scan: "one", "both" or "four": the directions in which memories read, an equal share of the heads each.
         by_turns: a layer has one direction with all its heads, and the next layer the next one.
         positions: "none", or "learned": a vector a patch, added once.
-        patch_size: pixels of a patch's side. image_channels: 3 for colour.
+        patch_size: pixels of a patch's side.
+        image_channels: 3 for colour.
         image_size: pixels of the side of the images that it is made for; others may come, positions are then stretched.
         hidden_size, num_layers, intermediate_size: as of any transformer.
         num_heads, head_dim: of every layer.
