@@ -85,8 +85,8 @@ def on_page_markdown(markdown, page, config, files):
         home, table = LAB, (LAB / "README.md").read_text().partition("| results |")
         markdown = markdown.replace("](../results/lab/", "](").replace("<!-- results -->", "".join(table[1:]))
     if place == "lab/index.md":
-        home, markdown = LAB, markdown.replace("](method.md)", "](../../docs/lab/method.md)")
-        markdown = markdown.replace("<!-- verdicts -->", "\n".join(map(verdict, sorted(LAB.glob("*/report.md")))))
+        verdicts = "\n".join(map(verdict, sorted(LAB.glob("*/report.md"))))
+        home, markdown = LAB, markdown.replace("<!-- verdicts -->", verdicts)
     if place == "course/index.md":
         markdown = markdown.replace("<!-- lessons -->", "\n".join(map(_line_of_index, lessons())))
     markdown = re.sub(r"^```python\n(?=>>>)", "```pycon\n", markdown, flags=re.MULTILINE)  # prompts are no code

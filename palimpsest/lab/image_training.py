@@ -237,7 +237,10 @@ def fitted(who: Seer, base: VisionConfig) -> VisionConfig:
 
 @cache
 def parameters(config: VisionConfig) -> int:
-    """Of a model, without building it."""
+    """Of a model, without building it: its layers have equally many."""
+    if config.num_layers > 2:
+        one, two = (parameters(replace(config, num_layers=n)) for n in (1, 2))
+        return one + (config.num_layers - 1) * (two - one)
     with torch.device("meta"):
         return sum(p.numel() for p in VisionTransformer(config).parameters())
 

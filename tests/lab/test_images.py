@@ -2,16 +2,20 @@
 
 import sys
 from collections import deque
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from palimpsest.lab.images import Digits, NamedImages, Scenes
+from palimpsest.lab.experiments import vision, vision_cost
+from palimpsest.lab.image_training import ImageTraining, Seer, parameters
+from palimpsest.lab.images import Digits, ImageBatch, NamedImages, Scenes
 from palimpsest.lab.images.drawn_scenes import BLUE, CLASSES, KINDS, RED
 from palimpsest.lab.images.image_task import ImageTask
 from palimpsest.lab.tasks import Key
+from palimpsest.models.vision import VisionConfig, VisionTransformer
 
 
 def drawn(kind: str, count: int = 30):
@@ -132,3 +136,65 @@ def test_an_unknown_name_is_told(monkeypatch):
 def test_impossible_images_are_refused(make, sentence):
     with pytest.raises(ValueError, match=sentence):
         make()
+
+
+class Sides:
+    """The class tells the split: 0 of training images, 1 of test images; the pixels tell nothing."""
+
+    name, size, channels, num_classes, kinds = "sides", 8, 1, 2, ("sides",)
+
+    def __init__(self):
+        self.drawn = []
+
+    def draw(self, count: int, key: Key) -> ImageBatch:
+        self.drawn.append(key)
+        images = torch.from_numpy(key.generator().integers(0, 256, (count, 1, 8, 8), np.uint8))
+        label = {"train": 0, "test": 1}[key.split]
+        return ImageBatch(images, torch.full((count,), label), torch.zeros(count, dtype=torch.long))
+
+
+def test_what_is_learnt_is_of_the_training_split_alone(monkeypatch):
+    monkeypatch.setattr(ImageTraining, "_task", lambda self: {"task": "sides"})
+    base = VisionConfig(patch_size=4, hidden_size=16, num_layers=1, num_heads=4, head_dim=4, intermediate_size=32)
+    shared = {
+        "who": Seer("kda", {}),
+        "task": (sides := Sides()),
+        "base": base,
+        "steps": 20,
+        "evaluate_every": 10,
+        "lr": 1e-2,
+    }
+    point = ImageTraining(**shared, images_per_step=8, test_images=16, pictures=1)
+    point.prepare()
+    found = point.run("cpu", lambda *_: None)
+    assert found["curve"][-1]["train_loss"] < 0.3  # learnt it has
+    assert [row["accuracy"] for row in found["rows"]] == [0.0]  # what it was taught, however often it was tested
+    assert np.shape(found["pictures"][0]["left"]["rows"]) == (2, 2)
+    assert {key.step for key in sides.drawn if key.split == "train"} == set(range(20))
+
+
+def test_all_who_see_have_the_parameters_of_the_base():
+    deep = vision.points("scenes")[3].config
+    assert parameters(deep) == sum(p.numel() for p in VisionTransformer(deep).parameters())
+    for point in vision.points("scenes")[:10]:
+        extra = 0 if point.config.positions == "none" else point.config.hidden_size * 144
+        assert parameters(point.config) - extra == pytest.approx(parameters(point._base), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"steps": 0}, "steps is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"warmup": 0.9, "decay": 0.2}, "more than the run"),
+        ({"task": None}, "give a task on images"),
+    ],
+)
+def test_impossible_image_trainings_are_refused(changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        replace(vision.points("tiny")[0], **changes).prepare()
+
+
+def test_a_resolution_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="resolution 18 is no multiple"):
+        replace(vision_cost.points("tiny")[0], resolutions=(18,)).prepare()

@@ -35,7 +35,8 @@ class PlacedTraining(Training):
         """As Training's."""
         super().prepare()
         check(self.choose in ("layers", "tokens"), f"placement: choose is {self.choose!r}; it is 'layers' or 'tokens'")
-        self.make()
+        with torch.device("meta"):
+            self.make()
 
     def to_dict(self) -> Row:
         """As Training's."""
