@@ -184,7 +184,11 @@ class MoE(nn.Module):
         shared = getattr(self, "shared_experts", None)
         three = () if shared is None else (shared.gate_proj, shared.up_proj, shared.down_proj)
         stacked = self.experts.w1, self.experts.w3, self.experts.w2
-        plain = all(map(is_plain, three)) and all(w.is_contiguous() and type(w) is nn.Parameter for w in stacked)
+        plain = (
+            type(self.experts) is Experts
+            and all(map(is_plain, three))
+            and all(w.is_contiguous() and type(w) is nn.Parameter for w in stacked)
+        )
         if not plain or stacked[0].dtype != x_ND.dtype or not gathers(x_ND, self.gate.num_experts_per_token):
             return self(x_ND)[:, None]
         chosen, weights = self.gate.step(x_ND)
@@ -202,13 +206,24 @@ class MoE(nn.Module):
 
 
 @torch.no_grad()
-def update_router_bias(model: nn.Module, rate: float | Tensor = 1e-3) -> None:
+def gather_loads(model: nn.Module) -> None:
+    """Makes `total_load` of every MoE in model that of all processes."""
+    if dist.is_available() and dist.is_initialized():
+        for moes in _alike(model):
+            load_LE = torch.stack([moe.total_load for moe in moes])
+            dist.all_reduce(load_LE)
+            torch._foreach_copy_([moe.total_load for moe in moes], [*load_LE])
+
+
+@torch.no_grad()
+def update_router_bias(model: nn.Module, rate: float | Tensor = 1e-3, *, gathered: bool = False) -> None:
     """Balance the experts of every MoE in model: those below the mean load rise in bias, those above sink.
 
     Call it after the optimiser's step. It uses the load since the last call, of all processes, and starts a new count.
 
     Args:
         rate: how far a bias moves; a scalar on the model's device is not waited for.
+        gathered: the loads are those of all processes already, by `gather_loads`.
 
     >>> moe = MoE(8, 16, num_experts=2, num_experts_per_token=1)
     >>> moe.total_load.copy_(torch.tensor([9, 1]))
@@ -217,18 +232,21 @@ def update_router_bias(model: nn.Module, rate: float | Tensor = 1e-3) -> None:
     >>> moe.gate.e_score_correction_bias
     tensor([-0.5000,  0.5000])
     """
+    if not gathered:
+        gather_loads(model)
     for moes in _alike(model):
-        load_LE = torch.stack([moe.total_load for moe in moes])
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(load_LE)
-        load_LE = load_LE.float()
+        load_LE = torch.stack([moe.total_load for moe in moes]).float()
         moves = rate * torch.sign(load_LE.mean(1, keepdim=True) - load_LE)
         torch._foreach_add_([moe.gate.e_score_correction_bias for moe in moes], [*moves])
         torch._foreach_zero_([moe.total_load for moe in moes])
 
 
-def busiest_shares(model: nn.Module) -> Tensor:
+def busiest_shares(model: nn.Module, num_groups: int | None = None) -> Tensor:
     """For each MoE in model, the busiest expert's tokens over the mean since the last `update_router_bias`, [layers].
+
+    Args:
+        model: in training.
+        num_groups: of experts that lie side by side, each on a process of its own: then the busiest group's over the mean.
 
     >>> moe = MoE(8, 16, num_experts=2, num_experts_per_token=1)
     >>> moe.total_load.copy_(torch.tensor([9, 1]))
@@ -237,6 +255,7 @@ def busiest_shares(model: nn.Module) -> Tensor:
     tensor([1.8000])
     """
     loads = [torch.stack([moe.total_load for moe in moes]).float() for moes in _alike(model)]
+    loads = loads if num_groups is None else [load.unflatten(1, (num_groups, -1)).sum(2) for load in loads]
     return torch.cat([load.amax(1) / load.mean(1).clamp(min=1e-9) for load in loads]) if loads else torch.zeros(0)
 
 

@@ -58,8 +58,34 @@ def run_experts(
     if form(x) != "loop":
         experts, weights = spoil_unknown(experts, weights, len(w1))
     order_M, back_Nk, ends_E = sort_by_expert(experts, len(w1))
-    y = _Experts.apply(x.to(_product_dtype(x)), weights, w1, w3, w2, order_M, back_Nk, ends_E)
+    y = _Experts.apply(x.to(product_dtype(x)), weights, w1, w3, w2, order_M, back_Nk, ends_E)
     return y, torch.diff(ends_E, prepend=ends_E.new_zeros(1)).long()
+
+
+def run_held_experts(
+    x: Tensor, experts: Tensor, weights: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, num_pairs: int
+) -> Tensor:
+    """As `run_experts` where some of the experts are held elsewhere: what those held here add to each token.
+
+    Args:
+        x: [N, D], in the dtype of the products.
+        experts: [N, k]; those outside 0 to E - 1 are elsewhere, and pass.
+        weights: [N, k], float32 (float64 for float64 x).
+        w1, w3, w2: of the experts held here, as in `run_experts`.
+        num_pairs: of a token and an expert held here: known to the host, so that nothing waits and no row is empty.
+
+    Returns:
+        y [N, D].
+
+    >>> x, experts, weights = torch.ones(1, 2), torch.tensor([[1, 7]]), torch.ones(1, 2)
+    >>> run_held_experts(x, experts, weights, torch.ones(2, 3, 2), torch.ones(2, 3, 2), torch.ones(2, 2, 3), 1).shape
+    torch.Size([1, 2])
+    """
+    experts = torch.where((experts >= 0) & (experts < len(w1)), experts, len(w1))
+    order, back_Nk, ends_E = sort_by_expert(experts, len(w1))
+    rows = num_pairs if form(x) == "loop" else max(num_pairs, 1)  # a grouped product wants a row; no end counts it
+    back_Nk = torch.where(experts == len(w1), -1, back_Nk)
+    return _Experts.apply(x, weights, w1, w3, w2, order[:rows], back_Nk, ends_E)  # type: ignore[return-value]
 
 
 def spoil_unknown(experts: Tensor, weights: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
@@ -105,7 +131,7 @@ def form(x: Tensor) -> str:
     if not x.is_cuda or x.dtype == torch.float64:  # float64 waits for the host on a GPU: it is for checks
         return "loop"
     whole = x.shape[-1] * x.element_size() % 16 == 0  # rows begin at 16 bytes, as the hardware's copies want
-    if _product_dtype(x) == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (9, 0) and whole:
+    if product_dtype(x) == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (9, 0) and whole:
         return "grouped"
     return "triton"
 
@@ -127,7 +153,8 @@ class _Experts(torch.autograd.Function):
         y_MD = grouped_product(_activate(gate_MI, up_MI, weight_M1), w2, ends_E)
         ctx.save_for_backward(x_ND, weights_Nk, order_M, back_Nk, ends_E, gate_MI, up_MI, w2, *up)
         ctx.weight_dtype = w1.dtype
-        return _gathered_sum(y_MD, back_Nk)
+        ctx.whole = back_Nk.numel() == len(order_M)
+        return _gathered_sum(y_MD, back_Nk, ctx.whole)
 
     @staticmethod
     @once_differentiable
@@ -147,7 +174,8 @@ class _Experts(torch.autograd.Function):
             dx_MD = grouped_product(d_both_MC, up[0].mT, ends_E)
             d_w1, d_w3 = grouped_outer(d_both_MC, x_MD, ends_E).chunk(2, dim=1)
         d_weights = (d.to(ctx.weight_dtype) for d in (d_w1, d_w3, d_w2))
-        return _gathered_sum(dx_MD, back_Nk), d_weight_M[back_Nk], *d_weights, None, None, None
+        d_weights_Nk = _gathered(d_weight_M, back_Nk, ctx.whole)
+        return _gathered_sum(dx_MD, back_Nk, ctx.whole), d_weights_Nk, *d_weights, None, None, None
 
 
 def _activate(gate: Tensor, up: Tensor, weight_M1: Tensor) -> Tensor:
@@ -167,9 +195,19 @@ def _activation_gradients(
     return d_gate.to(dtype), (d_hidden * silu).to(dtype), d_weight_M
 
 
-def _gathered_sum(rows_MD: Tensor, back_Nk: Tensor) -> Tensor:
+def _gathered_sum(rows_MD: Tensor, back_Nk: Tensor, whole: bool) -> Tensor:
     """What a token's experts gave, in float32, summed in the order of its choices."""
-    return _wide(rows_MD[back_Nk]).sum(1).to(rows_MD.dtype)
+    return _wide(_gathered(rows_MD, back_Nk, whole)).sum(1).to(rows_MD.dtype)
+
+
+def _gathered(rows: Tensor, back_Nk: Tensor, whole: bool) -> Tensor:
+    """The rows of each token's choices; unless they are whole, 0 where the place is -1."""
+    if whole:
+        return rows[back_Nk]
+    if not len(rows):
+        return rows.new_zeros(*back_Nk.shape, *rows.shape[1:])
+    absent = (back_Nk < 0).view(*back_Nk.shape, *[1] * (rows.ndim - 1))
+    return torch.where(absent, 0, rows[back_Nk.clamp(min=0)])
 
 
 def grouped_product(rows_MA: Tensor, matrices_EBA: Tensor, ends_E: Tensor) -> Tensor:
@@ -204,6 +242,7 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(state_dtype(x.dtype))
 
 
-def _product_dtype(x: Tensor) -> torch.dtype:
+def product_dtype(x: Tensor) -> torch.dtype:
+    """In which dtype the products of x run: autocast's, where there is one."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else x.dtype

@@ -1,14 +1,16 @@
 """Checkpoints that are whole or absent, finite, and safe to read: written beside their place, then renamed.
 
-    step-00000200/config.json, model.safetensors    a model folder that `from_pretrained` reads
+    step-00000200/config.json, model.safetensors    a model folder that `from_pretrained` reads; large ones in several files
                   tokenizer.json, ...               what other readers need: the tokenizer, how tokens are chosen
-                  optimizer.safetensors             momenta by "key/parameter", whole, however many processes there were
+                  optimizer.safetensors             momenta by "key/parameter"; large ones in several files, too
                   random.json                       the states of the random numbers, a list over the processes
                   training.json                     progress, scaler, SHA-256 of the files above and of itself
 
 Nothing here is unpickled, so that a folder from anybody may be resumed: it can hold wrong numbers and no code. A kill at
 any moment leaves either the new name or only the old ones; what was half written has a name that starts with a dot, and
-the next run removes it. What is not finite is not saved, so that no rotation takes the last good checkpoint away.
+the next run removes it. Files are the same however many processes wrote them, each its own rows, and each reads its own
+rows of them: no memory holds the whole model. What is not finite is not
+saved, so that no rotation takes the last good checkpoint away.
 """
 
 from __future__ import annotations
@@ -19,33 +21,63 @@ import errno
 import hashlib
 import json
 import random
+import re
+import secrets
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors.torch
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors import safe_open
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from palimpsest.checks import check, is_a
 from palimpsest.files import read_object, write_json
 from palimpsest.models.kimi_linear import KimiLinearForCausalLM
-from palimpsest.models.kimi_linear.checkpoint import load_into_
+from palimpsest.models.kimi_linear.checkpoint import (
+    CONFIG,
+    DIGEST,
+    EMBEDDING,
+    FLOATS,
+    HEAD,
+    INDEX,
+    SAVE,
+    check_config,
+    check_digest,
+    check_names,
+    check_tied,
+    digest,
+)  # fmt: skip
 from palimpsest.models.kimi_linear.generation_config import GENERATION_CONFIG, generation_config
+from palimpsest.models.kimi_linear.official_names import place_of
+from palimpsest.parallel.parallelize import Spread
+from palimpsest.parallel.pieces import (
+    Piece,
+    Stretch,
+    create,
+    official_stretches,
+    pieces,
+    read_rows,
+    replace_in_header,
+    split,
+    write_rows,
+)  # fmt: skip
 from palimpsest.text import Tokenizer, tokenizer_files
-from palimpsest.train.parallel import agree
+from palimpsest.train.processes import agree, settle
 from palimpsest.train.progress import Progress
 from palimpsest.train.run_folder import STATE, RunFolder, checkpoints_of, latest, number_of
 
 FORMAT, VERSION = "palimpsest.training", 1
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+LARGEST_FILE = 5 * 10**9  # bytes
+MOMENTA = re.compile(r"optimizer(-\d{5}-of-\d{5})?\.safetensors")
 OLD = "custom_checkpoint_0.pkl"  # of releases that pickled
 
 
@@ -60,6 +92,7 @@ class NonFiniteError(ValueError):
 def save(
     accelerator: Accelerator,
     model: KimiLinearForCausalLM,
+    spread: Spread,
     optimizer: torch.optim.Optimizer,
     tokenizer: Tokenizer,
     progress: Progress,
@@ -76,16 +109,21 @@ def save(
         return final
     refuse_nonfinite(accelerator, model, optimizer, progress.step, latest(run.path))
     failure: Exception | None = None
-    try:
-        _write(accelerator, model, optimizer, tokenizer, progress, half)
-    except Exception as error:  # torch, safetensors and the system each have their own for a full disk
-        failure = error
-    if agree(accelerator, float(failure is not None))[0]:
-        if accelerator.is_main_process:
-            room = shutil.disk_usage(run.path).free
-            shutil.rmtree(half, ignore_errors=True)
-            raise CheckpointError(_sentence(failure, final, latest(run.path), room)) from failure
-        raise CheckpointError(f"checkpoint {str(final)!r} could not be written by another process") from failure
+    for stage in _stages(accelerator, model, spread, optimizer, tokenizer, progress, half):
+        try:
+            stage()
+        except Exception as error:  # torch, safetensors and the system each have their own for a full disk
+            failure = error
+        if agree(accelerator, float(failure is not None))[0]:  # one that failed is waited for by none
+            if accelerator.is_main_process:
+                room = shutil.disk_usage(run.path).free
+                shutil.rmtree(half, ignore_errors=True)
+                if failure is not None:
+                    raise CheckpointError(_sentence(failure, final, latest(run.path), room)) from failure
+            reason = "" if failure is None else f": {failure}"
+            raise CheckpointError(
+                f"checkpoint {str(final)!r} could not be written by all processes{reason}"
+            ) from failure
     if accelerator.is_main_process:
         try:
             run.keep(half, progress.step)
@@ -97,40 +135,50 @@ def save(
     return final
 
 
-def read_weights_(model: KimiLinearForCausalLM, folder: Path) -> None:
-    """Puts the weights of a checkpoint into a model that is not sharded yet.
+def read_weights_(accelerator: Accelerator, model: KimiLinearForCausalLM, spread: Spread, folder: Path) -> None:
+    """Puts the weights of a checkpoint into a model, each process its own rows. All processes call this.
 
     Raises:
         CheckpointError: a file is missing, damaged, or of another model.
     """
     try:
-        load_into_(model, folder)
+        _read_weights_(accelerator, model, spread, folder)
+        problem = None
     except (ValueError, OSError) as error:
-        raise CheckpointError(_unreadable(folder, error)) from error
+        problem = CheckpointError(_unreadable(folder, error))
+        problem.__cause__ = error
+    settle(accelerator, problem)
 
 
 def restore(
-    accelerator: Accelerator, model: KimiLinearForCausalLM, optimizer: torch.optim.Optimizer, folder: Path
+    accelerator: Accelerator,
+    model: KimiLinearForCausalLM,
+    spread: Spread,
+    optimizer: torch.optim.Optimizer,
+    folder: Path,
 ) -> Progress:
     """Puts optimiser, scaler and random numbers back as they were, and returns the progress. All processes call this.
 
     Raises:
         CheckpointError: a file is missing, damaged, or of another run.
     """
+    problem, progress = None, Progress()
     try:
-        state = _read_state(folder)
+        state = _read_state(accelerator, folder)
         progress = Progress.from_dict(state["progress"])
         check(progress.step == number_of(folder), f"it is of step {progress.step}")
-        _restore_optimizer(model, optimizer, folder / "optimizer.safetensors")
+        _restore_optimizer(model, spread, optimizer, [folder / n for n in state["files"] if MOMENTA.fullmatch(n)])
         if accelerator.scaler is not None and state["scaler"] is not None:
             accelerator.scaler.load_state_dict(_like(accelerator.scaler.state_dict(), state["scaler"]))
         states = read_object(folder / "random.json")["processes"]
         if accelerator.process_index < len(states):  # else there are more processes now, which start from the seed
             _restore_random(states[accelerator.process_index], accelerator.device)
-        problem = _nonfinite(model, optimizer)
-        check(problem is None, f"{problem}: it is not worth resuming")
+        found = _nonfinite(model, optimizer)
+        check(found is None, f"{found}: it is not worth resuming")
     except Exception as error:  # each library has its own for a damaged file
-        raise CheckpointError(_unreadable(folder, error)) from error
+        problem = CheckpointError(_unreadable(folder, error))
+        problem.__cause__ = error
+    settle(accelerator, problem)
     return progress
 
 
@@ -167,50 +215,133 @@ def _optimizer_state(model: KimiLinearForCausalLM, optimizer: torch.optim.Optimi
             yield f"{key}/{name}", value
 
 
-def _write(
+def _stages(
     accelerator: Accelerator,
     model: KimiLinearForCausalLM,
+    spread: Spread,
     optimizer: torch.optim.Optimizer,
     tokenizer: Tokenizer,
     progress: Progress,
     folder: Path,
-) -> None:
+) -> Iterator[Callable[[], None]]:
+    """What writes a checkpoint, in stages that all processes begin together: each rests on the one before in all of them."""
     main = accelerator.is_main_process
-    whole = model
-    if (
-        accelerator.distributed_type == DistributedType.FSDP
-    ):  # brought together: a checkpoint is of no number of processes
-        tensors = accelerator.get_state_dict(model)
-        with torch.device("meta"):
-            whole = KimiLinearForCausalLM(model.config)
-        if main:
-            whole.load_state_dict(tensors, assign=True)
-    momenta: dict[str, Tensor] = {}
-    for name, value in _optimizer_state(model, optimizer):  # one at a time: all of it may be too much for a device
-        value = value.full_tensor() if isinstance(value, DTensor) else value
-        if main:
-            momenta[name] = _alone(value.detach().cpu())
+    held = pieces(model, spread)
+    number = gather_object([secrets.token_hex(8)])[0]
+    unknown = hashlib.sha256(number.encode()).hexdigest()  # stands for the digest until all is written
+    weights = {DIGEST: unknown, SAVE: number, "format": "pt"}
+    files = _files_of(list(_weights(model, held)), "model", weights)
+    files += _files_of(list(_momenta(model, held, optimizer)), "optimizer", {"format": "pt"})
     states = gather_object([_random_state(accelerator.device)])
-    if not main:
-        return
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    whole.save_pretrained(folder)
-    safetensors.torch.save_file(momenta, folder / "optimizer.safetensors", {"format": "pt"})
-    write_json(folder / "random.json", {"processes": states}, indent=None)
-    for name, content in tokenizer_files(tokenizer).items():
-        (folder / name).write_bytes(content)
-    write_json(folder / GENERATION_CONFIG, generation_config(whole.config))
-    state = {"format": FORMAT, "version": VERSION, "progress": asdict(progress)}
-    state |= {"scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict()}
-    files = [p for p in sorted(folder.iterdir()) if not p.name.startswith("model")]  # weights carry their own digests
-    state |= {"files": {p.name: _sha256(p) for p in files}}
-    write_json(folder / STATE, state | {"digest": _digest(state)})
+
+    def begin() -> None:
+        if main:
+            if folder.exists():
+                shutil.rmtree(folder)
+            folder.mkdir(parents=True)
+            for name, stretches, metadata in files:
+                create(folder / name, stretches, metadata)
+
+    def write() -> None:
+        for name, stretches, metadata in files:
+            write_rows(folder / name, stretches, metadata)
+
+    digests: dict[str, str] = {}
+
+    def judge() -> None:
+        for i, (name, _, metadata) in enumerate(files):
+            if i % accelerator.num_processes == accelerator.process_index:
+                if DIGEST in metadata:
+                    replace_in_header(folder / name, unknown, digest(safetensors.torch.load_file(folder / name)))
+                else:
+                    digests[name] = _sha256(folder / name)
+
+    def end() -> None:
+        every = {name: value for theirs in gather_object([digests]) for name, value in theirs.items()}
+        if not main:
+            return
+        models = [(name, stretches) for name, stretches, _ in files if name.startswith("model")]
+        if len(models) > 1:
+            weight_map = {s.name: name for name, stretches in models for s in stretches}
+            size = sum(s.nbytes for _, stretches in models for s in stretches)
+            write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+        dtype = str(held["model.embed_tokens.weight"].held.dtype).removeprefix("torch.")
+        write_json(folder / CONFIG, model.config.to_dict() | {"dtype": dtype})
+        write_json(folder / "random.json", {"processes": states}, indent=None)
+        for name, content in tokenizer_files(tokenizer).items():
+            (folder / name).write_bytes(content)
+        write_json(folder / GENERATION_CONFIG, generation_config(model.config))
+        state = {"format": FORMAT, "version": VERSION, "progress": asdict(progress)}
+        state |= {"scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict()}
+        others = [p for p in sorted(folder.iterdir()) if not p.name.startswith("model") and p.name not in every]
+        state |= {"files": every | {p.name: _sha256(p) for p in others}}  # weights carry their own digests
+        write_json(folder / STATE, state | {"digest": _digest(state)})
+
+    yield from (begin, write, judge, end)
 
 
-def _read_state(folder: Path) -> dict[str, Any]:
-    """training.json, after every file that it lists was compared with its digest."""
+def _weights(model: KimiLinearForCausalLM, held: Mapping[str, Piece]) -> Iterator[Stretch]:
+    """This process's rows of the weights, under the official names."""
+    embedding = None
+    for stretch in official_stretches(held):
+        if stretch.name == EMBEDDING:
+            embedding = stretch
+        if stretch.name == HEAD and model.config.tie_word_embeddings:  # written all the same: some readers do not tie
+            assert embedding is not None
+            stretch = replace(embedding, name=HEAD)
+        yield stretch
+
+
+def _momenta(
+    model: KimiLinearForCausalLM, held: Mapping[str, Piece], optimizer: torch.optim.Optimizer
+) -> Iterator[Stretch]:
+    """This process's rows of what the optimiser holds."""
+    keys = {name: sorted(optimizer.state.get(p, {})) for name, p in model.named_parameters()}
+    parameters = dict(model.named_parameters())
+    for i, (name, key) in enumerate([(name, key) for name, found in keys.items() for key in found]):
+        piece = held[name].of(optimizer.state[parameters[name]][key])
+        if not piece.held.ndim:  # a count of steps, the same in all
+            piece = Piece(piece.held, (), 0, (0, 1))
+        mine = i % piece.copy[1] == piece.copy[0]
+        yield Stretch(f"{key}/{name}", piece.held.dtype, piece.shape, piece.first, piece.held if mine else None)
+
+
+def _files_of(
+    stretches: list[Stretch], stem: str, metadata: dict[str, str]
+) -> list[tuple[str, list[Stretch], dict[str, str]]]:
+    """(name, content, metadata) of each file."""
+    parts = split(stretches, LARGEST_FILE)
+    if len(parts) == 1:
+        return [(f"{stem}.safetensors", parts[0], metadata)]
+    return [(f"{stem}-{i + 1:05}-of-{len(parts):05}.safetensors", part, metadata) for i, part in enumerate(parts)]
+
+
+def _read_weights_(accelerator: Accelerator, model: KimiLinearForCausalLM, spread: Spread, folder: Path) -> None:
+    held = pieces(model, spread)
+    with torch.device("meta"):
+        whole = KimiLinearForCausalLM(model.config)
+    check_config(model, folder)
+    files = check_names(whole, folder)
+    for i, file in enumerate(files):
+        if i % accelerator.num_processes == accelerator.process_index:  # each file is judged by one process
+            check_digest(file)
+    if model.config.tie_word_embeddings and accelerator.is_main_process:
+        check_tied(folder)
+    for file, keys in files.items():
+        with safe_open(file, framework="pt") as opened:
+            for official, theirs in keys.items():
+                if official == HEAD and model.config.tie_word_embeddings:
+                    continue
+                name, expert = place_of(official)
+                piece = held[name]
+                if expert is None:
+                    piece.held.copy_(read_rows(opened, theirs, piece.first, len(piece.held) if piece.shape else 1))
+                elif piece.first <= expert < piece.first + len(piece.held):
+                    piece.held[expert - piece.first].copy_(opened.get_tensor(theirs))
+
+
+def _read_state(accelerator: Accelerator, folder: Path) -> dict[str, Any]:
+    """training.json, after every file that it lists was compared with its digest; each file by one process."""
     if not (folder / STATE).exists() and (folder / OLD).exists():
         raise ValueError(
             "an earlier release wrote its training state by pickle, which can run code and is not read any more; its "
@@ -222,31 +353,42 @@ def _read_state(folder: Path) -> dict[str, Any]:
         f"{STATE} is of format {state.get('format')!r}, version {state.get('version')!r}; this release reads "
         f"{FORMAT!r}, version {VERSION}",
     )
-    digest = state.pop("digest", None)
-    check(digest == _digest(state), f"{STATE} was changed after it was written: its digest differs")
-    for name, digest in state["files"].items():
+    found = state.pop("digest", None)
+    check(found == _digest(state), f"{STATE} was changed after it was written: its digest differs")
+    for i, (name, known) in enumerate(state["files"].items()):
         check(Path(name).name == name and (folder / name).is_file(), f"{name} is missing")
-        check(_sha256(folder / name) == digest, f"{name} was cut short or changed: its digest differs")
-    check({"optimizer.safetensors", "random.json"} <= state["files"].keys(), "files are missing from its list")
+        if i % accelerator.num_processes == accelerator.process_index:
+            check(_sha256(folder / name) == known, f"{name} was cut short or changed: its digest differs")
+    momenta = any(MOMENTA.fullmatch(name) for name in state["files"])
+    check("random.json" in state["files"] and momenta, "files are missing from its list")
     return state
 
 
-def _restore_optimizer(model: KimiLinearForCausalLM, optimizer: torch.optim.Optimizer, file: Path) -> None:
-    parameters = dict(model.named_parameters())
+def _restore_optimizer(
+    model: KimiLinearForCausalLM, spread: Spread, optimizer: torch.optim.Optimizer, files: Sequence[Path]
+) -> None:
+    parameters, held = dict(model.named_parameters()), pieces(model, spread)
     places = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
     state: dict[int, dict[str, Tensor]] = {}
-    with safe_open(file, framework="pt") as opened:
-        for name in opened.keys():  # noqa: SIM118  # no dict
-            key, _, owner = name.partition("/")
-            check(owner in parameters and parameters[owner] in places, f"it holds momenta of {owner!r}, no parameter")
-            parameter, value = parameters[owner], opened.get_tensor(name)
-            check(value.is_floating_point(), f"{name} is {value.dtype}")
-            check(value.shape in (parameter.shape, ()), f"{name} is {tuple(value.shape)}, not {tuple(parameter.shape)}")
-            if isinstance(parameter, DTensor) and value.ndim:  # each process takes its own part of the file
-                value = distribute_tensor(
-                    value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118  # no dict
+                key, _, owner = name.partition("/")
+                check(
+                    owner in parameters and parameters[owner] in places, f"it holds momenta of {owner!r}, no parameter"
                 )
-            state.setdefault(places[parameter], {})[key] = value.clone()  # the file's own pages are not ours to edit
+                parameter, piece, stored = parameters[owner], held[owner], opened.get_slice(name)
+                shape = tuple(stored.get_shape())
+                check(stored.get_dtype() in FLOATS, f"{name} is {stored.get_dtype()}")
+                check(shape in (piece.shape, ()), f"{name} is {shape}, not {piece.shape}")
+                value = read_rows(opened, name, piece.first, len(piece.held)) if shape else opened.get_tensor(name)
+                value = value.clone()  # the file's own pages are not ours to edit
+                if isinstance(parameter, DTensor) and shape:
+                    value = DTensor.from_local(
+                        value.to(parameter.device), parameter.device_mesh, parameter.placements, run_check=False,
+                        shape=parameter.shape, stride=parameter.stride(),
+                    )  # fmt: skip
+                state.setdefault(places[parameter], {})[key] = value
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 
@@ -287,12 +429,6 @@ def _like(own: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
     check(own.keys() == saved.keys(), "the scaler of fp16 has other fields")
     check(all(is_a(value, float) for value in saved.values()), "the scaler of fp16 holds no numbers")
     return dict(saved)
-
-
-def _alone(tensor: Tensor) -> Tensor:
-    """Contiguous, in storage that it shares with no other: safetensors refuses anything else."""
-    whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
-    return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _sha256(file: Path) -> str:

@@ -146,16 +146,25 @@ class Corpus:
 
 
 def steps_ahead(
-    corpus: Corpus, first: int, process: int, num_processes: int, *, pin: bool
+    corpus: Corpus,
+    first: int,
+    process: int,
+    num_processes: int,
+    *,
+    pin: bool,
+    change: Callable[[Batch], Batch] = lambda part: part,
 ) -> Generator[tuple[list[Batch], int], None, None]:
     """`corpus.step` from step `first` on, without end, each prepared while the one before is computed.
 
     Args:
+        process, num_processes: of those that the rows are dealt to.
         pin: put tensors where a GPU copies from by itself.
+        change: what is done to each part, on the host.
     """
 
     def prepare(step: int) -> tuple[list[Batch], int]:
         parts, num_tokens = corpus.step(step, process, num_processes)
+        parts = [change(part) for part in parts]
         return [part.pinned() for part in parts] if pin else parts, num_tokens
 
     with ThreadPoolExecutor(1) as worker:

@@ -8,27 +8,33 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from palimpsest.parallel.parallelize import Spread
 from palimpsest.train.data import Heldout
-from palimpsest.train.parallel import total
+from palimpsest.train.processes import total
+from palimpsest.train.stretch import own_part
 
 
 @torch.no_grad()
-def bits_per_byte(accelerator: Accelerator, model: nn.Module, heldout: Heldout, *, batch_size: int) -> float:
+def bits_per_byte(
+    accelerator: Accelerator, model: nn.Module, heldout: Heldout, *, batch_size: int, spread: Spread
+) -> float:
     """What the model pays for one byte, log2: every token of every piece, the first at log2 of the vocabulary's size.
 
-    The batches are dealt to the processes; each gets as many, so that sharded models meet.
+    The batches are dealt as a step's rows are; each process computes as many, since those that share a model meet in it.
     """
     was_training = model.training
     model.eval()
     batches = list(heldout.batches(batch_size))
-    rounds = math.ceil(len(batches) / accelerator.num_processes)
+    process, num_processes = spread.rows
+    rounds = math.ceil(len(batches) / num_processes)
     nats = torch.zeros((), dtype=torch.float64)
     for i in range(rounds):
-        index = i * accelerator.num_processes + accelerator.process_index
+        index = i * num_processes + process
         batch, num_predictions = batches[min(index, len(batches) - 1)]
+        batch, num_predictions = own_part(batch, num_predictions, spread)
         batch = batch.to(accelerator.device)
         with accelerator.autocast(), torch.compiler.set_stance("force_eager"):  # each length would be compiled anew
-            loss = model(batch.tokens, labels=batch.labels).loss
+            loss = model(batch.tokens, labels=batch.labels, cu_seqlens=batch.cu_seqlens).loss
         if index < len(batches) and num_predictions:  # pieces of one token predict nothing
             nats += loss.double().cpu() * num_predictions
     nats = total(accelerator, nats)

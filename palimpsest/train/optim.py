@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from palimpsest.train.recipe import Optim, Schedule
 
+Rule = Callable[[Tensor], Tensor]
 NOT_HIDDEN = ("embed_tokens.weight", "lm_head.weight", "gate.weight")  # tables of vectors, and the routers
 
 
@@ -28,6 +33,8 @@ class StackedMuon(Optimizer):
     Args:
         params: parameters, or groups of them. Sharded ones (DTensor) must be sharded over their first dimension.
         lr, weight_decay, momentum, ns_coefficients, ns_steps: as torch.optim.Muon's.
+        copies: for a parameter, the processes that hold copies of it. Each of them orthogonalises its share of the matrices
+            and gives the others what came of it; processes that hold shards of a matrix do the same with whole ones.
 
     `found_inf`, set on the object before a step: a scalar on the device; where it is not 0 the step changes nothing.
     """
@@ -43,7 +50,9 @@ class StackedMuon(Optimizer):
         momentum: float = 0.95,
         ns_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315),
         ns_steps: int = 5,
+        copies: Mapping[Tensor, dist.ProcessGroup] = MappingProxyType({}),
     ):
+        self._copies = copies
         rule = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
         super().__init__(params, rule | {"ns_coefficients": ns_coefficients, "ns_steps": ns_steps})
 
@@ -56,15 +65,16 @@ class StackedMuon(Optimizer):
                 if p.grad is not None:
                     momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
                     matrix = _Matrix(_local(p), _local(p.grad), _local(momentum), p)
-                    if matrix.weight.numel() or isinstance(p, DTensor):
-                        shapes[p.shape[-2:], p.dtype, p.device].append(matrix)
-            for matrices in shapes.values():
+                    if matrix.weight.numel() or (isinstance(p, DTensor) and p.ndim == 2):
+                        copies = self._copies.get(p) or _shards(p)
+                        shapes[p.shape[-2:], p.dtype, p.device, p.ndim == 2, copies].append(matrix)
+            for (*_, others), matrices in shapes.items():
                 size = max(1, self.MOST // max(1, max(m.whole.numel() for m in matrices)))
                 for i in range(0, len(matrices), size):
-                    self._update(matrices[i : i + size], group)
+                    self._update(matrices[i : i + size], group, others)
         return loss
 
-    def _update(self, matrices: list[_Matrix], group: dict[str, Any]) -> None:
+    def _update(self, matrices: list[_Matrix], group: dict[str, Any], others: dist.ProcessGroup | None) -> None:
         weights, grads, momenta, wholes = (list(x) for x in zip(*matrices))
         mu, lr = group["momentum"], group["lr"]
         rate = lr * math.sqrt(max(1, wholes[0].shape[-2] / wholes[0].shape[-1]))
@@ -79,14 +89,20 @@ class StackedMuon(Optimizer):
             torch._foreach_add_(momenta, grads, alpha=1 - mu)
             looks = torch._foreach_lerp(grads, momenta, mu)
             keep = torch.where(finite, keep, 1.0)
-        looks = [_gathered(look, whole) for look, whole in zip(looks, wholes)]
         stacked = torch.cat([look.flatten(0, -3) if look.ndim > 2 else look[None] for look in looks])
-        dtype = torch.bfloat16 if stacked.is_cuda else stacked.dtype
-        directions = orthogonalize(stacked.to(dtype), group["ns_coefficients"], group["ns_steps"]).to(stacked.dtype)
+        stacked = stacked.to(torch.bfloat16 if stacked.is_cuda else stacked.dtype)
+        rule = partial(orthogonalize, coefficients=group["ns_coefficients"], num_steps=group["ns_steps"])
+        if others is None:
+            directions = rule(stacked)
+        elif _shards(wholes[0]) is None:
+            directions = _shared_work(rule, stacked, others)
+        else:
+            directions = _whole_matrices(rule, stacked, wholes[0].shape[0], others)
+        directions = directions.to(weights[0].dtype)
         if self.found_inf is not None:
             directions = torch.where(self.found_inf == 0, directions, 0)
         parts = directions.split([look.shape[:-2].numel() for look in looks])
-        parts = [_share(part.view(look.shape), whole) for part, look, whole in zip(parts, looks, wholes)]
+        parts = [part.view(look.shape) for part, look in zip(parts, looks)]
         torch._foreach_mul_(weights, keep)
         torch._foreach_add_(weights, parts, alpha=-rate)
 
@@ -104,19 +120,46 @@ def _local(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
 
 
-def _gathered(look: Tensor, whole: Tensor) -> Tensor:
-    """Whole matrices: shards of a stack are that already, shards of one matrix are brought together."""
-    if isinstance(whole, DTensor) and whole.ndim == 2:
-        shape, stride = whole.shape, whole.stride()
-        return DTensor.from_local(look, whole.device_mesh, whole.placements, shape=shape, stride=stride).full_tensor()
-    return look
+def _shards(whole: Tensor) -> dist.ProcessGroup | None:
+    """The processes that hold rows of one matrix; None if this one holds whole matrices, of a stack or alone."""
+    if not isinstance(whole, DTensor) or whole.ndim > 2:
+        return None
+    return whole.device_mesh.get_group(whole.device_mesh.ndim - 1)  # the last: copies of shards lie along the first
 
 
-def _share(direction: Tensor, whole: Tensor) -> Tensor:
-    """The rows of a whole matrix that this process holds."""
-    if isinstance(whole, DTensor) and whole.ndim == 2:
-        return distribute_tensor(direction, whole.device_mesh, whole.placements, src_data_rank=None).to_local()
-    return direction
+def _shared_work(rule: Rule, matrices_NRC: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The rule on matrices that all processes of the group have: each does its share, and all get all."""
+    N, P = len(matrices_NRC), group.size()
+    each = -(-N // P)
+    mine = matrices_NRC[each * group.rank() : each * (group.rank() + 1)]
+    done = rule(_filled(mine, each)).contiguous()
+    every = done.new_empty(P * each, *done.shape[1:])
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name since torch 2.13
+    gather(every, done, group=group)
+    return every[:N]
+
+
+def _whole_matrices(rule: Rule, rows_NrC: Tensor, num_rows: int, group: dist.ProcessGroup) -> Tensor:
+    """The rule on matrices of which each process of the group holds some rows: each does its share of whole matrices.
+
+    Args:
+        rows_NrC: this process's rows, those that torch.chunk gives it of num_rows.
+    """
+    (N, r, C), P = rows_NrC.shape, group.size()
+    each, most = -(-N // P), -(-num_rows // P)
+    padded = F.pad(rows_NrC, (0, 0, 0, most - r, 0, P * each - N))  # [P each, most, C]
+    pieces = torch.empty_like(padded)  # of my matrices, a process after the other
+    dist.all_to_all_single(pieces, padded, group=group)
+    whole = pieces.view(P, each, most, C).transpose(0, 1).reshape(each, P * most, C)[:, :num_rows]
+    done = F.pad(rule(whole), (0, 0, 0, P * most - num_rows)).view(each, P, most, C).transpose(0, 1).contiguous()
+    back = torch.empty_like(done)
+    dist.all_to_all_single(back, done, group=group)
+    return back.view(P * each, most, C)[:N, :r]
+
+
+def _filled(matrices: Tensor, count: int) -> Tensor:
+    """With zeros, up to so many."""
+    return F.pad(matrices, (0, 0, 0, 0, 0, count - len(matrices)))
 
 
 def orthogonalize(matrices: Tensor, coefficients: tuple[float, float, float], num_steps: int) -> Tensor:
@@ -148,12 +191,19 @@ class MuonAdamW(Optimizer):
 
     found_inf: Tensor | None = None
 
-    def __init__(self, groups: list[dict[str, Any]], optim: Optim, *, fused: bool = False):
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        optim: Optim,
+        *,
+        fused: bool = False,
+        copies: Mapping[Tensor, dist.ProcessGroup] = MappingProxyType({}),
+    ):
         muon = [g for g in groups if g["rule"] == "muon"]
         adamw = [g for g in groups if g["rule"] == "adamw"]
         self._rules: dict[str, Optimizer] = {}
         if muon:
-            self._rules["muon"] = StackedMuon(muon, momentum=optim.momentum)
+            self._rules["muon"] = StackedMuon(muon, momentum=optim.momentum, copies=copies)
         if adamw:
             self._rules["adamw"] = AdamW(adamw, betas=optim.betas, eps=1e-10, fused=fused or None)
         super().__init__([g for rule in self._rules.values() for g in rule.param_groups], {})
@@ -176,23 +226,35 @@ def _evaluated(closure: Callable[[], float] | None) -> float | None:
         return closure()
 
 
-def build_optimizer(model: nn.Module, optim: Optim, *, fused: bool = False) -> MuonAdamW:
+def build_optimizer(
+    model: nn.Module,
+    optim: Optim,
+    *,
+    fused: bool = False,
+    copies: Mapping[Tensor, dist.ProcessGroup] = MappingProxyType({}),
+) -> MuonAdamW:
     """The recipe's optimiser over the model's parameters; every group keeps its full rate as `base_lr`.
 
-    fused: AdamW as one kernel, which heeds `found_inf`: for GPUs, wherever the parameters are now.
+    Args:
+        model: as `parallelize` left it, if there are several processes.
+        optim: the recipe's part about it.
+        fused: AdamW as one kernel, which heeds `found_inf`: for GPUs, wherever the parameters are now.
+        copies: for a parameter, the processes that hold copies of it and share Muon's work.
 
     Hidden matrices decay, each on its own learning rate; vectors, gates, convolutions, embeddings and routers do not.
     """
-    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    hidden = {n for n, p in parameters.items() if _is_hidden(n, p)}
     rule, rate = ("muon", optim.matrix_lr) if optim.kind == "muon" else ("adamw", optim.lr)
-    groups = [
-        {"rule": rule, "params": [parameters[n] for n in parameters if n in hidden], "lr": rate}
-        | {"base_lr": rate, "weight_decay": optim.weight_decay},
-        {"rule": "adamw", "params": [parameters[n] for n in parameters if n not in hidden], "lr": optim.lr}
-        | {"base_lr": optim.lr, "weight_decay": 0.0},
-    ]
-    return MuonAdamW([g for g in groups if g["params"]], optim, fused=fused)
+    groups: dict[tuple, dict[str, Any]] = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            hidden = _is_hidden(name, p)
+            facts = (rule, rate, optim.weight_decay) if hidden else ("adamw", optim.lr, 0.0)
+            mesh = p.device_mesh if isinstance(p, DTensor) else None  # a fused kernel takes tensors of one mesh
+            group = dict(zip(("rule", "lr", "weight_decay"), facts)) | {"base_lr": facts[1], "params": []}
+            groups.setdefault((not hidden, mesh), group)["params"].append(p)
+    return MuonAdamW(
+        [groups[key] for key in sorted(groups, key=lambda key: key[0])], optim, fused=fused, copies=copies
+    )  # fmt: skip
 
 
 def _is_hidden(name: str, parameter: Tensor) -> bool:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from palimpsest.checks import check, check_fields
 from palimpsest.models.kimi_linear.config import KimiLinearConfig
+from palimpsest.parallel.plan import Plan
 from palimpsest.python_files import load_file
 
 
@@ -214,13 +215,14 @@ class Recipe:
         optim: the optimiser.
         schedule: its learning rate over the run.
         evaluate: how it is measured.
-        output: what is written along the way; of all fields, these alone may change when a run is resumed.
+        output: what is written along the way. When a run is resumed, these fields and those of `parallel` may change, and no
+            others.
         router_bias_rate: how fast the experts' loads are evened out, 0 or more.
         precision: "no" is fp32; "bf16" and "fp16" by autocast.
         compile: torch.compile of each layer; None: on a GPU, where it pays.
         capture: forward and backward as one CUDA graph; None: on a GPU of its own, unless fp16 scales its loss.
         recompute: keep no activations inside layers, and compute them again for the gradient.
-        parallel: between processes, when there are several: "ddp", copies, or "fsdp", FSDP2 shards.
+        parallel: how model and rows are spread over processes, when there are several.
         max_nonfinite: so many steps in a row whose gradient is not finite are skipped; one more ends the run.
         seed: of weights and order of data, 0 to 2^32 - 1.
     """
@@ -238,7 +240,7 @@ class Recipe:
     compile: bool | None = None
     capture: bool | None = None
     recompute: bool = False
-    parallel: Literal["ddp", "fsdp"] = "ddp"
+    parallel: Plan = field(default_factory=Plan)
     max_nonfinite: int = 10
     seed: int = 0
 
@@ -256,7 +258,10 @@ def _at_least(part: Any, prefix: str, **least: int) -> None:
         check(value >= bound, f"{prefix}{name} is {value}; expected at least {bound}")
 
 
-RESUMABLE = ("output.",)  # fields that may change between the parts of an interrupted run: they decide no number
+RESUMABLE = (
+    "output.",
+    "parallel",
+)  # fields that may change between the parts of an interrupted run: they decide no number
 
 
 def override(recipe: Recipe, settings: Mapping[str, str]) -> Recipe:

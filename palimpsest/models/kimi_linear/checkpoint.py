@@ -118,14 +118,8 @@ def load_into_(model: SavedModel, folder: str | os.PathLike, *, verify: bool = T
         ValueError: as load; also if the folder's config is another. The model is then unchanged.
     """
     folder = checkpoint_of(folder)
-    theirs, ours = read_config(folder).to_dict(), model.config.to_dict()
-    for name in {**ours, **theirs}:
-        if theirs.get(name) != ours.get(name):
-            raise ValueError(
-                f"the checkpoint in {str(folder)!r} is of another config: {name} is {shown(theirs.get(name))} there and "
-                f"{shown(ours.get(name))} in this model"
-            )
-    files = _check_names(model, Path(folder))
+    check_config(model, folder)
+    files = check_names(model, Path(folder))
     tensors = [pair for file, keys in files.items() for pair in _read(file, keys, verify).items()]  # all, before any
     if model.config.tie_word_embeddings:
         _check_tied(Path(folder), dict(tensors))
@@ -133,6 +127,17 @@ def load_into_(model: SavedModel, folder: str | os.PathLike, *, verify: bool = T
     for official, tensor in tensors:
         name, expert = place_of(official)
         (ours[name] if expert is None else ours[name][expert]).copy_(tensor)
+
+
+def check_config(model: SavedModel, folder: str | os.PathLike) -> None:
+    """Raise ValueError unless a folder's config is the model's."""
+    theirs, ours = read_config(folder).to_dict(), model.config.to_dict()
+    for name in {**ours, **theirs}:
+        if theirs.get(name) != ours.get(name):
+            raise ValueError(
+                f"the checkpoint in {str(folder)!r} is of another config: {name} is {shown(theirs.get(name))} there and "
+                f"{shown(ours.get(name))} in this model"
+            )
 
 
 def read_config(folder: str | os.PathLike) -> KimiLinearConfig:
@@ -202,7 +207,7 @@ def fill_(
     stacks = {name: len(tensor) for name, tensor in model.state_dict().items() if name.endswith(STACKED)}
     filled: dict[str, Tensor] = {}
     tied: dict[str, Tensor] = {}
-    for file, keys in _check_names(model, folder).items():
+    for file, keys in check_names(model, folder).items():
         whole = {}
         for official, tensor in _read(file, keys, verify).items():
             wanted = tensor.dtype if dtype is None else dtype
@@ -244,7 +249,7 @@ def _headers(folder: Path) -> dict[Path, dict[str, tuple[tuple[int, ...], str]]]
     return files
 
 
-def _check_names(model: SavedModel, folder: Path) -> dict[Path, dict[str, str]]:
+def check_names(model: SavedModel, folder: Path) -> dict[Path, dict[str, str]]:
     """File -> {our name: name in the file}, after making sure that together they hold exactly the model's tensors."""
     expected = {name: tuple(tensor.shape) for name, tensor in official_tensors(model.state_dict())}
     files, shapes, types = {}, {}, {}
@@ -264,6 +269,22 @@ def _check_names(model: SavedModel, folder: Path) -> dict[Path, dict[str, str]]:
     wrong = {f"{name} {kind}" for name, kind in types.items() if kind not in FLOATS}
     _refuse(folder, "has tensors that are not of floating point", wrong)
     return files
+
+
+def check_digest(file: Path) -> None:
+    """Raise ValueError if a file's tensors are not those that its own digest is of."""
+    with _open(file) as opened:
+        names = list(opened.keys())
+    _read(file, {name: name for name in names}, True)
+
+
+def check_tied(folder: str | os.PathLike) -> None:
+    """Raise ValueError if the files of a model of one matrix for both hold a head that is not the embedding."""
+    found: dict[str, Tensor] = {}
+    for file in _files(Path(folder)):
+        with _open(file) as opened:
+            found |= {name: opened.get_tensor(name) for name in (EMBEDDING, HEAD) if name in opened.keys()}  # noqa: SIM118
+    _check_tied(Path(folder), found)
 
 
 def _check_tied(folder: Path, tensors: Mapping[str, Tensor]) -> None:
