@@ -2,7 +2,7 @@
 
     palimpsest train recipes/kimi_linear_100m.py:debug                           # two minutes anywhere: does all of it run?
     palimpsest train recipes/kimi_linear_100m.py --set data.source.paths=my_texts
-    torchrun --nproc_per_node=8 -m palimpsest train recipes/kimi_linear_100m.py --set parallel=fsdp
+    torchrun --nproc_per_node=8 -m palimpsest train recipes/kimi_linear_100m.py --set parallel.kind=fsdp
 
 Twelve layers, 3 : 1, 16 experts of which 2 work on a token. It learns from Python's own sources until it is given better.
 """

@@ -379,7 +379,7 @@ def _restore_optimizer(
                 )
                 parameter, piece, stored = parameters[owner], held[owner], opened.get_slice(name)
                 shape = tuple(stored.get_shape())
-                check(stored.get_dtype() in FLOATS, f"{name} is {stored.get_dtype()}")
+                check(stored.get_dtype() in FLOATS, f"{name} is {stored.get_dtype()}, no floating point")
                 check(shape in (piece.shape, ()), f"{name} is {shape}, not {piece.shape}")
                 value = read_rows(opened, name, piece.first, len(piece.held)) if shape else opened.get_tensor(name)
                 value = value.clone()  # the file's own pages are not ours to edit

@@ -28,7 +28,12 @@ CONFIG = KimiLinearConfig.tiny(
 )  # fmt: skip
 PLANS = {
     1: {"alone": {}},
-    2: {"ddp": {}, "fsdp": {"kind": "fsdp"}, "experts": {"expert": 2}, "sharded experts": {"kind": "fsdp", "expert": 2}},
+    2: {
+        "ddp": {},
+        "fsdp": {"kind": "fsdp"},
+        "experts": {"expert": 2},
+        "sharded experts": {"kind": "fsdp", "expert": 2},
+    },
     3: {"experts": {"expert": 3}, "fsdp": {"kind": "fsdp"}},
     4: {
         "experts and data": {"expert": 2},

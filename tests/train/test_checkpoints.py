@@ -121,7 +121,7 @@ def test_a_forged_state_ends_in_a_sentence(stopped, case):
 MOMENTA = {
     "of another shape": (lambda t: t | {n: x[:1].clone() for n, x in t.items() if x.ndim == 2}, "not \\("),
     "of another parameter": (lambda t: t | {"exp_avg/model.nothing": torch.zeros(2)}, "model.nothing"),
-    "of whole numbers": (lambda t: t | {n: x.long() for n, x in t.items()}, "int64"),
+    "of whole numbers": (lambda t: t | {n: x.long() for n, x in t.items()}, "I64, no floating point"),
     "not finite": (lambda t: t | {n: x * math.nan for n, x in t.items() if x.ndim}, "NaN or infinity"),
 }
 

@@ -266,15 +266,15 @@ def test_too_many_in_a_row_end_the_run(tmp_path, texts, monkeypatch):
 
 def test_a_full_disk_leaves_the_checkpoint_before_it_whole(whole, tmp_path, monkeypatch):
     recipe, reference, _, _ = whole
-    save = checkpoints.safetensors.torch.save_file
+    write = checkpoints.write_rows
 
-    def full(value, file, *args, **options):
+    def full(file, *args):
         if ".saving-step-00000004" in str(file):
             Path(file).write_bytes(b"half")
             raise OSError(28, "No space left on device", str(file))
-        return save(value, file, *args, **options)
+        return write(file, *args)
 
-    monkeypatch.setattr(checkpoints.safetensors.torch, "save_file", full)
+    monkeypatch.setattr(checkpoints, "write_rows", full)
     with pytest.raises(CheckpointError, match=r"no room to write .*step-00000004.*\(step-00000002 is whole\)") as error:
         train(recipe, tmp_path / "run")
     assert "\n" not in str(error.value)
@@ -304,7 +304,7 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before_it_whole(whole, tmp_pa
     class Kill(BaseException):
         pass
 
-    real = {"writing": KimiLinearForCausalLM.save_pretrained, "before the rename": files.flush}[moment]
+    real = {"writing": checkpoints.write_rows, "before the rename": files.flush}[moment]
 
     def kill(*args, **options):
         real(*args, **options)
@@ -312,7 +312,7 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before_it_whole(whole, tmp_pa
             raise Kill
 
     if moment == "writing":
-        monkeypatch.setattr(KimiLinearForCausalLM, "save_pretrained", kill)
+        monkeypatch.setattr(checkpoints, "write_rows", kill)
     else:
         monkeypatch.setattr(files, "flush", kill)
     with pytest.raises(Kill):
@@ -399,7 +399,7 @@ sys.path[:0] = [{root!r}]
 from palimpsest.train import override, train
 
 recipe = pickle.load(open({folder!r} + "/recipe.pkl", "rb"))
-sharded = override(recipe, {{"parallel": "fsdp"}})
+sharded = override(recipe, {{"parallel.kind": "fsdp", "parallel.expert": "2"}})
 
 def stop(event):  # one process is told, both stop
     if event["event"] == "step" and event["step"] == 3:
