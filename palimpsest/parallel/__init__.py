@@ -4,7 +4,7 @@
 >>> Plan(expert=2).sizes(8)
 {'data': 4, 'expert': 2, 'context': 1}
 
-Reading order: plan.py, which is the table of the axes; parallelize.py, which applies a plan; experts.py; context.py.
+Reading order: plan.py, which is the table of the axes; parallelize.py, which applies a plan; dealt_experts.py; context.py.
 """
 
 from importlib import import_module

@@ -1,6 +1,6 @@
 """A plan applied to a model. The order, written once:
 
-    1  experts   each process keeps its own of every mixture; tokens go to them and come back      experts.py
+    1  experts   each process keeps its own of every mixture; tokens go to them and come back      dealt_experts.py
     2  context   each process reads its stretch of every row; memories and latents are exchanged   context.py
     3  recompute, then compile: each layer, as it now is
     4  data      shards by FSDP2, layer by layer; copies need no wrapper: their gradients are summed after the step
@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from palimpsest.models.kimi_linear import KimiLinearForCausalLM
-from palimpsest.parallel.experts import DealtExperts, deal_experts_
+from palimpsest.parallel.dealt_experts import DealtExperts, deal_experts_
 from palimpsest.parallel.plan import Plan
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from palimpsest.models.kimi_linear.official_names import official_tensors, place_of
-from palimpsest.parallel.experts import DealtExperts
+from palimpsest.parallel.dealt_experts import DealtExperts
 from palimpsest.parallel.parallelize import Spread
 
 NAMES = {  # as safetensors calls them

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from palimpsest.train.data import Batch
@@ -84,7 +85,9 @@ class CapturedGradients:
             for _ in range(2):
                 self._run(inputs)
         torch.cuda.current_stream(self.device).wait_stream(stream)
-        with torch.cuda.graph(graph, pool=self._pool):
+        # NCCL's own thread asks for events while this one records: only this one's calls are judged then.
+        mode = "thread_local" if dist.is_available() and dist.is_initialized() else "global"
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode=mode):
             loss = self._run(inputs)
         self._pool = self._pool or graph.pool()
         with torch.no_grad():
