@@ -420,8 +420,13 @@ def fit(op: str, tensors: Sequence[Tensor | None], **sizes: int) -> dict[str, in
         known = _FITTED.get(call)
     except (AttributeError, TypeError):  # not a tensor; or a shape that is still a symbol
         return _walk_beside(op, tensors, sizes)
-    if known is not None and all(x is None or _is_ordered(x) for x in [tensors[i] for i in _LIE[op]]):
-        return known
+    if known is not None:
+        for i in _LIE[op]:
+            x = tensors[i]
+            if x is not None and (not x.is_contiguous() or x.is_neg()):
+                break
+        else:
+            return known
     found = _walk_beside(op, tensors, sizes)
     if len(_FITTED) >= _MOST:
         _FITTED.clear()

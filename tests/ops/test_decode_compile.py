@@ -1,4 +1,4 @@
-"""Decoding's kernels compile for sm_90 without a GPU, in bfloat16 and the released sizes."""
+"""Decoding's kernels, grouped products and convolutions compile for sm_90 without a GPU, in bfloat16 and the released sizes."""
 
 import os
 import subprocess
@@ -14,10 +14,11 @@ PROGRAM = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from palimpsest.ops.gpu.triton import experts_step, latent_step, memory_layer_step, projections
+from palimpsest.ops.gpu.triton import experts_step, grouped, latent_step, memory_layer_step, projections, short_conv
 
 TILE = dict(BLOCK_N=32, BLOCK_M=16, BLOCK_D=128, PRECISION="tf32")
 EXPERTS = dict(K=8, D=2304, WIDTH=1024, SHARED=1024, BLOCK_P=128, BLOCK_N=32, BLOCK_M=16, PRECISION="tf32")
+CONV = dict(W=4, PACKED=True)
 KERNELS = {
     projections.project_kernel: (
         dict(O0=4096, O1=4096, O2=4096, O3=128, O4=128, O5=32, D=2304, **TILE), dict(num_warps=4, num_stages=4)
@@ -31,18 +32,28 @@ KERNELS = {
         dict(T=1, H=32, R=512, P=64, BLOCK_M=32, BLOCK_S=32, BLOCK_R=512, BLOCK_P=64, PRECISION="tf32"),
         dict(num_warps=8, num_stages=2),
     ),
+    grouped.product_kernel: (
+        dict(BLOCK_E=16, BLOCK_M=128, BLOCK_A=64, BLOCK_B=128, PRECISION="tf32"), dict(num_warps=8, num_stages=3)
+    ),
+    grouped.outer_kernel: (dict(BLOCK_M=64, BLOCK_A=128, BLOCK_B=128, PRECISION="tf32"), dict(num_warps=8, num_stages=3)),
+    short_conv.forward_kernel: (dict(CONV, STATE=True, BLOCK_T=32, BLOCK_D=128), dict(num_warps=4)),
+    short_conv.activation_backward_kernel: (dict(CONV, STATE=True, BLOCK_T=64, BLOCK_D=32), dict(num_warps=4)),
+    short_conv.backward_kernel: (dict(CONV, BLOCK_T=64, BLOCK_D=32), dict(num_warps=4)),
 }
 INTEGERS, FLOATS = {"N", "B", "S", "E", "PAIRS", "SPLITS"}, {"scale", "floor", "beta_max", "eps"}
+INTEGERS |= {"M", "A", "T", "D", "D0", "D1", "D2", "held"}
 TYPES = dict.fromkeys(("A_log", "dt_bias", "state", "weights", "parts", "read", "largest", "total"), "*fp32")
-TYPES |= dict.fromkeys(("experts", "length"), "*i64")
+TYPES |= dict.fromkeys(("experts", "length"), "*i64") | dict.fromkeys(("ends", "ages"), "*i32") | {"d_weight": "*fp32"}
 
 for kernel, (constants, options) in KERNELS.items():
     signature, constexprs, attributes = {}, {}, {}
     for at, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name], constexprs[(at,)] = "constexpr", constants[name]
-        elif name in INTEGERS | FLOATS:
-            signature[name] = "i32" if name in INTEGERS else "fp32"
+        elif name in INTEGERS | FLOATS or "stride" in name:
+            signature[name] = "fp32" if name in FLOATS else "i32"
+        elif name == "rows" and "ages" in kernel.arg_names:
+            signature[name] = "*i32"
         else:
             signature[name], attributes[(at,)] = TYPES.get(name, "*bf16"), [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
@@ -63,7 +74,7 @@ def test_they_compile(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     lines = done.stdout.splitlines()
-    assert len(lines) == 5
+    assert len(lines) == 10
     for line in lines:
         kernel, shared = line.split()
         assert int(shared) <= 227 * 1024, f"{kernel} wants {shared} bytes of shared memory"
