@@ -48,8 +48,9 @@ def train(
 
     Example: `palimpsest train recipes/demo.py --set minutes=1`
     """
-    from palimpsest.train import load_recipe
+    from palimpsest.train import CheckpointError, NonFiniteError, load_recipe
     from palimpsest.train import train as run_recipe
+    from palimpsest.train.processes import RefusedError
     from palimpsest.train.recipe import as_dict
 
     loaded = load_recipe(place_of(recipe), _settings(set or []))
@@ -64,7 +65,12 @@ def train(
     with display(
         Standing().status, _remarks, quiet=quiet or not first, as_json=as_json and first, silent="step"
     ) as report:
-        result = run_recipe(loaded, folder, resume=resume, overwrite=overwrite, report=report)
+        try:
+            result = run_recipe(loaded, folder, resume=resume, overwrite=overwrite, report=report)
+        except (RefusedError, CheckpointError, NonFiniteError):  # all processes raise it, and the first one says it
+            if first:
+                raise
+            return 1
     _leave_the_others()
     if not first:
         return 0 if result.finished else INTERRUPTED

@@ -89,17 +89,22 @@ class Corpus:
     def step(self, step: int, process: int = 0, num_processes: int = 1) -> tuple[list[Batch], int]:
         """The parts that this process computes in this step, counted from 0, and the step's tokens over all processes."""
         data = self.data
+        self.refuse(num_processes)
         num_parts = data.accumulate * num_processes
-        if data.batch_size % num_parts:
-            raise ValueError(
-                f"data.batch_size {data.batch_size} cannot be dealt to {num_processes} processes x data.accumulate "
-                f"{data.accumulate}; give a multiple of {num_parts}"
-            )
         rows = [self._row(step * data.batch_size + i) for i in range(data.batch_size)]
         average = sum(_num_predictions(lengths) for _, lengths in rows) / num_parts
         size = data.batch_size // num_parts
         mine = [rows[(part * num_processes + process) * size :][:size] for part in range(data.accumulate)]
         return [self._collate(part, average) for part in mine], sum(len(tokens) for tokens, _ in rows)
+
+    def refuse(self, num_processes: int) -> None:
+        """Raises ValueError if a step's rows cannot be dealt to so many processes."""
+        num_parts = self.data.accumulate * num_processes
+        if self.data.batch_size % num_parts:
+            raise ValueError(
+                f"data.batch_size {self.data.batch_size} cannot be dealt to {num_processes} processes x data.accumulate "
+                f"{self.data.accumulate}; give a multiple of {num_parts}"
+            )
 
     def _row(self, index: int) -> tuple[np.ndarray, list[int]]:
         """Row `index` of the endless stream of epochs: at most T tokens, and the lengths of its documents."""

@@ -5,8 +5,8 @@ Reading order: `train` below, then recipe.py, data.py, optim.py, run_folder.py, 
 
 import math
 import time
-from collections.abc import Iterable
-from contextlib import closing, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib.util import find_spec
@@ -32,7 +32,7 @@ from palimpsest.train.interrupts import interrupts
 from palimpsest.train.late import LateNumbers
 from palimpsest.train.logger import Report, RunLogger
 from palimpsest.train.optim import build_optimizer, rate_factor
-from palimpsest.train.processes import settle, start_accelerator, total
+from palimpsest.train.processes import settle, start_accelerator, together, total
 from palimpsest.train.progress import Progress, Result
 from palimpsest.train.recipe import Recipe, as_dict
 from palimpsest.train.run_folder import RunFolder, best, latest
@@ -67,6 +67,7 @@ def train(
     accelerator = start_accelerator(recipe)
     try:
         corpus, problem = _corpus(recipe), None
+        corpus.refuse(accelerator.num_processes // recipe.parallel.context)
         run = RunFolder(folder, recipe, corpus.digest, resume=resume, overwrite=overwrite)
     except (ValueError, OSError, ImportError) as error:
         corpus = run = None
@@ -74,14 +75,28 @@ def train(
     settle(accelerator, problem, recipe=as_dict(recipe), data=corpus and corpus.digest)
     assert corpus is not None
     assert run is not None
-    accelerator.wait_for_everyone()  # all have looked before one writes
-    with run.held() if accelerator.is_main_process else nullcontext():
+    with together(accelerator), _held(accelerator, run):
         done, saved = (None, None) if overwrite else (run.result(), latest(folder))
         if done and saved and (result := Result.from_dict(done, saved, _other_best(run))):
             if accelerator.is_main_process:
                 report({"event": "finished", **result.as_dict()})
             return result
         return _train(accelerator, corpus, run, saved, report)
+
+
+@contextmanager
+def _held(accelerator: Accelerator, run: RunFolder) -> Iterator[None]:
+    """The run's folder, held by the first process for all."""
+    holding = run.held() if accelerator.is_main_process else nullcontext()
+    try:
+        holding.__enter__()
+        problem = None
+    except ValueError as error:
+        problem = error
+    settle(accelerator, problem)
+    with ExitStack() as stack:
+        stack.push(holding)
+        yield
 
 
 def _corpus(recipe: Recipe) -> Corpus:

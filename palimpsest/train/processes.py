@@ -1,6 +1,8 @@
 """What several processes share: the accelerator, and the few numbers and sentences on which they must agree."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,8 +11,8 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import gather_object
 
-from palimpsest.checks import check
-from palimpsest.train.recipe import Recipe
+from palimpsest.parallel.watch import watching
+from palimpsest.train.recipe import Recipe, difference_of
 
 
 def start_accelerator(recipe: Recipe) -> Accelerator:
@@ -25,7 +27,10 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
     GradientState._reset_state()
     cpu = not torch.accelerator.is_available()  # said aloud: without it, processes on CPUs do not find each other
     several = int(os.environ.get("WORLD_SIZE", "1"))
-    recipe.parallel.refuse(recipe.model, several)  # before anybody waits for anybody
+    try:
+        recipe.parallel.refuse(recipe.model, several)  # before anybody waits for anybody
+    except ValueError as error:
+        raise RefusedError(str(error)) from error
     if recipe.precision == "fp16" and cpu:
         raise ValueError("precision='fp16' needs a GPU; use bf16, or no for fp32")
     plan = recipe.parallel
@@ -69,6 +74,30 @@ class RefusedError(ValueError):
     """What is wrong in one of several processes, said by the first of them; the others leave without a word."""
 
 
+class LostError(ValueError):
+    """Another process of the job is gone."""
+
+
+@contextmanager
+def together(accelerator: Accelerator) -> Iterator[None]:
+    """Within it, this process ends if another one is gone, in a minute at most, with a sentence.
+
+    Raises:
+        LostError: another process is gone, and the backend noticed.
+    """
+    try:
+        with watching():
+            yield
+    except (dist.DistError, RuntimeError) as error:
+        lost = isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "store"))
+        if accelerator.num_processes == 1 or not lost:
+            raise
+        raise LostError(
+            f"another of the {accelerator.num_processes} processes is gone: the connection to it broke; go on from the last "
+            "checkpoint with --resume"
+        ) from error
+
+
 def settle(accelerator: Accelerator, problem: Exception | None, **facts: Any) -> None:
     """Goes on in all processes or in none: where one has a problem, or facts that differ, all raise the same sentence.
 
@@ -93,8 +122,8 @@ def settle(accelerator: Accelerator, problem: Exception | None, **facts: Any) ->
     for process, (_, theirs) in enumerate(said):
         for name, value in theirs.items():
             first = said[0][1][name]
-            check(
-                value == first,
-                f"process {process} has another {name.replace('_', ' ')} than process 0 ({value!r}, {first!r}); start all "
-                "processes with the same recipe, data and release",
-            )
+            if value != first:
+                what = difference_of(value, first) if isinstance(value, dict) else f"{value!r}, {first!r}"
+                raise RefusedError(
+                    f"process {process} has another {name} than process 0 ({what}); start all with the same"
+                )

@@ -321,6 +321,13 @@ def difference(recipe: Recipe, saved: Mapping[str, Any]) -> str | None:
     return None
 
 
+def difference_of(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """The first field in which two recipes, as JSON would hold them, differ, as a phrase."""
+    flat = _flat(one), _flat(other)
+    path = next(path for path in sorted(flat[0] | flat[1]) if flat[0].get(path) != flat[1].get(path))
+    return f"{path} is {flat[0].get(path)!r}, there {flat[1].get(path)!r}"
+
+
 def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in node.items():
