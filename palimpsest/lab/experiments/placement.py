@@ -1,6 +1,6 @@
 """Where to put full attention: which layer, which two, and can a model find out by itself?"""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 
 from palimpsest.lab.compare.comparison import draw_curves
@@ -100,6 +100,7 @@ def judge(records: Sequence[Record]) -> Verdict:
     scores = found(records)
     one, two = _fixed(scores, 1), _fixed(scores, 2)
     because, outcome = [], "undecided"
+    none, order = None, []
     if one:
         order = sorted(one, key=lambda w: -one[w].mean)
         best, worst = order[0], order[-1]
@@ -151,9 +152,14 @@ def judge(records: Sequence[Record]) -> Verdict:
     for who in [w for w in scores if w.startswith(ROUTED)]:
         kept = Spread(tuple(r.rows[0]["kept"] for r in records if r.label["contestant"] == who))
         whole = f" against {one[middle].percent()} of {middle} whole" if middle in one else ""
+        idle = " Its attention stands idle: what it finds, its memories find." if kept.high < 0.01 else ""
         because.append(
             f"{who}: the latent layer keeps {kept.percent()} of the tokens, so its cache has so many of its bytes, and finds "
-            f"{scores[who]['needle'].percent()}{whole}."
+            f"{scores[who]['needle'].percent()}{whole}.{idle}"
+        )
+    if none and one and not one[order[0]].above(none["needle"]):
+        because.append(
+            "No place is surely better than none: whether a run leaves the plateau decides, and not the place."
         )
     return Verdict(outcome, because + diverged(records), (_table(scores, records), contestants_table(records)))
 
@@ -210,7 +216,26 @@ def draw(records: Sequence[Record]):
         axes[2].legend(frameon=False, fontsize=8)
     names = [w for w in scores if not (set(w) <= {"K", "M"} and w.count("M") > 1)]
     shown = [r for r in records if r.label["contestant"] in names]
-    return {"map": fig, "curves": draw_curves(shown, style(names))}
+    figures = {"map": fig, "curves": draw_curves(shown, style(names))}
+    kept = {r.label["contestant"]: r.result["kept_tokens"] for r in reversed(records) if "kept_tokens" in r.result}
+    if kept:
+        figures["kept"] = kept_text(kept)
+    return figures
+
+
+def kept_text(kept: Mapping[str, Sequence[Sequence[int]]], width: int = 88):
+    """A test sequence for each router, what the attention keeps of it in black on yellow."""
+    lines = max(-(-len(tokens) // width) for tokens, _ in kept.values())
+    fig, axes = figure(len(kept), 1, width=10, height=0.5 + 0.28 * lines)
+    for ax, (who, (tokens, marks)) in zip(axes, kept.items()):
+        for i, (token, mark) in enumerate(zip(tokens, marks)):
+            letter = chr(token) if 33 <= token < 127 else "\u00b7"
+            how = {"color": "black", "backgroundcolor": "#ffe066"} if mark else {"color": "#888888"}
+            ax.text(i % width, -(i // width), letter, family="monospace", fontsize=9, ha="center", va="center", **how)
+        ax.set(xlim=(-1, width), ylim=(-lines + 0.4, 0.6))
+        ax.set_axis_off()
+        ax.set_title(who, fontsize=10, loc="left")
+    return fig
 
 
 EXPERIMENT = Experiment(

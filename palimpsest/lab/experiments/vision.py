@@ -96,6 +96,9 @@ def judge(records: Sequence[Record]) -> Verdict:
             good, bad = four.above(one) and four.above(attention), one.above(four) or attention.above(four)
             outcome = "shown" if good else "not shown" if bad else "undecided"
             because.append(f"In every seed: by luck {by_luck(len(four.values), len(one.values))} a comparison.")
+    rates = {r.label["lr"] for r in records}
+    if len(rates) == 1 and scores:
+        because.append(f"All had one learning rate, {rates.pop():g}, at which KDA learns; others may want another.")
     for test in tests[1:]:
         order = sorted(((s.mean, who) for (t, who), s in scores.items() if t == test), reverse=True)
         if order:
