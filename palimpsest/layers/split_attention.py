@@ -109,8 +109,8 @@ def _packed(f: Fragment, q_BFHC: Tensor, k_BSHC: Tensor, v_BSHV: Tensor, scale: 
     borders_k = torch.tensor([*of_k, B * S], dtype=torch.int32).to(q_BFHC.device)
     most_q, most_k = max(p.stop - p.start for p in f.pieces), max(p.stop - p.document for p in f.pieces)
     v_BSHC = F.pad(v_BSHV, (0, q_BFHC.shape[-1] - V))  # the kernel wants one head size
-    flat = (x.flatten(0, 1) for x in (q_BFHC, k_BSHC, v_BSHC))
+    q, k, v = (x.flatten(0, 1) for x in (q_BFHC, k_BSHC, v_BSHC))
     assert varlen_attn is not None
-    y = varlen_attn(*flat, borders_q, borders_k, most_q, most_k, scale=scale, **_CAUSAL)
+    y = varlen_attn(q, k, v, borders_q, borders_k, most_q, most_k, scale=scale, **_CAUSAL)
     assert isinstance(y, Tensor)
     return y.unflatten(0, (B, tokens))[..., :V]

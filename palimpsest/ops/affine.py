@@ -238,11 +238,10 @@ def opened(call: Call, tensors, first, cu_seqlens, open_rows: list[int]) -> Open
     eye = torch.eye(K, device=v.device, dtype=state_dtype(v.dtype)).expand(len(open_rows), v.shape[2], K, K)
     whole = len(open_rows) == len(after)
     count = len(tensors) - 2 * (call.gate is not None)
-    chosen = list(tensors)
+    chosen, ends = list(tensors), [0]
     if not whole:
         for i in range(count):
             chosen[i] = torch.cat([tensors[i][row : row + 1, start:stop] for row, start, stop in spans], 1)
-        ends = [0]
         for _, start, stop in spans:
             ends.append(ends[-1] + stop - start)
         cu_seqlens = torch.tensor(ends, dtype=torch.int32).to(v.device)
@@ -365,7 +364,7 @@ def _entering(call: Call, maps: dict[tuple[int, str], Tensor]) -> Tensor:
     for before, f in zip(fragments, fragments[1:]):
         if f.start in needed:
             E = maps[before.start, "E"].double()
-            S = E + maps[before.start, "D"].double() @ S if before.through else E
+            S = E if S is None or not before.through else E + maps[before.start, "D"].double() @ S
             found[f.start] = S
     return torch.stack([found[f.start] for f in call.split.mine if f.open], 1).flatten(0, 1)
 

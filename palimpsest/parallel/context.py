@@ -7,7 +7,7 @@
 
 A part of a sequence is an affine map of the memory that enters it, so ranks exchange K x K and K x V numbers a head, never
 tokens; attention gathers its latents and deals its heads. Gradients flow as on one rank: call backward on every rank.
-See docs/how-to/scale.md.
+See docs/how-to/long-context.md.
 """
 
 from __future__ import annotations
@@ -95,9 +95,10 @@ def split_context_(model: nn.Module, group: Any, layout: Literal["contiguous", "
     """
     if isinstance(model, KimiLinearForCausalLM):
         check_mixers(model.model.layers)
-    if not any(isinstance(module, MemoryLayer | MultiHeadLatentAttention) for module in model.modules()):
+    if not any(isinstance(module, MemoryLayer) for module in model.modules()):
         raise ValueError(
-            f"the model is a {type(model).__name__} without memories or latent attention; leave parallel.context at 1"
+            f"the model is a {type(model).__name__} without a memory layer, so there is no context to share; leave "
+            "parallel.context at 1"
         )
     forward, chosen = model.forward, layout or layout_of(model, dist.get_world_size(group))
 

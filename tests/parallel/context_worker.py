@@ -29,6 +29,7 @@ from palimpsest.ops import affine, gates, split
 from palimpsest.ops.short_conv import short_convs
 from palimpsest.ops.split import split_sequence
 from palimpsest.ops.variants import VARIANTS, kda, kda_from_logits
+from palimpsest.parallel.context import own_stretch, split_context_
 from palimpsest.testing import Case, assert_within_budget, rounded_products
 
 T, TOLERANCE = 90, 1e-11
@@ -285,6 +286,27 @@ def the_whole_model(groups):
             close("loss", same_everywhere(share.detach(), groups[size]) / size, loss.detach())
             for (name, _), ours, d in zip(model.named_parameters(), found, truth):
                 close(name, same_everywhere(ours, groups[size]) / size, d, 1e-8)
+
+
+@check_of(2)
+def a_plan_of_contexts(groups):
+    """As the training loop has it: whole rows go to every rank, and the model takes its own part; not in evaluation."""
+    group = groups[2]
+    model = KimiLinearForCausalLM(KimiLinearConfig.tiny("KM")).double()
+    ids = torch.randint(250, (1, T), generator=torch.Generator().manual_seed(0))
+    labels = torch.where(torch.arange(T) % 11 == 3, -100, ids)
+    batch = {"labels": labels, "cu_seqlens": DOCUMENTS}
+    truth = model(ids, **batch).loss
+    split_context_(model, group)
+    for training in (True, False):
+        model.train(training)
+        *rows, mine = own_stretch(ids, labels, DOCUMENTS, group)
+        share = model(rows[0], labels=rows[1], cu_seqlens=rows[2]).loss.detach()
+        whole = same_everywhere(share, group) / 2 if training else share
+        close("loss", whole, truth.detach())
+    assert 2 * mine == ((labels != -100).sum() - sum(int(labels[0, n] != -100) for n in {0, 7, 40, 41}))
+    with refused("without a memory layer"):
+        split_context_(torch.nn.Linear(2, 2), group)
 
 
 @check_of(2)

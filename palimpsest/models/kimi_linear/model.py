@@ -495,7 +495,7 @@ def split_loss(hidden: Tensor, head: Tensor, labels: Tensor, split: SequenceSpli
 def check_mixers(layers: nn.ModuleList) -> None:
     """Raise ValueError if a layer cannot run on a part of a sequence."""
     for index, layer in enumerate(layers):
-        mixer = layer.self_attn
+        mixer: Any = layer.self_attn
         run = mixer.without_state if hasattr(mixer, "without_state") else mixer.forward
         inner = getattr(mixer, "remember", run)
         if any("split" not in inspect.signature(f).parameters for f in (run, inner)):  # pyright: ignore[reportArgumentType]
