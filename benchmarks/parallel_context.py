@@ -116,9 +116,9 @@ class Step:
             loss = self.model(tokens, labels=labels, **more).loss
         loss.backward()
         if together:
-            for p in self.parameters:
-                dist.all_reduce(p.grad)
-                p.grad /= dist.get_world_size()
+            for gradient in (p.grad for p in self.parameters if p.grad is not None):
+                dist.all_reduce(gradient)
+                gradient /= dist.get_world_size()
             loss = loss.detach().clone()
             dist.all_reduce(loss)
             loss /= dist.get_world_size()

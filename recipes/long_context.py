@@ -5,7 +5,8 @@
     palimpsest train recipes/long_context.py:debug                                            # a minute anywhere: does it run?
 
 The model is that of `KimiLinearConfig.medium`, with the bytes of Python's own sources for words until it is given better. Layers
-are computed again in the backward, and the loss is formed in pieces, so that a token costs some 75 KB; see docs/how-to/long-context.md.
+are computed again in the backward, and the loss is formed in pieces, so that a token costs some 75 KB: see
+docs/how-to/long-context.md.
 """
 
 import dataclasses
