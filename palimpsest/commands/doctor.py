@@ -24,6 +24,7 @@ EXTRAS = {  # extra -> the modules that it brings, and what is lacking without t
     "train": ("accelerate numpy matplotlib tokenizers", "training, and tokenizers other than bytes"),
     "triton": ("triton", "the kernels for a GPU"),
     "lab": ("numpy matplotlib", "experiments and their plots"),
+    "cluster": ("submitit", "lab sweeps through Slurm"),
     "explain": ("starlette uvicorn", "the explainer's page"),
     "transformers": ("transformers", "transformers' own models on these kernels, and ours in its tools"),
     "finetune": ("peft trl datasets", "LoRA, SFT and GRPO"),

@@ -154,6 +154,14 @@ def run(
             help="Models that learn beside each other on one GPU, in one process: many small ones in little time."
         ),
     ] = 1,
+    executor: Annotated[
+        str | None,
+        typer.Option(
+            help="Who runs the points, --workers at once: `slurm`, `slurm:timeout_min=60,gpus_per_node=1`, `submitit-local`, "
+            "or `FILE.py:function` for an executor of your own; by default processes of this machine.",
+            show_default=False,
+        ),
+    ] = None,
     only: Annotated[str, typer.Option(help="Only points whose description contains this, such as `task mqar`.")] = "",
     minutes: Annotated[
         float | None,
@@ -171,14 +179,20 @@ def run(
     """
     import torch
 
+    from palimpsest.lab.framework.executors import executor_of
     from palimpsest.lab.framework.experiment import load_experiment
     from palimpsest.lab.framework.sweep import InterruptedSweep
     from palimpsest.lab.framework.sweep import run as run_sweep
     from palimpsest.lab.side_by_side import SideBySide
 
+    loaded = load_experiment(experiment)
+    runner: Any = executor_of(executor, workers) if executor is not None else None
+    check(
+        device != "auto" or runner is None or not runner.elsewhere,
+        f"--executor {executor} runs points on other machines, and --device is auto; give --device cpu or cuda",
+    )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = load_experiment(experiment)
     if scale is None:
         wanted = ("small", "full") if device == "cpu" else ("quick", "full")
         scale = next((name for name in wanted if name in loaded.scales), next(iter(loaded.scales)))
@@ -186,18 +200,25 @@ def run(
     command = f"palimpsest lab run {shlex.quote(experiment)} --scale {scale} --out {shlex.quote(str(folder))}"
     command += f" --device {device}" + (f" --workers {workers}" if workers > 1 else "")
     command += f" --side-by-side {side_by_side}" if side_by_side > 1 else ""
+    command += f" --executor {shlex.quote(executor)}" if executor else ""
     check(side_by_side >= 1, f"--side-by-side is {side_by_side}; give at least 1")
     check(
         workers == 1 or side_by_side == 1,
         f"--workers is {workers} and --side-by-side {side_by_side}; give one of them: models beside each other share a process",
     )
-    drawing = 0 if device == "cpu" else max(min((os.cpu_count() or 2) // 2, 12), 1)  # processes that make sequences
+    check(
+        executor is None or side_by_side == 1,
+        f"--executor {executor} and --side-by-side {side_by_side} were both given; choose one",
+    )
+    if side_by_side > 1:
+        drawing = 0 if device == "cpu" else max(min((os.cpu_count() or 2) // 2, 12), 1)  # processes that make sequences
+        runner = SideBySide(side_by_side, drawing)
     last: dict[str, Any] = {}
     try:
         with display(_status, _remarks, quiet=quiet, as_json=as_json) as show_event:
             run_sweep(
                 loaded, scale, folder, device=device, workers=workers, only=only, minutes=minutes, command=command,
-                note=note, runner=SideBySide(side_by_side, drawing) if side_by_side > 1 else None,
+                note=note, runner=runner,
                 report=lambda event: (last.update(event), show_event(event))[1],
             )  # fmt: skip
     except InterruptedSweep:

@@ -18,10 +18,12 @@ import pytest
 from palimpsest import cli
 from palimpsest.lab.compare.comparison import versus
 from palimpsest.lab.compare.seed_statistics import Spread, against, diverged, tuned
+from palimpsest.lab.framework.executors import executor_of
 from palimpsest.lab.framework.experiment import Experiment, Record, Verdict, load_experiment
 from palimpsest.lab.framework.report import compare
 from palimpsest.lab.framework.results import failures, read_lines, read_records, title
 from palimpsest.lab.framework.sweep import InterruptedSweep, check_device, check_room, run
+from palimpsest.lab.framework.worker import PATIENCE, Session
 
 RECIPE = '''
 """An experiment whose points take no time, unless they wait for other processes, or for a file named go."""
@@ -235,30 +237,165 @@ def test_long_points_are_begun_first(tmp_path):
 
 
 @pytest.mark.timeout(240)
-def test_ctrl_c_ends_the_workers_too(tmp_path):
+@pytest.mark.parametrize("executor", ["processes", "submitit-local"])
+def test_ctrl_c_ends_the_workers_too(tmp_path, executor):
+    """As a terminal sends it, to all of them at once: the workers leave it to the sweep."""
+    if executor != "processes":
+        pytest.importorskip("submitit")
     experiment = recipe(tmp_path, FREE=2)
     code = (
         "from palimpsest.lab.framework.experiment import load_experiment\nfrom palimpsest.lab.framework.sweep import *\n"
+        "from palimpsest.lab.framework.executors import executor_of\n"
         "if __name__ == '__main__':\n"
-        "    try:\n        run(load_experiment('count.py'), 'tiny', 'out', device='cpu', workers=2)\n"
+        "    try:\n        run(load_experiment('count.py'), 'tiny', 'out', device='cpu', workers=2,\n"
+        f"            runner=executor_of({executor!r}, 2))\n"
         "    except InterruptedSweep:\n        raise SystemExit(130)\n"
     )
     (tmp_path / "main.py").write_text(code)
     root = str(Path(__file__).parents[2])
-    child = subprocess.Popen([sys.executable, "main.py"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": root})
+    child = subprocess.Popen(
+        [sys.executable, "main.py"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": root}, start_new_session=True
+    )
     results = tmp_path / "out" / "results.jsonl"
     try:
         while not (results.is_file() and len(read_lines(results)) >= 2):
             assert child.poll() is None
             time.sleep(0.1)
-        child.send_signal(signal.SIGINT)
+        os.killpg(child.pid, signal.SIGINT)
+        began = time.monotonic()
         assert child.wait(200) == 130
+        assert time.monotonic() - began < PATIENCE  # nobody had to be ended
     finally:
         child.kill()
     assert len(read_records(tmp_path / "out")) == 2
     (tmp_path / "go").touch()
     assert run(experiment, "tiny", tmp_path / "out", device="cpu")
     assert len(read_records(tmp_path / "out")) == 8
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("executor", ["processes", "submitit-local"])
+def test_a_killed_worker_loses_nothing(tmp_path, executor):
+    """Two workers at work on two points; one is killed in the middle of its own, which another then does."""
+    if executor != "processes":
+        pytest.importorskip("submitit")
+    experiment = recipe(tmp_path, POINTS=1, PROCESSES=2, FREE=0)
+    killed = []
+
+    def kill(event):
+        begun = list(tmp_path.glob("process-*"))
+        if len(begun) == 2 and not killed:
+            killed.append(int(begun[0].name.partition("-")[2]))
+            os.kill(killed[0], signal.SIGKILL)
+        if len(begun) == 3:  # its point has another worker
+            (tmp_path / "go").touch()
+
+    runner = executor_of(executor, 2)
+    assert run(experiment, "tiny", tmp_path / "out", device="cpu", workers=2, report=kill, runner=runner)
+    lines = read_lines(tmp_path / "out" / "results.jsonl")
+    assert [line["label"]["seed"] for line in sorted(lines, key=lambda line: line["label"]["seed"])] == [0, 1]
+    assert all("result" in line for line in lines)
+    assert killed[0] not in {line["result"]["rows"][0]["process"] for line in lines}
+    assert not (tmp_path / "out" / "running").exists()
+
+
+CLUSTER = """
+from concurrent.futures import Future, ThreadPoolExecutor
+
+def pool(workers):
+    return ThreadPoolExecutor(workers)
+
+class Sinking:  # whoever takes the first point of the plan goes down with it
+    calls = 0
+    def submit(self, function, job):
+        call, first = Future(), Sinking.calls == 0 or job.identity == Sinking.bad
+        if Sinking.calls == 0: Sinking.bad = job.identity
+        Sinking.calls += 1
+        call.set_exception(OSError("the node went down")) if first else call.set_result(function(job))
+        return call
+
+def sinking(workers):
+    return Sinking()
+"""
+
+
+@pytest.fixture
+def threads():
+    """As many as before: workers take one each."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_an_executor_of_ones_own_takes_a_sweep(tmp_path, threads, capsys):
+    (tmp_path / "cluster.py").write_text(CLUSTER)
+    recipe(tmp_path)
+    command = [
+        "lab",
+        "run",
+        str(tmp_path / "count.py"),
+        "--scale",
+        "tiny",
+        "--out",
+        str(tmp_path / "out"),
+        "--workers",
+        "3",
+    ]
+    command += ["--executor", f"{tmp_path / 'cluster.py'}:pool"]
+    assert cli.run(command) == 1
+    assert "runs points on other machines, and --device is auto" in capsys.readouterr().err
+    assert cli.run([*command, "--device", "cpu"]) == 0
+    assert len(read_records(tmp_path / "out")) == 8
+    assert "--executor" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_point_that_takes_every_worker_down_is_told_and_tried_again(tmp_path, threads):
+    (tmp_path / "cluster.py").write_text(CLUSTER)
+    experiment = recipe(tmp_path)
+    sinking = executor_of(f"{tmp_path / 'cluster.py'}:sinking", 1)
+    assert not run(experiment, "tiny", tmp_path / "out", device="cpu", runner=sinking)
+    told = failures(tmp_path / "out")
+    assert [words for words, _ in told] == ["number 0, seed 0"]
+    assert "lost 3 times (OSError: the node went down); use fewer workers" in told[0][1]
+    assert len(read_records(tmp_path / "out")) == 7
+    assert run(experiment, "tiny", tmp_path / "out", device="cpu")
+
+
+def test_a_worker_stops_once_its_sweep_is_gone_or_another(tmp_path, monkeypatch):
+    sweep, late = Session(tmp_path, "one"), Session(tmp_path, "one")
+    sweep.beat()
+    assert late.is_on()
+    monkeypatch.setattr("palimpsest.lab.framework.worker.SILENCE", 0.0)
+    late._asked = -1.0
+    assert not late.is_on()  # no beat for so long
+    monkeypatch.undo()
+    assert Session(tmp_path, "one").is_on()
+    assert not Session(tmp_path, "another").is_on()
+    sweep.end()
+    assert not Session(tmp_path, "one").is_on()
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("slrum", "executor 'slrum' is unknown; give 'processes', 'slurm'"),
+        ("processes:2", "is unknown"),
+        ("submitit-local:timeout", "'timeout' is not SETTING=VALUE"),
+        ("none.py:pool", "executor 'none.py' is not a file"),
+    ],
+)
+def test_an_executor_that_is_none_is_refused(text, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        executor_of(text, 2)
+
+
+def test_submitits_own_refusal_is_a_sentence(tmp_path):
+    pytest.importorskip("submitit")
+    runner = executor_of("submitit-local:colour=red", 1)
+    with pytest.raises(ValueError, match="submitit refuses local with .*colour"):
+        run(recipe(tmp_path), "tiny", tmp_path / "out", device="cpu", runner=runner)
 
 
 def test_runs_outside_the_main_thread(tmp_path):

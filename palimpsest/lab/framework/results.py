@@ -3,6 +3,8 @@
 FOLDER/sweep.json      the experiment, its scale and its points: who this folder belongs to
 FOLDER/results.jsonl   a line a finished point, with curves and settings
 FOLDER/unfinished/     what an interrupted point left, to be taken up again
+FOLDER/running/        how far each point is, while points run in other processes; see worker.py
+FOLDER/jobs/           what submitit keeps of a sweep through it
 FOLDER/results.csv     a line a row: what it is of, its label, its numbers
 FOLDER/*.png           plots
 FOLDER/report.md       one page: the verdict, the tables, the machine
@@ -113,7 +115,12 @@ class SweepFolder:
 
     def unfinished(self, identity: str) -> Path:
         """Where a point puts what it has when it is interrupted."""
-        return self.folder / "unfinished" / f"{identity}.pt"
+        return unfinished_file(self.folder, identity)
+
+
+def unfinished_file(folder: Path, identity: str) -> Path:
+    """Where a point of the sweep in a folder puts what it has when it is interrupted."""
+    return folder / "unfinished" / f"{identity}.pt"
 
 
 def read_sweep(folder: Path) -> Row:

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from palimpsest.checks import check
+from palimpsest.lab.framework.executors import ThroughExecutor, processes
 from palimpsest.lab.framework.experiment import Experiment, InterruptedSweep
 from palimpsest.lab.framework.report import write_report
 from palimpsest.lab.framework.results import SweepFolder, read_records, title, write_csv
 from palimpsest.lab.framework.tally import Report, Tally
-from palimpsest.lab.framework.worker import run_here, run_in_processes
+from palimpsest.lab.framework.worker import run_here
 from palimpsest.train.interrupts import interrupts
 
 Runner = Callable[[Mapping[str, Any], str, SweepFolder, Tally, Callable[[], None]], None]  # as `run_here`
@@ -45,13 +46,14 @@ def run(
     Args:
         experiment, scale: what to run.
         folder: where results go; one that holds the same sweep is resumed.
-        device: "cpu", "cuda" or "cuda:N"; None takes a GPU if there is one.
+        device: "cpu", "cuda" or "cuda:N"; None takes a GPU if there is one. A runner whose points run elsewhere needs it.
         workers: points run at once, each in a process of its own; 1 runs them in this one.
         only: run only points whose description contains this text; the rest stays for later.
         minutes: stop after so many, as an interrupt does but without an exception; the same call goes on.
         report: called with each event, a dict: "start", "progress", "point", "end".
         command, note: for the report: how this was called, and what a reader should know of the machine.
-        runner: takes the points in another way, such as `palimpsest.lab.side_by_side.SideBySide`.
+        runner: takes the points in another way, such as `palimpsest.lab.side_by_side.SideBySide`, or through any executor
+            (`palimpsest.lab.framework.executors`); without one they run in processes of this machine.
 
     Returns:
         Whether all points of the sweep are done.
@@ -61,26 +63,28 @@ def run(
         InterruptedSweep: Ctrl-C or SIGTERM; all finished points are in the folder, and so is their report.
     """
     began = time.monotonic()
+    elsewhere = getattr(runner, "elsewhere", False)
+    check(
+        not elsewhere or device is not None,
+        "device is None, and the points run on other machines; give 'cpu' or 'cuda'",
+    )
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
-    check_request(experiment, workers, minutes, device)
+    check_request(experiment, workers, minutes, device, elsewhere=elsewhere)
     plan = experiment.plan(scale)
     sweep = SweepFolder(Path(folder), experiment, scale, plan)
     left = _left(experiment, plan, sweep.done(), only)
     workers = max(min(workers, len(left)), 1)
-    if device != "cpu" and left:
+    if device != "cpu" and left and not elsewhere:
         check_room(left, torch.cuda.mem_get_info(device)[0], workers)
     tally, end = Tally(plan, left, report), math.inf if minutes is None else began + 60 * minutes
     with sweep.held():
-        sweep.start(command, note, device)
+        sweep.start(command, note, "cpu" if elsewhere else device)
         report({"event": "start", "points": len(plan), "left": len(left), "device": device, "workers": workers})
         try:
             with suppress(TimeIsUp), _stops(end) as keep_on:
-                if runner is not None:
-                    runner(left, device, sweep, tally, keep_on)
-                elif workers == 1:
-                    run_here(left, device, sweep, tally, keep_on)
-                else:
-                    run_in_processes(left, device, workers, sweep, tally, keep_on)
+                if runner is None:
+                    runner = run_here if workers == 1 else ThroughExecutor(processes, workers)
+                runner(left, device, sweep, tally, keep_on)
         finally:
             with suppress(OSError):  # it is not there, or holds points
                 (sweep.folder / "unfinished").rmdir()
@@ -122,8 +126,10 @@ def finish(folder: Path, experiment: Experiment) -> None:
         write_report(folder, experiment, records)
 
 
-def check_request(experiment: Experiment, workers: int, minutes: float | None, device: str) -> None:
-    """Raise unless an experiment can be run so, on this machine."""
+def check_request(
+    experiment: Experiment, workers: int, minutes: float | None, device: str, *, elsewhere: bool = False
+) -> None:
+    """Raise unless an experiment can be run so: on this machine, or on others, whose devices nobody knows here."""
     check(workers >= 1, f"workers is {workers}; give at least 1")
     check(
         workers == 1 or not experiment.alone,
@@ -133,15 +139,15 @@ def check_request(experiment: Experiment, workers: int, minutes: float | None, d
         minutes is None or 0 < minutes < math.inf,
         f"minutes is {minutes}; give a number above 0, or leave it out to run to the end",
     )
-    check_device(device)
+    check_device(device, here=not elsewhere)
 
 
-def check_device(device: str) -> None:
-    """Raise unless it is "cpu" or a GPU that this machine has."""
+def check_device(device: str, *, here: bool = True) -> None:
+    """Raise unless it is "cpu" or a GPU that this machine has, or with `here` False may have."""
     name, _, number = device.partition(":")
     known = device == "cpu" or (name == "cuda" and (number.isdecimal() or device == "cuda"))
     check(known, f"device is {device!r}; give 'cpu', 'cuda', or 'cuda:1' and the like")
-    if device == "cpu":
+    if device == "cpu" or not here:
         return
     check(torch.cuda.is_available(), f"device is {device!r} and this machine has no CUDA GPU; give 'cpu'")
     count = torch.cuda.device_count()
