@@ -101,7 +101,7 @@ class ThroughExecutor(NamedTuple):
             for call in running.values():
                 call.cancel()
             if hasattr(executor, "shutdown"):
-                executor.shutdown(wait=False, cancel_futures=True)
+                executor.shutdown(wait=False)
             session.clear()
 
 
