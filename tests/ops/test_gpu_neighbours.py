@@ -62,12 +62,12 @@ def test_experts(monkeypatch, case, form, dtype):
 def test_short_convolutions(monkeypatch, packed, continued, dtype):
     B, T, widths = (1, 301, (96, 96, 40)) if packed else (3, 77, (96, 96, 40))
     cu_seqlens = torch.tensor([0, 1, 1, 130, 301], device="cuda") if packed else None
-    states = [drawn(4 if packed else B, D, 3) for D in widths] if continued else None
+    states = [drawn(4 if packed else B, D, 3) for D in widths] if continued else []
     has_kernel = short_conv._has_kernel
 
     def run(*leaves):
-        held = None if states is None else [s.to(leaves[0].dtype) for s in states]
-        ys, after = short_conv.short_convs(leaves[:3], leaves[3:], states=held, cu_seqlens=cu_seqlens)
+        held = leaves[6:] or None
+        ys, after = short_conv.short_convs(leaves[:3], leaves[3:6], states=held, cu_seqlens=cu_seqlens)
         return [*ys, *after]
 
     def law(*leaves):
@@ -75,8 +75,8 @@ def test_short_convolutions(monkeypatch, packed, continued, dtype):
             patch.setattr(short_conv, "_has_kernel", lambda *x: False)
             return run(*leaves)
 
-    leaves = [drawn(B, T, D) for D in widths] + [drawn(D, 1, 4) for D in widths]
-    assert has_kernel([leaves[0].float()], None)
+    leaves = [drawn(B, T, D) for D in widths] + [drawn(D, 1, 4) for D in widths] + states
+    assert has_kernel([leaves[0].float()])
     assert_honest(run, law, leaves, dtype)
 
 

@@ -20,7 +20,7 @@ from palimpsest.ops.gpu.workspace import runs_of
 from palimpsest.ops.split import split_sequence
 from palimpsest.ops.torch_backends import CHUNKED
 from palimpsest.ops.variants import kda
-from palimpsest.testing import Case
+from palimpsest.testing import Case, assert_within_budget
 
 HERE = Path(__file__).parent
 K, C = 128, 64
@@ -123,3 +123,24 @@ def test_parts_of_a_sequence_on_hopper(driver, borders, segments, open_rows):
 def test_rows_that_follow_one_another_go_in_one_launch():
     assert runs_of([0, 1, 2, 5, 7, 8]) == [(0, 3, 0), (5, 1, 3), (7, 2, 4)]
     assert runs_of([]) == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("borders", [None, [0, 130, 131, 700]], ids=["one sequence", "documents"])
+@pytest.mark.parametrize("decay", ["slow", "floor"])
+def test_parts_on_a_gpu(borders, decay):
+    """In parts no further from the law than twice as far as whole, output and gradients."""
+    T, cut = 700, None if borders is None else torch.tensor(borders, device="cuda")
+    tensors = Case("correlated", "sigmoid", decay, T, 1, 2, K, K).kda(torch.bfloat16, "cuda")[:5]
+    split = split_sequence(T, segments=4, cu_seqlens=cut)
+    weight = torch.randn(1, T, 2, K, device="cuda")
+
+    def results(dtype, **how):
+        leaves = [x.to(dtype or x.dtype).requires_grad_() for x in tensors]
+        output = kda(*leaves, **how).output
+        return [output.detach(), *torch.autograd.grad(output, leaves, weight.to(output.dtype))]
+
+    truth = results(torch.float64, cu_seqlens=cut, backend="chunked")
+    whole, parts = results(None, cu_seqlens=cut), results(None, split=split)
+    for name, ours, peer, law in zip("output q k v log_decay beta".split(), parts, whole, truth):
+        assert_within_budget(name, ours, law, peer, torch.bfloat16)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from palimpsest.ops.short_conv import short_conv, short_conv_step_
+from palimpsest.ops.short_conv import _state_gradient, short_conv, short_conv_step_
 
 D, W = 6, 4
 
@@ -41,3 +41,16 @@ def test_packed_is_separate(W):
         torch.testing.assert_close(y[:, piece], alone)
         torch.testing.assert_close(after[n : n + 1], alone_after)
     assert torch.autograd.gradcheck(lambda x: short_conv(x, weight, state=state, cu_seqlens=borders), x)
+
+
+@pytest.mark.parametrize("ends", [None, [0, 0, 1, 3, 12]], ids=["rows", "packed"])
+def test_the_gradient_of_what_stands_before(ends):
+    """The kernels' way to it, by the first W - 1 tokens alone, is what autograd finds."""
+    borders = None if ends is None else torch.tensor(ends)
+    B, T, N = (2, 6, 2) if borders is None else (1, 12, 4)
+    x, weight, state, dy = torch.randn(B, T, 5), torch.randn(5, 1, 4), torch.randn(N, 5, 3), torch.randn(B, T, 5)
+    leaf = state.clone().requires_grad_()
+    y = torch.nn.functional.silu(short_conv(x, weight, state=leaf, cu_seqlens=borders)[0])
+    truth = torch.autograd.grad(y, leaf, dy)[0]
+    ours = _state_gradient(x, weight.flatten(1), state, dy, borders)
+    torch.testing.assert_close(ours, truth, rtol=1e-5, atol=1e-6)

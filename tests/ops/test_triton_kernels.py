@@ -4,11 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from palimpsest.ops import gates, reference
+from palimpsest.ops import affine, gates, reference
 from palimpsest.ops.gpu.register import TRITON
 from palimpsest.ops.gpu.triton.borders import borders_of
 from palimpsest.ops.gpu.triton.step import steps_
 from palimpsest.ops.gpu.warmup import warmup
+from palimpsest.ops.split import split_sequence
 from palimpsest.testing import Case, assert_within_budget
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -237,3 +238,24 @@ def test_gradients_with_and_without_the_dispatcher_are_the_same():
             found.append([*results, *torch.autograd.grad(loss, inputs)])
         for x, y in zip(*found):
             torch.testing.assert_close(x, y, rtol=0, atol=0)
+
+
+def test_a_part_of_a_longer_sequence():
+    """Two passes of one preparation, from zero and from the identity, and the backward from what entered."""
+    q, k, v, g, beta, _ = drawn(40, K=16, V=24, H=1, HV=2)
+    cu_seqlens = torch.tensor([0, 15, 40], device=DEVICE)
+    split = split_sequence(40, segments=2, cu_seqlens=cu_seqlens, align=5)
+    assert split.open_pieces == (2,)
+    whole = lambda *x: TRITON.kda(*x[:5], None, 0.5, cu_seqlens)
+    parts = lambda *x: affine.remember(split, TRITON, "kda", x[:5], None, 0.5)
+
+    def results(run):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v, g, beta)]
+        output, after = run(*leaves)
+        last = [row for row, piece in enumerate(split.pieces) if piece.ends]
+        after = after[last] if len(after) == len(split.pieces) else after
+        loss = output.square().sum() + after.square().sum()
+        return [output.detach(), after.detach(), *torch.autograd.grad(loss, leaves)]
+
+    for name, ours, truth in zip(NAMES, results(parts), results(whole)):
+        assert (ours - truth).abs().max() <= 1e-5 * truth.abs().max(), name
