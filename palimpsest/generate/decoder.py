@@ -18,7 +18,7 @@ from palimpsest.models.kimi_linear.nonfinite import Fault, NonFiniteError, read_
 
 CHECK_EVERY = 64  # steps between two checks of the whole state; the logits are checked at every one
 SESSION_CHECK_EVERY = 256  # the same in a session, where a check copies the whole state and waits for it
-MOST_TOGETHER = 16384  # tokens read in one call, so that many long prompts need no more memory than a few
+MOST_TOGETHER = 32768  # tokens read in one call, so that many long prompts need no more memory than a few
 FIRST_ROOM = 4096  # tokens that a session has room for beyond those read; the next has as many as were read, or more
 
 
@@ -109,6 +109,10 @@ class Decoder:
 
     def result(self) -> DecodeState:
         """All sequences, those that failed at their last finite token."""
+        if self.rows == list(range(len(self.positions))):  # none has left: the batch as it is
+            self._check()
+            if not self._retired:
+                return self.current
         self.retire(self.rows)
         return DecodeState.join([self._retired[row] for row in sorted(self._retired)])
 
@@ -149,6 +153,8 @@ class Decoder:
 
     def _check(self) -> None:
         """Raise at the first fault, or leave the sequences that have one."""
+        if not any(self._since):  # nothing was read since the last check
+            return self._rest_here()
         finite = self.current.logits.isfinite().all(-1).tolist()
         faults = {fault.sequence: fault for fault in self.current.state.nonfinite()}
         bad = [i for i in range(len(self.rows)) if any(self._since) and (i in faults or not finite[i])]

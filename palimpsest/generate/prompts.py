@@ -43,7 +43,9 @@ def read_prompts(
             raise ValueError(
                 f"prompt {i} is empty; give at least one token, such as the end mark that begins a document"
             )
-        wrong = next(
+        if set(map(type, row)) == {int} and min(row) >= 0 and max(row) < vocab_size:
+            continue
+        wrong = next(  # the same one by one, to say where
             (at for at, token in enumerate(row) if not (isinstance(token, int) and 0 <= token < vocab_size)), None
         )
         if wrong is not None:

@@ -27,6 +27,7 @@ from palimpsest.models.kimi_linear.state_file import check_state
 from palimpsest.text import TextPieces, Tokenizer
 
 Reason = Literal["length", "end", "stop", "nonfinite"]
+PIECE = 2048  # tokens of a prompt read at once: enough that an expert's weights are read for some 60 of them
 WORTH_A_GRAPH = 16  # tokens: recording a graph takes about as long as so many launched one by one
 Draft = Callable[[Sequence[int]], Sequence[int]]
 
@@ -89,7 +90,7 @@ def generate(
     seed: int | Sequence[int] = 0,
     state: ModelState | DecodeState | None = None,
     mask: Tensor | None = None,
-    prefill_chunk: int = 1024,
+    prefill_chunk: int = PIECE,
     on_nonfinite: Literal["raise", "stop"] = "raise",
     draft: Draft | None = None,
     history: StateHistory | None = None,
@@ -163,7 +164,7 @@ def stream(
     seed: int | Sequence[int] = 0,
     state: ModelState | DecodeState | None = None,
     mask: Tensor | None = None,
-    prefill_chunk: int = 1024,
+    prefill_chunk: int = PIECE,
     on_nonfinite: Literal["raise", "stop"] = "raise",
     draft: Draft | None = None,
     history: StateHistory | None = None,
@@ -212,7 +213,7 @@ def prefill(
     tokenizer: Tokenizer | None = None,
     state: ModelState | DecodeState | None = None,
     mask: Tensor | None = None,
-    prefill_chunk: int = 1024,
+    prefill_chunk: int = PIECE,
 ) -> DecodeState:
     """Read prompts and stop there: to save, to fork, or to continue with `generate`. Arguments as in `generate`.
 
@@ -396,10 +397,11 @@ def _start(
     rows = read_prompts(prompts, vocab_size=model.config.vocab_size, tokenizer=tokenizer, mask=mask)
     seen = state.seen if isinstance(state, DecodeState) else None
     state = state.state if isinstance(state, DecodeState) else state
+    given = state is not None
     if state is None:
         state = ModelState.empty(model.config, len(rows), device=model.device, dtype=model.dtype)
-    check_state(state, model, len(rows))
-    if broken := state.nonfinite():
+    check_state(state, model, len(rows))  # one that was just made costs next to nothing
+    if broken := given and state.nonfinite():
         raise ValueError(
             f"state is not finite in layer {broken[0].layer}, before any prompt; go back to an earlier state"
         )

@@ -104,6 +104,10 @@ class MultiHeadLatentAttention(nn.Module):
         q_BTHC, latent_BTC = self._project(x, start_B[:, None] + torch.arange(x.shape[1], device=x.device))
         state = LatentState(latent_BTC) if state is None else state.append(latent_BTC)
         T, S = x.shape[1], state.latent.shape[1]
+        if T < S and T > ABSORB_UP_TO and self._runs_packed(q_BTHC):
+            starts_N = torch.arange(len(x) + 1, device=x.device, dtype=torch.int32) * T
+            y_XHV = self._packed(q_BTHC.flatten(0, 1), state, starts_N, T)
+            return self.o_proj(y_XHV.unflatten(0, (-1, T)).flatten(-2)), state
         attend = self._absorbed if T < S and T <= ABSORB_UP_TO else self._expanded
         return self.o_proj(attend(q_BTHC, state.latent, state.valid).flatten(-2)), state
 
@@ -125,7 +129,7 @@ class MultiHeadLatentAttention(nn.Module):
             q_BTHC, latent_BTC = self._project(x, split.positions(x.device)[None])
             y_BTHV = attend_across(split, q_BTHC, latent_BTC, self._keys_and_values_of, self.scale)
             return self.o_proj(y_BTHV.flatten(-2))
-        if cu_seqlens is None or not x.is_cuda or varlen_attn is None or self.V > self.N + self.P:
+        if cu_seqlens is None or not x.is_cuda:
             return self.forward(x, cu_seqlens=cu_seqlens)[0]
         check_rows(x[..., 0], None, cu_seqlens)
         starts_N = cu_seqlens.to(x.device)
@@ -135,11 +139,12 @@ class MultiHeadLatentAttention(nn.Module):
         tokens_T = torch.arange(x.shape[1], device=x.device, dtype=torch.int32)
         position_T = tokens_T - starts_N[torch.bucketize(tokens_T, starts_N, right=True) - 1]
         q_1THC, latent_1TC = self._project(x, position_T[None])
-        if q_1THC.dtype not in (torch.bfloat16, torch.float16):
+        if not self._runs_packed(q_1THC):
             return self.forward(x, cu_seqlens=cu_seqlens)[0]
         k_1THC, v_1THV = self._keys_and_values(latent_1TC)
         v_THC = F.pad(v_1THV[0], (0, self.N + self.P - self.V))  # the kernel wants one head size
-        y_THC = _varlen(q_1THC[0], k_1THC[0], v_THC, starts_N, x.shape[1], self.scale)
+        borders_N = starts_N, x.shape[1]  # that none is longer than all tokens is known without looking
+        y_THC = _varlen(q_1THC[0], k_1THC[0], v_THC, borders_N, borders_N, self.scale)
         return self.o_proj(y_THC[None, ..., : self.V].flatten(-2))
 
     def step_(
@@ -191,21 +196,48 @@ class MultiHeadLatentAttention(nn.Module):
 
     def _documents(self, x: Tensor, state: LatentState | None, ends: list[int]) -> tuple[Tensor, LatentState]:
         """Packed documents, each attending to itself and to what its own row of the state holds."""
-        past = [x.new_zeros(0, self.R + self.P)] * (len(ends) - 1) if state is None else state.rows()
-        if len(past) != len(ends) - 1:
+        if state is not None and len(state.latent) != len(ends) - 1:
             raise ValueError(
-                f"state has {len(past)} rows and cu_seqlens {len(ends) - 1} documents; give one row a document"
+                f"state has {len(state.latent)} rows and cu_seqlens {len(ends) - 1} documents; give one row a document"
             )
-        position_T = torch.cat([torch.arange(len(p), len(p) + b - a) for p, a, b in zip(past, ends, ends[1:])])
-        q_1THC, latent_1TC = self._project(x, position_T.to(x.device)[None])
+        starts_N, tokens_T = torch.tensor(ends, device=x.device), torch.arange(x.shape[1], device=x.device)
+        document_T = torch.bucketize(tokens_T, starts_N, right=True) - 1
+        position_T = tokens_T - starts_N[document_T]
+        if state is not None:
+            position_T = position_T + state.num_tokens()[document_T]
+        q_1THC, latent_1TC = self._project(x, position_T[None])
+        after = LatentState.of_packed(latent_1TC[0], ends)
+        if state is not None:
+            after = state.append(after.latent, after.valid)
+        if self._runs_packed(q_1THC) and x.shape[1]:
+            longest = max(b - a for a, b in zip(ends, ends[1:]))
+            y_THV = self._packed(q_1THC[0], after, starts_N.int(), longest)
+            return self.o_proj(y_THV[None].flatten(-2)), after
         outputs = [
-            self._expanded(q_1THC[:, a:b], torch.cat([p[None], latent_1TC[:, a:b]], dim=1), None)
-            for p, a, b in zip(past, ends, ends[1:])
-            if a < b
+            self._expanded(q_1THC[:, a:b], row[None], None) for row, a, b in zip(after.rows(), ends, ends[1:]) if a < b
         ]
         y = torch.cat(outputs, dim=1) if outputs else x.new_zeros(1, 0, self.num_heads, self.V)
-        new = LatentState.of_rows([latent_1TC[0, a:b] for a, b in zip(ends, ends[1:])])
-        return self.o_proj(y.flatten(-2)), new if state is None else state.append(new.latent, new.valid)
+        return self.o_proj(y.flatten(-2)), after
+
+    def _runs_packed(self, q: Tensor) -> bool:
+        """Whether torch's attention over packed documents takes queries like these."""
+        half = q.dtype in (torch.bfloat16, torch.float16)
+        return q.is_cuda and half and varlen_attn is not None and self.V <= self.N + self.P
+
+    def _packed(self, q_THC: Tensor, after: LatentState, starts_N: Tensor, longest: int) -> Tensor:
+        """[T, H, V]: the last tokens of each sequence, end to end from starts [N + 1], each over its own up to itself.
+
+        Args:
+            after: holds those tokens, too. longest: at least as many as any sequence has among T.
+        """
+        N, S, _ = after.latent.shape
+        if after.valid is None:
+            keys_XC, first_N = after.latent.flatten(0, 1), torch.arange(N + 1, device=starts_N.device) * S
+        else:
+            keys_XC, first_N = after.latent[after.valid], F.pad(after.num_tokens().cumsum(0), (1, 0))
+        k_1XHC, v_1XHV = self._keys_and_values(keys_XC[None])
+        v_XHC = F.pad(v_1XHV[0], (0, self.N + self.P - self.V))  # the kernel wants one head size
+        return _varlen(q_THC, k_1XHC[0], v_XHC, (starts_N, longest), (first_N.int(), S), self.scale)[..., : self.V]
 
     def _project(self, x: Tensor, position_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Queries [B, T, H, N + P] and latents [B, T, R + P], rotated if this layer has positions."""
@@ -293,10 +325,16 @@ class MultiHeadLatentAttention(nn.Module):
         return f"heads={self.num_heads}, positions={'none' if self.rope is None else f'rotary, base {self.rope:g}'}"
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, tokens: int, scale: float) -> Tensor:
-    """Causal attention of packed documents, [T, H, C]; that none is longer than all tokens is known without looking."""
+def _varlen(
+    q: Tensor, k: Tensor, v: Tensor, of_q: tuple[Tensor, int], of_k: tuple[Tensor, int], scale: float
+) -> Tensor:
+    """Attention of packed documents, [T, H, C]: the last query of each sees all its keys, the one before all but one.
+
+    of_q, of_k: where each document begins, [N + 1] int32, and a bound on their lengths.
+    """
     assert varlen_attn is not None
-    y = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, tokens, tokens, scale=scale, **CAUSAL)
+    (starts_q, longest_q), (starts_k, longest_k) = of_q, of_k
+    y = varlen_attn(q, k, v, starts_q, starts_k, longest_q, longest_k, scale=scale, **CAUSAL)
     assert isinstance(y, Tensor)
     return y
 

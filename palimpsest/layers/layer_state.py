@@ -222,6 +222,23 @@ class LatentState(LayerState):
         valid = torch.arange(latent.shape[1], device=latent.device) < lengths[:, None]
         return cls(latent, None if len({len(row) for row in rows}) == 1 else valid)
 
+    @classmethod
+    def of_packed(cls, rows: Tensor, ends: list[int]) -> LatentState:
+        """One state from sequences end to end, [T, C], borders as in cu_seqlens: padded on the right.
+
+        >>> LatentState.of_packed(torch.ones(3, 1), [0, 1, 3]).valid
+        tensor([[ True, False],
+                [ True,  True]])
+        """
+        starts = torch.tensor(ends, device=rows.device)
+        most = max(b - a for a, b in zip(ends, ends[1:]))
+        if all(b - a == most for a, b in zip(ends, ends[1:])):
+            return cls(rows.unflatten(0, (len(ends) - 1, most)))
+        at = torch.arange(most, device=rows.device)
+        valid = at < starts.diff()[:, None]
+        latent = rows[(starts[:-1, None] + at).clamp(max=len(rows) - 1)]
+        return cls(torch.where(valid[..., None], latent, 0), valid)
+
     def append(self, latent: Tensor, valid: Tensor | None = None) -> LatentState:
         """The state with T more rows, [B, T, C]; valid [B, T] says which of them are tokens, all if None.
 

@@ -23,6 +23,7 @@ from palimpsest.layers.precision import Float32Tensors, float32
 from palimpsest.layers.short_conv import ShortConvolution
 from palimpsest.ops.arguments import state_dtype
 from palimpsest.ops.gates import SigmoidDecay, SoftplusDecay
+from palimpsest.ops.prefill import gated_norm, suits
 from palimpsest.ops.short_conv import short_convs
 from palimpsest.ops.split import SequenceSplit
 
@@ -273,6 +274,9 @@ class MemoryLayer(Float32Tensors):
 
     def _way_out(self, x: Tensor, output: Tensor) -> Tensor:
         """Each head at its own scale, gated, and back to the hidden size."""
+        if self.options.output_gate != "none" and suits(x) and type(self.o_norm) is RMSNorm:
+            logits, norm, silu = self.g_b_proj(self.g_a_proj(x)), self.o_norm, self.options.output_gate == "silu"
+            return self.o_proj(gated_norm(output, logits, norm.weight, norm.eps, silu=silu).to(x.dtype))
         y = self.o_norm(float32(output))
         if self.options.output_gate != "none":
             gate = float32(self.g_b_proj(self.g_a_proj(x))).view_as(y)

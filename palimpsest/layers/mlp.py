@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from palimpsest.layers.linears import apply_linears
+from palimpsest.ops.prefill import suits, swiglu
 
 
 class GatedMLP(nn.Module):
@@ -25,7 +26,8 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(swiglu(gate, up) if suits(gate) and gate.dtype == up.dtype else F.silu(gate) * up)
 
     def step(self, x: Tensor) -> Tensor:
         """A few tokens x [N, D], as one part to be added to the residual stream, [N, 1, D]."""

@@ -17,6 +17,7 @@ from palimpsest.layers.precision import Float32Tensors, float32
 from palimpsest.ops.arguments import state_dtype
 from palimpsest.ops.decode import experts, gathers, project, route
 from palimpsest.ops.experts import run_experts
+from palimpsest.ops.prefill import suits
 
 
 class Router(Float32Tensors):
@@ -54,6 +55,8 @@ class Router(Float32Tensors):
 
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         """The chosen experts [N, k] and their weights [N, k], float32."""
+        if self.num_groups == self.groups_per_token and suits(x_ND):  # many tokens, and nobody wants a gradient
+            return self._route(self._logits(x_ND))
         with torch.autocast(x_ND.device.type, enabled=False):
             scores_NE = F.linear(float32(x_ND), float32(self.weight)).sigmoid()
         biased_NE = scores_NE + self.e_score_correction_bias
@@ -67,12 +70,19 @@ class Router(Float32Tensors):
         """As forward, for a few tokens."""
         if self.num_groups != self.groups_per_token:
             return self(x_ND)
-        wide = state_dtype(x_ND.dtype)
+        return self._route(project([x_ND], [self.weight], dtype=state_dtype(x_ND.dtype))[0])
+
+    def _route(self, logits_NE: Tensor) -> tuple[Tensor, Tensor]:
         return route(
-            project([x_ND], [self.weight], dtype=wide)[0], self.e_score_correction_bias,
-            self.num_experts_per_token, scaling=self.scaling, renormalize=self.renormalize,
-            biased=self.weigh_by != "unbiased",
+            logits_NE, self.e_score_correction_bias, self.num_experts_per_token, scaling=self.scaling,
+            renormalize=self.renormalize, biased=self.weigh_by != "unbiased",
         )  # fmt: skip
+
+    def _logits(self, x_ND: Tensor) -> Tensor:
+        """Of a GPU, float32: products of two narrow numbers are exact in it, so narrow factors need not be widened first."""
+        if x_ND.dtype == self.weight.dtype != torch.float32:
+            return torch.mm(x_ND, self.weight.mT, out_dtype=torch.float32)
+        return F.linear(float32(x_ND), float32(self.weight))
 
     def _within_best_groups(self, biased_NE: Tensor) -> Tensor:
         if self.num_groups == self.groups_per_token:

@@ -75,6 +75,7 @@ class _CrossEntropySum(torch.autograd.Function):
                     d_hidden[at : at + rows] = d_logits @ weight
                 if d_head is not None:
                     _add_product_(d_head, d_logits.mT, chunk)
+                del logits, d_logits  # before the next piece's are there
         ctx.save_for_backward(d_hidden, d_head)
         ctx.head_dtype = head.dtype
         return total

@@ -3,6 +3,7 @@
 import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import pytest
 import torch
@@ -118,6 +119,27 @@ def test_without_positions_order_means_nothing_and_with_them_only_distance():
     torch.testing.assert_close(near, far)
 
 
+def varlen_by_definition(q, k, v, of_q, of_k, scale):
+    """What a GPU's kernel computes: one document at a time, the last query sees all keys, the one before all but one."""
+    outputs = []
+    for (a, b), (c, d) in zip(pairwise(of_q[0].tolist()), pairwise(of_k[0].tolist())):
+        assert b - a <= of_q[1]
+        assert d - c <= of_k[1]
+        hidden = torch.ones(b - a, d - c, dtype=torch.bool).triu(d - c - (b - a) + 1)
+        scores = torch.einsum("thc,shc->hts", q[a:b], k[c:d]) * scale
+        outputs.append(torch.einsum("hts,shc->thc", scores.masked_fill(hidden, -torch.inf).softmax(-1), v[c:d]))
+    return torch.cat(outputs)
+
+
+@pytest.fixture(params=["a loop", "one call"])
+def documents_by(request, monkeypatch):
+    """Both ways to packed documents: that of a CPU, and that of a GPU with its kernel written out."""
+    if request.param == "one call":
+        monkeypatch.setattr(latent_attention, "_varlen", varlen_by_definition)
+        monkeypatch.setattr(MultiHeadLatentAttention, "_runs_packed", lambda self, q: True)
+
+
+@pytest.mark.usefixtures("documents_by")
 @pytest.mark.parametrize("rope", [None, 100.0])
 @torch.no_grad()
 def test_packing_and_padding_are_separate_documents(rope):
@@ -350,3 +372,58 @@ def test_the_budget_rejects_wrong_layers(mutant, monkeypatch):
     MUTANTS[mutant](honest)
     with pytest.raises(AssertionError, match="exceeds budget"):
         assert_within_budget("output", honest(x.float())[0][0], truth, peer)
+
+
+@pytest.mark.usefixtures("documents_by")
+@torch.no_grad()
+def test_a_long_continuation_is_the_whole(monkeypatch):
+    monkeypatch.setattr(latent_attention, "ABSORB_UP_TO", 2)
+    m, x = layer(), draw(2, 11, HIDDEN)
+    whole, _ = m(x)
+    _, state = m(x[:, :4])
+    y, state = m(x[:, 4:], state)
+    torch.testing.assert_close(y, whole[:, 4:])
+    ragged = LatentState.of_rows([state.latent[0, :3], state.latent[1]])
+    y, after = m(x[:, :5], ragged)
+    for i, row in enumerate(ragged.rows()):
+        alone, _ = m(x[i : i + 1, :5], LatentState(row[None]))
+        torch.testing.assert_close(y[i : i + 1], alone)
+    assert after.num_tokens().tolist() == [8, 16]
+
+
+@pytest.mark.usefixtures("documents_by")
+def test_gradients_reach_packed_documents_and_their_states():
+    m = layer().requires_grad_(False)
+    x, latent = draw(1, 6, HIDDEN).requires_grad_(), draw(2, 3, R + P).requires_grad_()
+
+    def run(x, latent):
+        state = LatentState(latent, torch.tensor([[True, False, False], [True, True, True]]))
+        return m(x, state, cu_seqlens=torch.tensor([0, 2, 6]))[0]
+
+    assert torch.autograd.gradcheck(run, (x, latent))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("continued", [False, True])
+@torch.no_grad()
+def test_a_gpu_takes_documents_at_once(monkeypatch, continued):
+    torch.manual_seed(0)
+    m = MultiHeadLatentAttention(64, 2, kv_lora_rank=32, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32)
+    m = m.cuda().bfloat16()
+    ends, T = [0, 130, 130, 131, 500], 500
+    x = torch.randn(1, T, 64, device="cuda").bfloat16()
+    rows = [torch.randn(n, 48, device="cuda").bfloat16() for n in (3, 200, 0, 7)]
+    results = {}
+    for name, dtype, packs in (
+        ("truth", torch.float64, False),
+        ("peer", torch.bfloat16, False),
+        ("ours", torch.bfloat16, True),
+    ):
+        with monkeypatch.context() as patch:
+            if not packs:
+                patch.setattr(MultiHeadLatentAttention, "_runs_packed", lambda self, q: False)
+            state = LatentState.of_rows([row.to(dtype) for row in rows]) if continued else None
+            y, after = m.to(dtype)(x.to(dtype), state, cu_seqlens=torch.tensor(ends))
+            results[name] = y, *after.rows()
+    for i, (truth, peer, ours) in enumerate(zip(results["truth"], results["peer"], results["ours"])):
+        assert_within_budget(f"result {i}", ours, truth, peer)

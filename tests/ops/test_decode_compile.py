@@ -1,4 +1,4 @@
-"""Decoding's kernels, grouped products and convolutions compile for sm_90 without a GPU, in bfloat16 and the released sizes."""
+"""The kernels of decoding, and of prompts between their products, compile for sm_90 without a GPU: bfloat16, released sizes."""
 
 import os
 import subprocess
@@ -14,7 +14,8 @@ PROGRAM = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from palimpsest.ops.gpu.triton import experts_step, grouped, latent_step, memory_layer_step, projections, short_conv
+from palimpsest.ops.gpu.triton import expert_sum, experts_step, gated_norm, grouped, latent_step, memory_layer_step
+from palimpsest.ops.gpu.triton import projections, short_conv, swiglu
 
 TILE = dict(BLOCK_N=32, BLOCK_M=16, BLOCK_D=128, PRECISION="tf32")
 EXPERTS = dict(K=8, D=2304, WIDTH=1024, SHARED=1024, BLOCK_P=128, BLOCK_N=32, BLOCK_M=16, PRECISION="tf32")
@@ -39,11 +40,16 @@ KERNELS = {
     short_conv.forward_kernel: (dict(CONV, STATE=True, BLOCK_T=32, BLOCK_D=128), dict(num_warps=4)),
     short_conv.activation_backward_kernel: (dict(CONV, STATE=True, BLOCK_T=64, BLOCK_D=32), dict(num_warps=4)),
     short_conv.backward_kernel: (dict(CONV, BLOCK_T=64, BLOCK_D=32), dict(num_warps=4)),
+    gated_norm.gated_norm_kernel: (dict(K=128, BLOCK_R=16, BLOCK_K=128, SILU=False), dict(num_warps=4)),
+    swiglu.swiglu_kernel: (dict(I=1024, BLOCK_I=1024, WEIGHTED=False, weight=None), dict(num_warps=4)),
+    expert_sum.expert_sum_kernel: (dict(k=8, D=2304, BLOCK_D=512), dict(num_warps=2)),
+    short_conv.walk_forward_kernel: (dict(STATE=True, PACKED=True, WALK_T=128, BLOCK_D=256), dict(num_warps=4)),
+    short_conv.walk_kernel: (dict(PACKED=True, WALK_T=128, BLOCK_D=256), dict(num_warps=4)),
 }
 INTEGERS, FLOATS = {"N", "B", "S", "E", "PAIRS", "SPLITS"}, {"scale", "floor", "beta_max", "eps"}
-INTEGERS |= {"M", "A", "T", "D", "D0", "D1", "D2", "held"}
+INTEGERS |= {"M", "A", "T", "D", "D0", "D1", "D2", "held", "R", "WIDEST"}
 TYPES = dict.fromkeys(("A_log", "dt_bias", "state", "weights", "parts", "read", "largest", "total"), "*fp32")
-TYPES |= dict.fromkeys(("experts", "length"), "*i64") | dict.fromkeys(("ends", "ages"), "*i32") | {"d_weight": "*fp32"}
+TYPES |= dict.fromkeys(("experts", "length", "back"), "*i64") | dict.fromkeys(("ends", "ages"), "*i32") | {"d_weight": "*fp32"}
 
 for kernel, (constants, options) in KERNELS.items():
     signature, constexprs, attributes = {}, {}, {}
@@ -74,7 +80,7 @@ def test_they_compile(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     lines = done.stdout.splitlines()
-    assert len(lines) == 10
+    assert len(lines) == 15
     for line in lines:
         kernel, shared = line.split()
         assert int(shared) <= 227 * 1024, f"{kernel} wants {shared} bytes of shared memory"

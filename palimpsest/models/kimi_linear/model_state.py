@@ -5,6 +5,7 @@ Letters as in layers/layer_state.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -143,9 +144,11 @@ class ModelState:
 
     def nonfinite(self) -> tuple[NonFinite, ...]:
         """Where numbers are infinite or NaN: for each sequence that has any, its first layer and first head there."""
+        if self._all_finite():  # the common case: few launches, and one number leaves the device
+            return ()
         finite = [layer.finite() for layer in self.layers]  # [B, heads] each
         bad_LB = torch.stack([~finite_BH.all(1) for finite_BH in finite])
-        if not bad_LB.any():  # the common case: one number leaves the device
+        if not bad_LB.any():  # only what counts for none, such as padding
             return ()
         places = []
         for row in bad_LB.any(0).nonzero().flatten().tolist():
@@ -153,6 +156,16 @@ class ModelState:
             heads = finite[layer][row]
             places.append(NonFinite(row, layer, int(heads.int().argmin()) if self.layers[layer].in_heads else None))
         return tuple(places)
+
+    def _all_finite(self) -> bool:
+        """Whether every number is: the largest of each tensor is infinite or NaN if any of its numbers is."""
+        kinds: dict[torch.dtype, list[Tensor]] = {}
+        for layer in self.layers:
+            for x in layer.tensors().values():
+                if x.numel() and x.is_floating_point():
+                    kinds.setdefault(x.dtype, []).append(x)
+        largest = [n.float() for kind in kinds.values() for n in torch._foreach_norm(kind, math.inf)]
+        return not largest or bool(torch.stack(largest).isfinite().all())
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> ModelState:
         return ModelState(tuple(layer.map(change) for layer in self.layers), change(self.position))

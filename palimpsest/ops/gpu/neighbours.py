@@ -107,7 +107,7 @@ def _short_conv_backward(xs, weights, states, ages, rows, dys):
     return short_conv.backward(xs, weights, states, ages, rows, dys)
 
 
-def _on_their_device(run):
+def on_their_device(run):
     """A launch goes to the current device, which need not be that of the tensors."""
 
     def there(first, *rest):
@@ -136,5 +136,5 @@ _OPS = {
 }
 for _name, (_run, _fake) in _OPS.items():
     for _key in ("CUDA", "CPU"):  # on a CPU the kernels run under Triton's interpreter: for tests
-        _LIB.impl(_name, _on_their_device(_run), _key)
+        _LIB.impl(_name, on_their_device(_run), _key)
     torch.library.register_fake(f"palimpsest_gpu::{_name}", _fake, lib=_LIB)
