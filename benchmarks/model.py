@@ -1,17 +1,22 @@
 """Whole models on one GPU: a training step of ours beside transformers' native model, with and without FLA.
 
-    python -m benchmarks.model [--fresh] [--only train]
+    python -m benchmarks.model [--fresh] [--only PATTERN ...] [--together]
 
 Every cell runs in a process of its own: random weights, random tokens, bf16 by autocast, AdamW, medians of wall-clock steps
-after the warm-up. MFU counts 6 operations a parameter at work and token, over 790 TFLOP/s, a measured bf16 product of 8192^3.
-Writes model.json, model.md and model.png to benchmarks/results/<gpu>; what fails is recorded with its reason.
+after the warm-up. With --together all cells compile and tune side by side, on as many processors as there are, and are then
+timed one by one while the others wait: much sooner done, if the GPU's memory holds them all. MFU counts 6 operations a
+parameter at work and token, over 790 TFLOP/s, a measured bf16 product of 8192^3. Writes model.json, model.md and model.png to
+benchmarks/results/<gpu>; what fails is recorded with its reason.
 """
 
 import argparse
 import json
+import re
 import statistics
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -113,7 +118,8 @@ class _Autocast(nn.Module):
             return self.model(*args, **kwargs)
 
 
-def training_step(work: Training, contestant: str) -> dict:
+def training_step(work: Training, contestant: str, ready: Callable[[], None] = lambda: None) -> dict:
+    """ready: called after the warm-up; returns when the GPU is this cell's alone."""
     torch.manual_seed(0)
     config, model, gradients = build(work.model, contestant)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -131,6 +137,7 @@ def training_step(work: Training, contestant: str) -> dict:
     for _ in range(3):
         step()
     torch.cuda.synchronize()
+    ready()
     samples = []
     for _ in range(5):  # groups of steps that follow one another, as in training
         began = time.perf_counter()
@@ -161,6 +168,55 @@ def measure(key: str) -> dict:
     if done.returncode:
         raise RuntimeError((done.stderr.strip().splitlines() or ["no word"])[-1])
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def wait_to_be_told() -> None:
+    """As a cell among others."""
+    print("ready", flush=True)
+    sys.stdin.readline()
+
+
+def prepared_together(keys: list[str]) -> dict[str, Callable[[str], dict]]:
+    """Start all cells; once each is ready or over its time, what measures a cell when its turn comes."""
+    command = [sys.executable, "-m", "benchmarks.model", "--together", "--cell"]
+    # Not pipes: one that nobody empties would stop who writes to it.
+    notes = {key: tempfile.TemporaryFile("w+") for key in keys}  # noqa: SIM115  # the cells keep them open
+    cells = {
+        key: subprocess.Popen(
+            [*command, key], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=notes[key], text=True
+        )
+        for key in keys
+    }
+    until, failed = time.monotonic() + SECONDS, {}
+
+    def last_word(key: str) -> str:
+        notes[key].seek(0)
+        return (notes[key].read().strip().splitlines() or ["no word"])[-1]
+
+    def await_word(key: str) -> None:
+        out = cells[key].stdout
+        assert out is not None
+        if not any(line.strip() == "ready" for line in out):
+            failed.setdefault(key, last_word(key))
+
+    waiting = {key: threading.Thread(target=await_word, args=(key,), daemon=True) for key in keys}
+    for thread in waiting.values():
+        thread.start()
+    for key, thread in waiting.items():
+        thread.join(max(0.0, until - time.monotonic()))
+        if thread.is_alive():
+            failed[key] = f"not ready after {SECONDS} seconds"
+            cells[key].kill()
+
+    def turn(key: str) -> dict:
+        if key in failed:
+            raise RuntimeError(failed[key])
+        out, _ = cells[key].communicate("go\n", timeout=SECONDS)
+        if cells[key].returncode:
+            raise RuntimeError(last_word(key))
+        return json.loads(out.strip().splitlines()[-1])
+
+    return dict.fromkeys(keys, turn)
 
 
 def show(cell: dict) -> str:
@@ -197,16 +253,26 @@ def draw_figure(results: Results) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fresh", action="store_true", help="forget earlier results")
-    parser.add_argument("--only", metavar="TEXT", default="", help="only the cells whose name holds this text")
+    parser.add_argument(
+        "--only", metavar="PATTERN", nargs="*", default=[""], help="cells whose name one of these matches"
+    )
+    parser.add_argument("--again", action="store_true", help="measure these cells again, and keep the others")
+    parser.add_argument("--together", action="store_true", help="prepare all cells at once, then time one by one")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.cell:
         row, contestant = options.cell.split(" | ")
-        print(json.dumps(training_step(TRAINING[row], contestant)))
+        ready = wait_to_be_told if options.together else lambda: None
+        print(json.dumps(training_step(TRAINING[row], contestant, ready)))
         return
     results = Results("model", options.fresh)
     cells = [f"{row} | {c}" for row in TRAINING for c in CONTESTANTS if c == "palimpsest" or row in BESIDE_OTHERS]
-    results.fill([cell for cell in cells if options.only in cell], measure)
+    chosen = [cell for cell in cells if any(re.search(pattern, cell) for pattern in options.only)]
+    for cell in chosen if options.again else []:
+        results.cells.pop(cell, None)
+    missing = [cell for cell in chosen if cell not in results.cells]
+    together = prepared_together(missing) if options.together else {}
+    results.fill(chosen, lambda key: together.get(key, measure)(key))
     results.write(results.table(list(TRAINING), list(CONTESTANTS), show, "A training step"))
     draw_figure(results)
 

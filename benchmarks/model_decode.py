@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ from palimpsest.models.kimi_linear import KimiLinearConfig, KimiLinearForCausalL
 from palimpsest.models.kimi_linear.mixers import is_full_attention
 
 BANDWIDTH = 3.0e12  # bytes a second, measured by a large copy on an H100
-SECONDS = 240  # of one cell
+SECONDS = 240  # of one row
 PROMPT = 2048
 MODELS: dict[str, Callable[[], KimiLinearConfig]] = {
     "172M mixture": KimiLinearConfig.medium,
@@ -113,23 +114,28 @@ def seconds_of(run: Callable[[], object], times: int) -> float:
 
 
 @torch.no_grad()
-def cell(work: Decoding, column: str) -> dict:
+def row(work: Decoding) -> dict[str, dict]:
+    """Its columns, by name."""
     model = build(work.model)
     prompts = torch.randint(model.config.vocab_size, (work.B, PROMPT), device="cuda")
-    if column == "prompt":
-        torch.cuda.reset_peak_memory_stats()
-        seconds = seconds_of(lambda: prefill(model, prompts), 1 if work.B > 16 else 3)
-        found = {"ms": seconds * 1e3, "tokens_per_second": work.B * PROMPT / seconds}
-        return found | {"peak_gib": torch.cuda.max_memory_allocated() / 2**30}
+    found: dict[str, dict] = {}
+    torch.cuda.reset_peak_memory_stats()
+    seconds = seconds_of(lambda: prefill(model, prompts), 1 if work.B > 16 else 3)
+    found["prompt"] = {"ms": seconds * 1e3, "tokens_per_second": work.B * PROMPT / seconds}
+    found["prompt"] |= {"peak_gib": torch.cuda.max_memory_allocated() / 2**30}
     start = prefill(model, prompts)
     began = time.perf_counter()
     session = DecodeSession(model, start, Sampling(), [0] * work.B, capacity=PROMPT + 1024, graph=True)
     recorded = time.perf_counter() - began
     step = seconds_of(session.step_, 100)
     del session
-    if column == "one token":
-        floor = floor_bytes(model, work.B, PROMPT) / BANDWIDTH
-        return {"ms": step * 1e3, "floor_ms": floor * 1e3, "share": floor / step, "recorded_seconds": recorded}
+    floor = floor_bytes(model, work.B, PROMPT) / BANDWIDTH
+    found["one token"] = {
+        "ms": step * 1e3,
+        "floor_ms": floor * 1e3,
+        "share": floor / step,
+        "recorded_seconds": recorded,
+    }
     lengths = 64, 448
     took = []
     for length in lengths:
@@ -142,12 +148,14 @@ def cell(work: Decoding, column: str) -> dict:
             samples.append(time.perf_counter() - began)
         took.append(min(samples))
     token = (took[1] - took[0]) / (lengths[1] - lengths[0])
-    return {"ms": token * 1e3, "of_the_step": token / step, "first_64_ms": took[0] * 1e3}
+    found["generate"] = {"ms": token * 1e3, "of_the_step": token / step, "first_64_ms": took[0] * 1e3}
+    return found
 
 
-def measure(key: str) -> dict:
-    """One cell, in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.model_decode", "--cell", key]
+@cache
+def measured_row(name: str) -> dict[str, dict]:
+    """One row, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.model_decode", "--row", name]
     done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
     if done.returncode:
         raise RuntimeError((done.stderr.strip().splitlines() or ["no word"])[-1])
@@ -166,14 +174,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fresh", action="store_true", help="forget earlier results")
     parser.add_argument("--only", metavar="TEXT", default="", help="only the cells whose name holds this text")
-    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    parser.add_argument("--row", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.cell:
-        row, column = options.cell.split(" | ")
-        print(json.dumps(cell(WORK[row], column)))
+    if options.row:
+        print(json.dumps(row(WORK[options.row])))
         return
     results = Results("model_decode", options.fresh)
-    cells = [f"{row} | {column}" for row in WORK for column in COLUMNS]
+    cells = [f"{name} | {column}" for name in WORK for column in COLUMNS]
+
+    def measure(key: str) -> dict:
+        name, column = key.split(" | ")
+        return measured_row(name)[column]
+
     results.fill([key for key in cells if options.only in key], measure)
     results.write(results.table(list(WORK), list(COLUMNS), show, f"After prompts of {PROMPT:,} tokens"))
 
