@@ -181,7 +181,8 @@ class Results:
             sys.exit(
                 "this benchmark measures a CUDA device and none is visible; `python -m benchmarks.cpu` measures a CPU"
             )
-        self.folder = HERE / torch.cuda.get_device_name().split()[-1].lower()
+        words = torch.cuda.get_device_name().split()  # "NVIDIA H100 80GB HBM3" is an h100
+        self.folder = HERE / next((word for word in words if any(map(str.isdigit, word))), words[-1]).lower()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.name, self.path = name, self.folder / f"{name}.json"
         self.cells: dict[str, dict] = {}
