@@ -27,7 +27,7 @@ class DecodeSession:
         start: where the sequences stand; not changed.
         sampling: how tokens are chosen.
         seeds: one a sequence.
-        capacity: tokens that a sequence may come to have, those of start included; the caller counts.
+        capacity: tokens that a sequence may come to have, those of start included.
         graph: run as CUDA graphs.
 
     Raises:
@@ -64,7 +64,7 @@ class DecodeSession:
             raise ValueError(
                 f"a layer's state, {loose[0]!r}, is made anew by each step, so it has no address that stays; leave graph out"
             )
-        self.capacity, self.steps = capacity, 0
+        self.capacity, self.steps, self._longest = capacity, 0, max(positions)
         self._model, self._sampling = model, sampling
         grows = [type(x).__name__ for x in start.state.layers if not fits_a_session(x)]
         if grows:
@@ -98,7 +98,16 @@ class DecodeSession:
         return len(self._position)
 
     def step_(self) -> None:
-        """Choose a token for each sequence and read it; returns at once on a GPU."""
+        """Choose a token for each sequence and read it; returns at once on a GPU.
+
+        Raises:
+            ValueError: a sequence has as many tokens as there is room for.
+        """
+        if self._longest + self.steps >= self.capacity:
+            raise ValueError(
+                f"a sequence has {self._longest + self.steps} tokens and capacity is {self.capacity}; go on in a new "
+                "session with room for more, from value()"
+            )
         self._choose()
         self._heard.copy_(self._told, non_blocking=True)
         if self._arrived is not None:

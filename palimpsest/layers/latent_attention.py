@@ -103,13 +103,20 @@ class MultiHeadLatentAttention(nn.Module):
         start_B = x.new_zeros(x.shape[0], dtype=torch.long) if state is None else state.num_tokens()
         q_BTHC, latent_BTC = self._project(x, start_B[:, None] + torch.arange(x.shape[1], device=x.device))
         state = LatentState(latent_BTC) if state is None else state.append(latent_BTC)
-        T, S = x.shape[1], state.latent.shape[1]
+        return self.o_proj(self.attend(q_BTHC, state).flatten(-2)), state
+
+    def attend(self, q_BTHC: Tensor, state: LatentState) -> Tensor:
+        """What the newest T tokens of each sequence read, [B, T, H, V]; the state holds them, too.
+
+        Args:
+            q_BTHC: their queries, [B, T, H, N + P], rotated if this layer has positions.
+        """
+        (B, T), S = q_BTHC.shape[:2], state.latent.shape[1]
         if T < S and T > ABSORB_UP_TO and self._runs_packed(q_BTHC):
-            starts_N = torch.arange(len(x) + 1, device=x.device, dtype=torch.int32) * T
-            y_XHV = self._packed(q_BTHC.flatten(0, 1), state, starts_N, T)
-            return self.o_proj(y_XHV.unflatten(0, (-1, T)).flatten(-2)), state
-        attend = self._absorbed if T < S and T <= ABSORB_UP_TO else self._expanded
-        return self.o_proj(attend(q_BTHC, state.latent, state.valid).flatten(-2)), state
+            starts_N = torch.arange(B + 1, device=q_BTHC.device, dtype=torch.int32) * T
+            return self._packed(q_BTHC.flatten(0, 1), state, starts_N, T).unflatten(0, (B, T))
+        read = self._absorbed if T < S and T <= ABSORB_UP_TO else self._expanded
+        return read(q_BTHC, state.latent, state.valid)
 
     def without_state(
         self, x: Tensor, *, cu_seqlens: Tensor | None = None, split: SequenceSplit | None = None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from palimpsest.layers.linears import is_plain
 from palimpsest.layers.mlp import GatedMLP
+from palimpsest.layers.padding import check_sizes
 from palimpsest.layers.precision import Float32Tensors, float32
 from palimpsest.ops.arguments import state_dtype
 from palimpsest.ops.decode import experts, gathers, project, route
@@ -44,6 +45,7 @@ class Router(Float32Tensors):
         weigh_by: str = "unbiased",
     ):
         super().__init__()
+        _check_counts(num_experts, num_experts_per_token, num_groups, groups_per_token)
         self.num_experts_per_token, self.num_groups, self.groups_per_token = (
             num_experts_per_token,
             num_groups,
@@ -213,6 +215,22 @@ class MoE(nn.Module):
     def record_load(self) -> None:
         """Add the load of the last forward to the total."""
         self.total_load += self.last_load
+
+
+def _check_counts(num_experts: int, num_experts_per_token: int, num_groups: int, groups_per_token: int) -> None:
+    check_sizes(num_experts=num_experts, num_experts_per_token=num_experts_per_token, num_groups=num_groups)
+    if num_experts % num_groups:
+        raise ValueError(
+            f"num_experts is {num_experts} and num_groups {num_groups}; give a number of experts that divides into groups"
+        )
+    if not 1 <= groups_per_token <= num_groups:
+        raise ValueError(f"groups_per_token is {groups_per_token}; expected 1 to num_groups = {num_groups}")
+    within = num_experts // num_groups * groups_per_token
+    if num_experts_per_token > within:
+        raise ValueError(
+            f"num_experts_per_token is {num_experts_per_token} and {groups_per_token} of {num_groups} groups hold {within} "
+            "experts; choose fewer, or among more groups"
+        )
 
 
 @torch.no_grad()

@@ -140,6 +140,29 @@ def form(x: Tensor) -> str:
     return "triton"
 
 
+def explain(x: Tensor, *, trained: bool = False) -> str:
+    """Which form of products `run_experts` takes for x, and why, in a sentence.
+
+    Args:
+        x: [N, D], or any tensor of its dtype, channels and device.
+        trained: whether a gradient is wanted.
+
+    >>> explain(torch.ones(1, 2))
+    'loop: a product an expert; x is on cpu, where the host knows how many tokens each has'
+    """
+    kind = form(x)
+    if kind == "loop":
+        why = "x is float64, which on a GPU waits for the host" if x.is_cuda else "x is on cpu, where the host knows"
+        return f"loop: a product an expert; {why} how many tokens each has"
+    if kind == "grouped":
+        said = "grouped: torch's grouped product; x is multiplied in bfloat16 on compute capability 9.0 or later"
+    else:
+        width = x.shape[-1] * x.element_size()
+        why = f"{_product_dtype(x)}, rows of {width} bytes, compute capability {torch.cuda.get_device_capability(x.device)}"
+        said = f"triton: one grouped Triton kernel, which takes what torch's grouped product refuses ({why})"
+    return said if trained else f"{said}; without a gradient, activation and sum are one kernel each"
+
+
 def _without_gradient(x_ND, weights_Nk, w1, w3, w2, order_M, back_Nk, ends_E) -> Tensor:
     """A prompt: the weights are read where they lie, and each pass between the products is one kernel."""
     x_MD = x_ND[order_M // weights_Nk.shape[1]]

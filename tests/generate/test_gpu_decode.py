@@ -5,7 +5,7 @@ import torch
 
 from palimpsest.generate import Sampling, generate, prefill
 from palimpsest.generate.session import DecodeSession
-from palimpsest.models.kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
+from palimpsest.models.kimi_linear import KimiLinearConfig, KimiLinearForCausalLM, captured_prompt
 from palimpsest.text import ByteTokenizer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -82,3 +82,38 @@ def test_half_precision_decodes_close_to_double(model):
             session._read_()
         ours = session._logits.cpu().double()
     assert (ours - exact).abs().max() <= 2 * (plain - exact).abs().max() + 2**-7 * exact.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@torch.no_grad()
+def test_pieces_of_a_prompt_by_graphs(monkeypatch, dtype):
+    torch.manual_seed(0)
+    config = KimiLinearConfig.tiny("KKMKM", hidden_size=128, linear_num_heads=2, linear_head_dim=64)
+    model = KimiLinearForCausalLM(config).eval().to("cuda", dtype)
+    prompts = torch.randint(257, (2, 6 * 256)).tolist()
+    with monkeypatch.context() as patch:
+        patch.setattr(captured_prompt, "MOST_TOKENS", 0)
+        plain = prefill(model, prompts, prefill_chunk=256)
+    assert not model.model._captured_prompt._recordings
+    first, ours, again = (prefill(model, prompts, prefill_chunk=256) for _ in range(3))
+    assert list(model.model._captured_prompt._recordings) == [(2, 256)]
+    assert ours.state.same(again.state)
+    assert ours.logits.equal(again.logits)
+    tolerance = dict(rtol=3e-2, atol=3e-2) if dtype == torch.bfloat16 else dict(rtol=1e-3, atol=1e-4)
+    for found in (first, ours):
+        torch.testing.assert_close(found.logits, plain.logits, **tolerance)
+        assert found.state.position.equal(plain.state.position)
+        for a, b in zip(found.state.tensors().values(), plain.state.tensors().values(), strict=True):
+            torch.testing.assert_close(a, b, **tolerance)
+
+
+def test_a_state_that_is_not_finite_is_found_whatever_holds_it(model):
+    state = prefill(model, PROMPTS).state
+    assert not state.nonfinite()
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        for name, tensor in state.tensors().items():
+            if tensor.is_floating_point() and tensor.numel():
+                broken = tensor[1].flatten()[0].clone()
+                tensor[1].view(-1)[0] = bad
+                assert [place.sequence for place in state.nonfinite()] == [1], name
+                tensor[1].view(-1)[0] = broken

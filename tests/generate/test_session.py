@@ -171,3 +171,13 @@ def test_many_prompts_are_read_a_few_at_a_time(model, monkeypatch):
     assert apart.state.position.equal(together.state.position)
     with pytest.raises(ValueError, match="prefill_chunk"):
         prefill(model, PROMPTS, prefill_chunk=0)
+
+
+@torch.no_grad()
+def test_no_token_beyond_the_room():
+    model = KimiLinearForCausalLM(KimiLinearConfig.tiny("KM")).eval()
+    session = DecodeSession(model, prefill(model, [[1, 2, 3], [4]]), Sampling(), [0, 1], capacity=4, graph=False)
+    session.step_()
+    with pytest.raises(ValueError, match="a sequence has 4 tokens and capacity is 4; go on in a new session"):
+        session.step_()
+    assert session.value([1]).state.position.tolist() == [2]

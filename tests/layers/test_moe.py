@@ -190,3 +190,23 @@ def test_names_and_shapes_are_the_released_ones():
             f"experts.{e}.w2.weight": (2304, 1024)
         }
     assert {name: tuple(tensor.shape) for name, tensor in official_tensors(m.state_dict())} == expected
+
+
+@pytest.mark.parametrize(
+    ("counts", "says"),
+    [
+        ({"num_experts": 5, "num_groups": 2}, "num_experts is 5 and num_groups 2; give a number"),
+        ({"num_experts": 2, "num_experts_per_token": 3}, "num_experts_per_token is 3 and 1 of 1 groups hold 2 experts"),
+        ({"num_groups": 2, "groups_per_token": 3}, "groups_per_token is 3; expected 1 to num_groups = 2"),
+        ({"num_experts": 8, "num_experts_per_token": 4, "num_groups": 4}, "1 of 4 groups hold 2 experts; choose fewer"),
+        ({"num_experts": 0}, "num_experts is 0; expected a whole number, 1 or more"),
+    ],
+)
+def test_counts_that_make_no_mixture(counts, says):
+    with pytest.raises(ValueError, match=says):
+        MoE(8, 16, **({"num_experts": 4, "num_experts_per_token": 2} | counts))
+
+
+def test_no_tokens_give_none():
+    moe = MoE(8, 16, num_experts=4, num_experts_per_token=2)
+    assert moe(torch.zeros(2, 0, 8)).shape == (2, 0, 8)

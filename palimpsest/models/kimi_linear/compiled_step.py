@@ -17,6 +17,7 @@ from palimpsest.layers.mlp import GatedMLP
 from palimpsest.layers.moe import MoE
 from palimpsest.layers.norms import RMSNorm
 from palimpsest.layers.short_conv import ShortConvolution
+from palimpsest.models.kimi_linear.unchanged import Parts
 from palimpsest.ops import decode
 from palimpsest.ops.gates import SigmoidDecay
 
@@ -32,16 +33,6 @@ LATENT = {
     "q": "q_proj", "kv_a": "kv_a_proj_with_mqa", "kv_norm": "kv_a_layernorm", "kv_b": "kv_b_proj", "out": "o_proj"
 }  # fmt: skip
 MLP = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
-
-
-class Seen(NamedTuple):
-    """Where a tensor of the plan was found, to see whether it is still there."""
-
-    of: dict
-    name: str
-    tensor: Tensor
-    address: int
-    size: int
 
 
 class CompiledStep:
@@ -62,7 +53,7 @@ class CompiledStep:
         if len(ids) > decode.MOST_COMPILED or not decode.compiled(ids) or model.training:
             return None
         prepared = self._prepared
-        if prepared is None or not prepared.still_true():
+        if prepared is None or not prepared.parts.unchanged():
             self._prepared = prepared = _prepare(model)
         if prepared.plan is None or any(isinstance(x, LatentState) and x.valid is not None for x in layers):
             return None
@@ -85,42 +76,21 @@ class Prepared(NamedTuple):
     """The plan, None if the model does not fit, and what was looked at to make it."""
 
     plan: Any
-    modules: list[tuple[dict, str, nn.Module]]
-    tensors: list[Seen]
-    watched: bool  # by hooks, which may go
-
-    def still_true(self) -> bool:
-        """Nothing was replaced, moved, or is watched."""
-        if self.watched:
-            return False
-        for of, name, module in self.modules:
-            if of.get(name) is not module or module._forward_hooks or module._forward_pre_hooks:
-                return False
-        for of, name, tensor, address, size in self.tensors:
-            if of.get(name) is not tensor or tensor.data_ptr() != address or tensor.numel() != size:
-                return False
-        return True
+    parts: Parts
 
 
 def _prepare(model: KimiLinearModel) -> Prepared:
-    modules, tensors = [], []
-    for parent in model.modules():
-        modules += [(parent._modules, name, child) for name, child in parent.named_children()]
-        for of in (parent._parameters, parent._buffers):
-            tensors += [Seen(of, name, t, t.data_ptr(), t.numel()) for name, t in of.items() if t is not None]
-    kept = torch.float32, torch.int64  # the counts of a mixture's loads
-    fits = all(x.tensor.is_cpu and x.tensor.dtype in kept and x.tensor.is_contiguous() for x in tensors)
-    linears = [m for _, _, m in modules if isinstance(m, nn.Linear) or type(m).__name__.endswith("Linear")]
-    watched = any(m._forward_hooks or m._forward_pre_hooks for _, _, m in modules)
+    parts = Parts.of(model)
+    fits = all(x.tensor.is_cpu and x.tensor.dtype == torch.float32 and x.tensor.is_contiguous() for x in parts.tensors)
     layers = (
         [_described(layer) for layer in cast("list[DecoderLayer]", model.layers)]
-        if fits and not watched and all(map(is_plain, linears))
+        if fits and not parts.watched and all(map(is_plain, parts.linears()))
         else [None]
     )
     plan = None
     if all(layers):
         plan = decode.ON_CPU["token_plan"](model.embed_tokens.weight, model.norm.weight, _sizes(model), layers)
-    return Prepared(plan, modules, tensors, watched)
+    return Prepared(plan, parts)
 
 
 def _described(layer: DecoderLayer) -> dict | None:

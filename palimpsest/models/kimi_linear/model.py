@@ -22,6 +22,7 @@ from palimpsest.layers.mlp import GatedMLP
 from palimpsest.layers.moe import Experts, MoE
 from palimpsest.layers.norms import RMSNorm
 from palimpsest.layers.padding import check_rows, check_split, pack, unpack
+from palimpsest.models.kimi_linear.captured_prompt import CapturedPrompt
 from palimpsest.models.kimi_linear.checkpoint import check_files, fill_, read_config, save
 from palimpsest.models.kimi_linear.checkpoint_place import checkpoint_of
 from palimpsest.models.kimi_linear.compiled_step import CompiledStep
@@ -117,7 +118,7 @@ class KimiLinearModel(nn.Module):
         self.config = config
         self.gradient_checkpointing = False
         self._kinds_of_states: list[type] | None = None
-        self._compiled_step = CompiledStep()
+        self._compiled_step, self._captured_prompt = CompiledStep(), CapturedPrompt()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -154,6 +155,10 @@ class KimiLinearModel(nn.Module):
         return self.norm(x)
 
     def _run(self, input_ids: Tensor, state: ModelState | None, cu_seqlens: Tensor | None) -> tuple[Tensor, ModelState]:
+        if state is not None and cu_seqlens is None:
+            whole = self._captured_prompt.run(self, input_ids, state.layers)
+            if whole is not None:
+                return whole[0], ModelState(whole[1], state.position + input_ids.shape[1])
         x = self.embed_tokens(input_ids)
         states = [None] * len(self.layers) if state is None else state.layers
         after = []
