@@ -4,11 +4,13 @@
 
 KKKM of width 256 (4 heads of 64, 4 experts), batch 1, greedy, after a prompt of 64. A turn is 8 tokens; what counts is the
 median over turns, and of the ratio the median over rounds, in each of which both took one turn. The logits of the two are
-compared first. Writes token.json and token.md to benchmarks/results/cpu.
+compared first. `load` is how many processes wanted the processors meanwhile: the ratio is the figure to trust. Writes
+token.json and token.md to benchmarks/results/cpu.
 """
 
 import argparse
 import importlib
+import os
 import statistics
 import tempfile
 import time
@@ -74,7 +76,11 @@ def main() -> None:
     rounds = [{name: timed(run) for name, run in runs.items()} for _ in range(options.rounds)]
     ms = {name: statistics.median(one[name] for one in rounds) for name in runs}
     ratio = statistics.median(one["transformers"] / one["palimpsest"] for one in rounds)
-    facts = machine() | {"transformers": importlib.import_module("transformers").__version__, "date": str(date.today())}
+    facts = machine() | {
+        "load": round(os.getloadavg()[0], 1),
+        "transformers": importlib.import_module("transformers").__version__,
+        "date": str(date.today()),
+    }
     HERE.mkdir(parents=True, exist_ok=True)
     write_json(HERE / "token.json", {"machine": facts, "ratio": ratio, "apart": apart, "rounds": rounds}, indent=1)
     where = ", ".join(f"{name} {value}" for name, value in facts.items())

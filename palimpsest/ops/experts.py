@@ -158,7 +158,7 @@ def explain(x: Tensor, *, trained: bool = False) -> str:
         said = "grouped: torch's grouped product; x is multiplied in bfloat16 on compute capability 9.0 or later"
     else:
         width = x.shape[-1] * x.element_size()
-        why = f"{_product_dtype(x)}, rows of {width} bytes, compute capability {torch.cuda.get_device_capability(x.device)}"
+        why = f"{product_dtype(x)}, rows of {width} bytes, compute capability {torch.cuda.get_device_capability(x.device)}"
         said = f"triton: one grouped Triton kernel, which takes what torch's grouped product refuses ({why})"
     return said if trained else f"{said}; without a gradient, activation and sum are one kernel each"
 

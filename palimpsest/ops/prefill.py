@@ -17,20 +17,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from palimpsest.ops import decode  # as a whole: it imports the experts, which import this
 from palimpsest.ops.arguments import state_dtype
 from palimpsest.ops.backends import within_a_transform
-from palimpsest.ops.decode import Form, fused
 
 
 def suits(x: Tensor) -> bool:
     """Whether a call on x is for these kernels: on a GPU, where no gradient is wanted and nobody compiles or transforms."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not x.is_cuda:
         return False
-    return not within_a_transform() and fused(x)
+    return not within_a_transform() and decode.fused(x)
 
 
 def gated_norm(
-    x: Tensor, gate: Tensor, weight: Tensor, eps: float, *, silu: bool = False, form: Form = "auto"
+    x: Tensor, gate: Tensor, weight: Tensor, eps: float, *, silu: bool = False, form: decode.Form = "auto"
 ) -> Tensor:
     """The RMSNorm of each head, times the sigmoid (or silu) of the gate.
 
@@ -45,14 +45,14 @@ def gated_norm(
     >>> gated_norm(torch.ones(1, 2, 3), torch.zeros(1, 6), torch.ones(3), 0.0)
     tensor([[0.5000, 0.5000, 0.5000, 0.5000, 0.5000, 0.5000]])
     """
-    if fused(gate, form):
+    if decode.fused(gate, form):
         return torch.ops.palimpsest_gpu.gated_norm(x.contiguous(), gate.contiguous(), weight, eps, silu)
     wide = _wide(gate)
     y = F.rms_norm(x.to(wide.dtype), weight.shape, weight.to(wide.dtype), eps).flatten(-2)
     return (y * (F.silu(wide) if silu else wide.sigmoid())).to(gate.dtype)
 
 
-def swiglu(gate: Tensor, up: Tensor, weight: Tensor | None = None, *, form: Form = "auto") -> Tensor:
+def swiglu(gate: Tensor, up: Tensor, weight: Tensor | None = None, *, form: decode.Form = "auto") -> Tensor:
     """silu(gate) * up, in float32 inside.
 
     Args:
@@ -62,13 +62,13 @@ def swiglu(gate: Tensor, up: Tensor, weight: Tensor | None = None, *, form: Form
     >>> swiglu(torch.ones(1, 2), torch.ones(1, 2), torch.tensor([2.0]))
     tensor([[1.4621, 1.4621]])
     """
-    if fused(gate, form):
+    if decode.fused(gate, form):
         return torch.ops.palimpsest_gpu.swiglu(gate.contiguous(), up.contiguous(), weight)
     h = F.silu(_wide(gate)) * _wide(up)
     return (h if weight is None else h * weight[:, None]).to(gate.dtype)
 
 
-def expert_sum(rows: Tensor, back: Tensor, *, form: Form = "auto") -> Tensor:
+def expert_sum(rows: Tensor, back: Tensor, *, form: decode.Form = "auto") -> Tensor:
     """sum_j rows[back_nj], in float32 inside and in the order of j.
 
     Args:
@@ -81,7 +81,7 @@ def expert_sum(rows: Tensor, back: Tensor, *, form: Form = "auto") -> Tensor:
     tensor([[5.],
             [4.]])
     """
-    if fused(rows, form):
+    if decode.fused(rows, form):
         return torch.ops.palimpsest_gpu.expert_sum(rows.contiguous(), back.contiguous())
     return _wide(rows[back]).sum(1).to(rows.dtype)
 

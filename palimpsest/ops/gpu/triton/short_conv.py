@@ -137,7 +137,7 @@ def _row(pointer, stride, at, inside, d, in_D):
 def _age(ages, t, T, PACKED: tl.constexpr):
     """The distance of token t from the first of its sequence."""
     if PACKED:
-        return tl.minimum(tl.maximum(tl.load(ages + tl.minimum(t, T - 1)), 0), t)  # whatever `ages` says
+        return tl.load(ages + tl.minimum(t, T - 1))  # addresses nothing: with states, `forward` keeps to tiles
     return t
 
 
@@ -153,13 +153,13 @@ def _before(x_D, back: tl.constexpr, age, state, row, D, d, in_D, STATE: tl.cons
 
 @triton.jit
 def _forth(
-    x_D, x1, x2, x3, w0, w1, w2, w3, ages, rows, held, state, batch, t, T, y, at, D, d, in_D,
+    x_D, x1, x2, x3, w0, w1, w2, w3, ages, rows, state, batch, t, T, y, at, D, d, in_D,
     STATE: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """One token on: its y, and the window before the next."""
     age, row = _age(ages, t, T, PACKED), batch
     if STATE and PACKED:
-        row = tl.minimum(tl.maximum(tl.load(rows + tl.minimum(t, T - 1)), 0), held - 1).to(tl.int64)
+        row = tl.load(rows + tl.minimum(t, T - 1)).to(tl.int64)
     x1 = _before(x1, 1, age, state, row, D, d, in_D, STATE)
     x2 = _before(x2, 2, age, state, row, D, d, in_D, STATE)
     x3 = _before(x3, 3, age, state, row, D, d, in_D, STATE)
@@ -168,9 +168,9 @@ def _forth(
     return x_D, x1, x2
 
 
-@triton.jit(do_not_specialize=["T", "held"])
+@triton.jit(do_not_specialize=["T"])
 def walk_forward_kernel(
-    x0, x1, x2, weight0, weight1, weight2, state0, state1, state2, y0, y1, y2, ages, rows, held, T, D0, D1, D2,
+    x0, x1, x2, weight0, weight1, weight2, state0, state1, state2, y0, y1, y2, ages, rows, T, D0, D1, D2,
     stride0, stride1, stride2,
     STATE: tl.constexpr, PACKED: tl.constexpr, WALK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -198,7 +198,7 @@ def walk_forward_kernel(
         xc = _row(x, x_stride, base + t + 2, t + 2 < T, d, in_D)
         xd = _row(x, x_stride, base + t + 3, t + 3 < T, d, in_D)
         a1, a2, a3 = _forth(
-            xa, a1, a2, a3, w0, w1, w2, w3, ages, rows, held, state, batch, t, T, y, base + t, D, d, in_D, STATE, PACKED
+            xa, a1, a2, a3, w0, w1, w2, w3, ages, rows, state, batch, t, T, y, base + t, D, d, in_D, STATE, PACKED
         )
         a1, a2, a3 = _forth(
             xb,
@@ -375,10 +375,9 @@ def forward(
     ys = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in xs]
     pick = lambda tensors: [tensors[min(i, len(tensors) - 1)] for i in range(3)]
     widths = [x.shape[2] for x in xs] + [0] * (3 - len(xs))  # a stream that is not there has no channels
-    if B * T and W == 4:
+    if B * T and W == 4 and not (states and ages is not None):  # tiles clamp the rows that address states
         walk_forward_kernel[(triton.cdiv(max(widths), WALK_D), triton.cdiv(T, WALK_T), 3 * B)](
-            *pick(xs), *pick(weights), *pick(states or xs), *pick(ys), ages, rows, len(states[0]) if states else 1, T,
-            *widths, *pick([x.stride(1) for x in xs]),
+            *pick(xs), *pick(weights), *pick(states or xs), *pick(ys), ages, rows, T, *widths, *pick([x.stride(1) for x in xs]),
             STATE=bool(states), PACKED=ages is not None, WALK_T=WALK_T, BLOCK_D=WALK_D, num_warps=4,
         )  # fmt: skip
     elif B * T:
