@@ -1,4 +1,4 @@
-"""convert(): one layout to another, shard by shard. Memory holds one part of one tensor; a kill loses one shard.
+"""convert(): one layout to another, shard by shard. Memory holds some pieces of 4 MB; a kill loses one shard.
 
 Shards are written whole or not at all, and config.json and the index last: a half-converted folder is no checkpoint, and
 the same call goes on where it was cut.
@@ -11,14 +11,17 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from palimpsest.convert.layouts import Made, Part, check_config, official_from, tensors_of
+from palimpsest.convert.pipe import PIECE, Pipe, pipe
 from palimpsest.convert.sources import DTYPES, Source, read_safetensors_header
 from palimpsest.files import replacing, write_json
 from palimpsest.models.kimi_linear.checkpoint import CONFIG, INDEX, WHOLE
@@ -96,9 +99,13 @@ def convert(
     Raises:
         ValueError: the source is not a whole checkpoint of this model, or the target cannot be written.
     """
+    with closing(Source(source)) as opened:
+        return _convert(opened, Path(target), to, shard_bytes, progress)
+
+
+def _convert(opened: Source, target: Path, to: str, shard_bytes: int, progress: Callable[[float, str], None]) -> Report:
     from palimpsest.convert.validate import detect, refuse_unless_whole
 
-    opened, target = Source(source), Path(target)
     layout = detect(opened)
     refuse_unless_whole(opened, layout)
     check_config(opened.config, to)
@@ -197,19 +204,25 @@ def _both(first, second):
     return both
 
 
-def read_parts(opened: Source, planned: Planned) -> Iterator[Tensor]:
-    """The parts of a tensor in order, one at a time."""
+def send(opened: Source, planned: Planned, dtype: torch.dtype, into: Pipe, digest: Any) -> None:
+    """The parts of a tensor in order: bytes as they lie where nothing is done to them, else one part at a time."""
     for part in planned.parts:
-        if not part.source:
-            yield torch.zeros(planned.made.shape, dtype=planned.dtype)
-            continue
-        if part.source in opened.entries:
-            x = opened.read(part.source, part.index, part.rows)
-        else:  # an official tensor that the source keeps in pieces
-            x = _assembled(opened, part.source)
-            x = x if part.rows is None else x[part.rows[0] : part.rows[1]]
-        x = x if part.change is None else part.change(x)
-        yield x.to(planned.dtype).contiguous()
+        entry = opened.entries.get(part.source)
+        if entry is not None and part.change is None and entry.dtype == dtype:
+            into.fill(opened.pieces(part.source, part.index, part.rows, PIECE), digest)
+        else:
+            into.put(raw(_part(opened, planned, part).to(dtype).contiguous()), digest)
+
+
+def _part(opened: Source, planned: Planned, part: Part) -> Tensor:
+    if not part.source:
+        return torch.zeros(planned.made.shape, dtype=planned.dtype)
+    if part.source in opened.entries:
+        x = opened.read(part.source, part.index, part.rows)
+    else:  # an official tensor that the source keeps in pieces
+        x = _assembled(opened, part.source)
+        x = x if part.rows is None else x[part.rows[0] : part.rows[1]]
+    return x if part.change is None else part.change(x)
 
 
 def _assembled(opened: Source, official: str) -> Tensor:
@@ -249,18 +262,14 @@ def _write_shard(opened: Source, shard: list[Planned], file: Path) -> list[Moved
     plan = hashlib.sha256(json.dumps([header, [p.source for p in shard], _identity(opened)]).encode()).hexdigest()
     digests = _finished(file, plan)
     if digests is None:
-        with replacing(file) as partial, open(partial, "wb") as out:
+        hashes = {planned.made.name: hashlib.sha256() for planned in shard}
+        with replacing(file) as partial, open(partial, "wb", buffering=0) as out, pipe(out) as into:
             text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
             text += b" " * (-len(text) % 8)
-            out.write(struct.pack("<Q", len(text)) + text)
-            digests = {}
+            into.put(struct.pack("<Q", len(text)) + text)
             for planned in shard:
-                digest = hashlib.sha256()
-                for x in read_parts(opened, planned):
-                    content = raw(x)
-                    digest.update(content)
-                    out.write(content)
-                digests[planned.made.name] = digest.hexdigest()
+                send(opened, planned, planned.dtype, into, hashes[planned.made.name])
+        digests = {name: digest.hexdigest() for name, digest in hashes.items()}
         write_json(_notes(file), {"plan": plan, "sha256": digests})
     return [Moved(p.made.name, p.source, p.made.shape, NAMES[p.dtype], digests[p.made.name], file.name) for p in shard]
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from palimpsest.convert.pipe import pipe
 from palimpsest.convert.sources import Entry, Source
 from palimpsest.files import replacing
 from palimpsest.models.kimi_linear.config import KimiLinearConfig
@@ -27,7 +28,7 @@ def write(
     opened: Source, plan: list[Planned], file: Path, progress: Callable[[float, str], None]
 ) -> tuple[tuple[Moved, ...], tuple[str, ...]]:
     """Write a .gguf file whole or not at all; returns what was written and remarks."""
-    from palimpsest.convert.conversion import NAMES, Moved, raw, read_parts
+    from palimpsest.convert.conversion import NAMES, Moved, send
 
     gguf = _gguf()
     kinds = {torch.float32: gguf.GGMLQuantizationType.F32, torch.float16: gguf.GGMLQuantizationType.F16}
@@ -53,25 +54,17 @@ def write(
             writer.write_ti_data_to_file()
             out = writer.fout[0]
             writer.write_padding(out, out.tell())
-            for number, (planned, dtype) in enumerate(zip(plan, dtypes)):
-                digest, size = hashlib.sha256(), 0
-                for x in read_parts(opened, planned):
-                    content = raw(x.to(dtype).contiguous())
-                    digest.update(content)
-                    out.write(content)
-                    size += len(content)
-                writer.write_padding(out, size)
-                moved.append(
-                    Moved(
-                        planned.made.name,
-                        planned.source,
-                        planned.made.shape,
-                        NAMES[dtype],
-                        digest.hexdigest(),
-                        file.name,
-                    )
-                )
-                progress((number + 1) / len(plan), planned.made.name)
+            hashes = [hashlib.sha256() for _ in plan]
+            with pipe(out) as into:
+                for number, (planned, dtype, digest) in enumerate(zip(plan, dtypes, hashes)):
+                    send(opened, planned, dtype, into, digest)
+                    size = dtype.itemsize * int(torch.Size(planned.made.shape).numel())
+                    into.put(bytes(-size % writer.data_alignment))
+                    progress((number + 1) / len(plan), planned.made.name)
+            for planned, dtype, digest in zip(plan, dtypes, hashes):
+                made = planned.made
+                digits = digest.hexdigest()
+                moved.append(Moved(made.name, planned.source, made.shape, NAMES[dtype], digits, file.name))
         finally:
             writer.close()
     return tuple(moved), tuple(remarks)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import struct
+from collections.abc import Callable, Iterator
+from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +46,7 @@ class Source:
 
     def __init__(self, path: str | os.PathLike):
         self.path = checkpoint_of(path)
+        self._opened: tuple[Path, FileIO] | None = None  # the file that was read last
         if self.path.suffix == ".gguf":
             from palimpsest.convert.gguf_files import read_header
 
@@ -54,24 +57,52 @@ class Source:
             if self.config.tie_word_embeddings and EMBEDDING in self.entries:
                 self.entries.setdefault(HEAD, self.entries[EMBEDDING])  # the one matrix, under both names
 
+    def close(self) -> None:
+        """Close the file that was read last."""
+        if self._opened is not None:
+            self._opened[1].close()
+            self._opened = None
+
     def read(self, name: str, index: int | None = None, rows: tuple[int, int] | None = None) -> Tensor:
         """A tensor, or index `index` of its first dimension, or `rows` of what is left. The bytes asked for are read, no more."""
+        entry, shape, start = self._place(name, index, rows)
+        count = int(torch.Size(shape).numel())
+        if not count:
+            return torch.empty(shape, dtype=entry.dtype)
+        content = bytearray(count * entry.dtype.itemsize)
+        self._fill(memoryview(content), entry, start, name)
+        return torch.frombuffer(content, dtype=entry.dtype).view(shape)
+
+    def pieces(
+        self, name: str, index: int | None = None, rows: tuple[int, int] | None = None, size: int = 4 << 20
+    ) -> Iterator[Callable[[memoryview], int]]:
+        """The bytes of what `read` returns, `size` at a time: functions that fill a buffer and say how far."""
+        entry, shape, start = self._place(name, index, rows)
+        stop = start + entry.dtype.itemsize * int(torch.Size(shape).numel())
+        for first in range(start, stop, size):
+            count = min(size, stop - first)
+            yield lambda buffer, first=first, count=count: self._fill(buffer[:count], entry, first, name)
+
+    def _place(self, name: str, index: int | None, rows: tuple[int, int] | None) -> tuple[Entry, tuple[int, ...], int]:
         entry = self.entries[name]
         shape, start = entry.shape, entry.start
         for first, last in ([] if index is None else [(index, None)]) + ([] if rows is None else [rows]):
             step = entry.dtype.itemsize * int(torch.Size(shape[1:]).numel())
             start += first * step
             shape = shape[1:] if last is None else (last - first, *shape[1:])
-        count = int(torch.Size(shape).numel())
-        if not count:
-            return torch.empty(shape, dtype=entry.dtype)
-        size = count * entry.dtype.itemsize
-        content = bytearray(size)
-        with open(entry.file, "rb") as file:
-            file.seek(start)
-            if file.readinto(content) != size:
+        return entry, shape, start
+
+    def _fill(self, buffer: memoryview, entry: Entry, start: int, name: str) -> int:
+        if self._opened is None or self._opened[0] != entry.file:
+            self.close()
+            self._opened = entry.file, open(entry.file, "rb", buffering=0)  # noqa: SIM115 - until another file is asked for
+        file, count = self._opened[1], 0
+        file.seek(start)
+        while count < len(buffer):
+            if not (got := file.readinto(buffer[count:])):
                 raise ValueError(f"{str(entry.file)!r} is cut short in tensor {name!r}; fetch it again")
-        return torch.frombuffer(content, dtype=entry.dtype).view(shape)
+            count += got
+        return count
 
 
 def _entries(folder: Path) -> dict[str, Entry]:

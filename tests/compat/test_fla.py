@@ -43,6 +43,7 @@ SIGNATURES = {
     "fused_recurrent_dplr_delta_rule": "q k v a b gk scale initial_state output_final_state reverse cu_seqlens",
     "chunk_gla": "q k v g scale initial_state output_final_state state_v_first cu_seqlens cu_seqlens_cpu",
     "fused_recurrent_gla": "q k v gk gv scale initial_state output_final_state reverse state_v_first cu_seqlens",
+    "fused_chunk_linear_attn": "q k v scale initial_state output_final_state normalize cu_seqlens",
     "chunk_linear_attn": "q k v scale initial_state output_final_state normalize cu_seqlens",
     "fused_recurrent_linear_attn": "q k v scale initial_state output_final_state reverse normalize cu_seqlens",
 }
@@ -262,7 +263,7 @@ def test_gla_and_linear_attention(problem):
     output, memory = law(q, k, v, 0 * g, lambda k, t: 0 * k[:, t], v, state)
     running = sums + k.cumsum(1)
     output = output / (q * K**-0.5 * running).sum(-1, keepdim=True)
-    for run in (fla.chunk_linear_attn, fla.fused_recurrent_linear_attn):
+    for run in (fla.chunk_linear_attn, fla.fused_chunk_linear_attn, fla.fused_recurrent_linear_attn):
         got, (kept, weights) = run(q, k, v, None, (state, sums), True, normalize=True)
         check((got, kept, weights), (output, memory, running[:, -1:]))
     with torch.no_grad():

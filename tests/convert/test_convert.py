@@ -240,3 +240,72 @@ def test_another_architecture_is_refused(tmp_path):
     writer.close()
     with pytest.raises(ValueError, match="is of architecture 'llama'; expected 'kimi-linear'"):
         validate(tmp_path / "x.gguf")
+
+
+def test_a_pipe_keeps_order_and_says_what_went_wrong(tmp_path):
+    import hashlib
+
+    from palimpsest.convert import pipe as module
+    from palimpsest.convert.pipe import PIECE, pipe
+
+    content = torch.randint(0, 255, (3 * PIECE + 5,), dtype=torch.uint8).numpy().tobytes()
+    starts = range(0, len(content), PIECE)
+
+    def reads():
+        for start in starts:
+
+            def fill(buffer, start=start):
+                part = content[start : start + PIECE]
+                buffer[: len(part)] = part
+                return len(part)
+
+            yield fill
+
+    digest, monkey = hashlib.sha256(), pytest.MonkeyPatch()
+    monkey.setattr(module, "SYNC", PIECE)  # to the disk on the way
+    with open(tmp_path / "x", "wb", buffering=0) as out, pipe(out) as into:
+        into.put(b"head", digest)
+        into.fill(reads(), digest)
+        into.fill(reads(), digest)  # buffers again
+        into.put(b"tail", digest)
+    monkey.undo()
+    assert (tmp_path / "x").read_bytes() == b"head" + content + content + b"tail"
+    assert digest.hexdigest() == hashlib.sha256(b"head" + content + content + b"tail").hexdigest()
+
+    class Full:
+        def write(self, content):
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"), pipe(Full()) as into:
+        into.put(b"x")
+
+
+def test_a_source_that_shrinks_meanwhile_leaves_nothing_half_written(official, tmp_path, monkeypatch):
+    from palimpsest.convert.sources import Source
+
+    shutil.copytree(official, tmp_path / "x")
+    original = Source.pieces
+
+    def shrunk(self, name, *arguments):
+        if name.endswith("lm_head.weight"):
+            (tmp_path / "x" / "model.safetensors").write_bytes(b"short")
+        return original(self, name, *arguments)
+
+    monkeypatch.setattr(Source, "pieces", shrunk)
+    with pytest.raises(ValueError, match="is cut short in tensor 'lm_head.weight'; fetch it again"):
+        convert(tmp_path / "x", tmp_path / "y", "native")
+    assert list((tmp_path / "y").iterdir()) == []
+
+
+def test_large_tensors_pass_in_pieces(official, tmp_path):
+    """Memory holds pieces, whatever the size of a tensor: none is read whole where nothing is done to it."""
+    from palimpsest.convert.sources import Source
+
+    asked = []
+    original = Source.read
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Source, "read", lambda self, name, *a: (asked.append(name), original(self, name, *a))[1])
+        convert(official, tmp_path / "native", "native")
+        assert asked == []
+        convert(tmp_path / "native", tmp_path / "back", "official")
+    assert all("A_log" in name or "conv" in name or "g_proj" in name for name in asked), asked

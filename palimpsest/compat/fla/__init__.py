@@ -27,7 +27,13 @@ from palimpsest.compat.fla.kda import (
     naive_kda_lowerbound_gate,
     naive_recurrent_kda,
 )
-from palimpsest.compat.fla.linear import chunk_gla, chunk_linear_attn, fused_recurrent_gla, fused_recurrent_linear_attn
+from palimpsest.compat.fla.linear import (
+    chunk_gla,
+    chunk_linear_attn,
+    fused_chunk_linear_attn,
+    fused_recurrent_gla,
+    fused_recurrent_linear_attn,
+)
 from palimpsest.compat.fla.modules import FusedRMSNormGated, RMSNorm, ShortConvolution, l2norm
 
 __all__ = [
@@ -49,6 +55,7 @@ __all__ = [
     "chunk_gla",
     "fused_recurrent_gla",
     "chunk_linear_attn",
+    "fused_chunk_linear_attn",
     "fused_recurrent_linear_attn",
     "FusedRMSNormGated",
     "RMSNorm",

@@ -19,7 +19,7 @@ _OPS = {
     "generalized_delta_rule": (delta.chunk_dplr_delta_rule, delta.fused_recurrent_dplr_delta_rule),
     "generalized_delta_rule.dplr": (delta.chunk_dplr_delta_rule, delta.fused_recurrent_dplr_delta_rule),
     "gla": (linear.chunk_gla, linear.fused_recurrent_gla),
-    "linear_attn": (linear.chunk_linear_attn, linear.fused_recurrent_linear_attn),
+    "linear_attn": (linear.chunk_linear_attn, linear.fused_chunk_linear_attn, linear.fused_recurrent_linear_attn),
 }
 _MODULES = {
     "": (modules.FusedRMSNormGated, modules.RMSNorm, modules.ShortConvolution),

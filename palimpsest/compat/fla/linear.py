@@ -109,6 +109,20 @@ def chunk_linear_attn(
     return output, (state_out(final[..., :-1].contiguous(), False, output_final_state), sums)
 
 
+def fused_chunk_linear_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | tuple | None = None,
+    output_final_state: bool = False,
+    normalize: bool = True,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Any]:
+    """As chunk_linear_attn: FLA has it as another kernel of the same function."""
+    return chunk_linear_attn(q, k, v, scale, initial_state, output_final_state, normalize, cu_seqlens)
+
+
 def fused_recurrent_linear_attn(
     q: Tensor,
     k: Tensor,
