@@ -1,8 +1,8 @@
 """What pyproject.toml cannot say: a README that survives an index page, results by folder, a wheel with compiled kernels.
 
-    python -m build                                     sdist and wheel: the kernel's source, compiled at first use
-    PALIMPSEST_PREBUILT=1 python -m build --wheel       a wheel for this platform, for machines without a compiler
-    PALIMPSEST_HOME=https://.../blob/main/              where the README's links and pictures lead; without it they are words
+python -m build                                     sdist and wheel: the kernel's source, compiled at first use
+PALIMPSEST_PREBUILT=1 python -m build --wheel       a wheel for this platform, for machines without a compiler
+PALIMPSEST_HOME=https://.../blob/main/              where the README's links and pictures lead; without it they are words
 """
 
 import importlib.util

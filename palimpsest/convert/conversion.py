@@ -25,6 +25,7 @@ from palimpsest.convert.pipe import PIECE, Pipe, pipe
 from palimpsest.convert.sources import DTYPES, Source, read_safetensors_header
 from palimpsest.files import replacing, write_json
 from palimpsest.models.kimi_linear.checkpoint import CONFIG, INDEX, WHOLE
+from palimpsest.text.tiktoken_files import TIKTOKEN, tokenizer_json_of
 
 REPORT = "convert.json"
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -143,6 +144,8 @@ def _convert(opened: Source, target: Path, to: str, shard_bytes: int, progress: 
     copied = [name for name in BESIDE if opened.path.is_dir() and (opened.path / name).is_file()]
     for name in copied:
         shutil.copyfile(opened.path / name, target / name)
+    if (opened.path / TIKTOKEN).is_file() and not (opened.path / "tokenizer.json").is_file():
+        (target / "tokenizer.json").write_bytes(tokenizer_json_of(opened.path))  # which every other tool reads
     report = Report(layout, to, tuple(moved), tuple(copied))
     write_json(target / REPORT, asdict(report))
     if len(shards) > 1:

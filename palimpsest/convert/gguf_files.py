@@ -15,6 +15,7 @@ from palimpsest.convert.sources import Entry, Source
 from palimpsest.files import replacing
 from palimpsest.models.kimi_linear.config import KimiLinearConfig
 from palimpsest.models.kimi_linear.mixers import is_full_attention
+from palimpsest.text.tiktoken_files import TIKTOKEN, as_tokenizer_json
 
 if TYPE_CHECKING:
     from palimpsest.convert.conversion import Moved, Planned
@@ -140,6 +141,9 @@ def _write_vocabulary(writer: Any, gguf: Any, opened: Source) -> list[str]:
         if mark is not None:
             add(mark)
     said = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    kimi = not said and (opened.path / TIKTOKEN).is_file()
+    if kimi:
+        said = as_tokenizer_json(opened.path)
     if said.get("model", {}).get("type") != "BPE":
         writer.add_tokenizer_model("none")
         return [
@@ -154,13 +158,17 @@ def _write_vocabulary(writer: Any, gguf: Any, opened: Source) -> list[str]:
     ]
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in said["model"]["merges"]]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    writer.add_tokenizer_pre("kimi-k2" if kimi else "gpt-2")  # llama.cpp's name of the released pattern
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges(
         merges or ["\u0100 \u0100"]
     )  # the list may not be empty; this pair is no token, so it never joins
-    return [] if not merges else ["the pre-tokenizer is written as gpt-2; compare a text's tokens before trusting it"]
+    return (
+        []
+        if kimi or not merges
+        else ["the pre-tokenizer is written as gpt-2; compare a text's tokens before trusting it"]
+    )
 
 
 def _config(values: dict[str, Any], entries: dict[str, Entry]) -> KimiLinearConfig:

@@ -309,3 +309,21 @@ def test_large_tensors_pass_in_pieces(official, tmp_path):
         assert asked == []
         convert(tmp_path / "native", tmp_path / "back", "official")
     assert all("A_log" in name or "conv" in name or "g_proj" in name for name in asked), asked
+
+
+def test_the_released_tokenizer_goes_along_as_others_read_it(official, tmp_path):
+    import base64
+
+    gguf = pytest.importorskip("gguf")
+    KimiLinearForCausalLM(KimiLinearConfig.tiny(vocab_size=513)).save_pretrained(tmp_path / "x")
+    tokens = [bytes([b]) for b in range(256)] + [b"ab"]
+    lines = [base64.b64encode(token) + f" {rank}".encode() for rank, token in enumerate(tokens)]
+    (tmp_path / "x" / "tiktoken.model").write_bytes(b"\n".join(lines))
+    convert(tmp_path / "x", tmp_path / "y", "native")
+    assert (tmp_path / "y" / "tiktoken.model").is_file()
+    assert json.loads((tmp_path / "y" / "tokenizer.json").read_text())["model"]["merges"] == [["a", "b"]]
+    report = convert(tmp_path / "x", tmp_path / "z.gguf", "gguf")
+    values = {name: field.contents() for name, field in gguf.GGUFReader(tmp_path / "z.gguf").fields.items()}
+    assert report.remarks == ()
+    assert (values["tokenizer.ggml.pre"], values["tokenizer.ggml.merges"]) == ("kimi-k2", ["a b"])
+    assert values["tokenizer.ggml.tokens"][256] == "ab"
