@@ -32,7 +32,7 @@ def for_index(text: str, home: str) -> str:
 
 
 def data_files() -> list[tuple[str, list[str]]]:
-    """What lies under share/ after an install: recipes, and what the lab found: `palimpsest train demo`, `palimpsest lab list`."""
+    """What lies under share/ after an install: recipes, and results: `palimpsest train demo`, `palimpsest lab list`."""
     name = lambda paths: sorted(str(path.relative_to(ROOT)) for path in paths)
     found = [("share/palimpsest/recipes", name((ROOT / "recipes").glob("*.py")))]
     for report in sorted((ROOT / "results" / "lab").glob("*/report.md")):
