@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for sm_80 and sm_90 without a GPU, and spills no more than is known."""
+"""Every Triton kernel compiles without a GPU, fits the shared memory of its generation and spills no more than is known."""
 
 import os
 import re
@@ -17,24 +17,38 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from palimpsest.ops.gpu.triton import gradient, inter_chunk_bwd, inter_chunk_fwd, intra_chunk, linear, step
+from palimpsest.ops.gpu.triton import (
+    gradient, gradient_by_levels, inter_chunk_bwd, inter_chunk_fwd, intra_chunk, intra_chunk_by_levels, linear, scores, step,
+)
 from palimpsest.ops.gpu.triton.configs import config
 
 capability, folder, dtype, K = int(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
 WIDE = dtype == "fp32" or K > 128
 CONSTANTS = dict(
     K=K, V=K, BLOCK_K=K, C=32 if WIDE else 64, PACKED=False, PRECISION="tf32x3" if dtype == "fp32" else "tf32", GATE=0,
-    ERASE_BEFORE_DECAY=False, FROM_BETA=True, LEVELS=5 if WIDE else 6, SAVE=False, EACH=False, ONE=True, DA=K, DB=K,
+    ERASE_BEFORE_DECAY=False, FROM_BETA=True,
+    M_PRECISION="tf32" if dtype == "bf16" else "tf32x3", LEVELS=5 if WIDE else 6, SAVE=False, EACH=False, ONE=True, DA=K, DB=K,
     DC=K, BLOCK_A=K, BLOCK_B=K, CHUNK=256, BACK=True, TRANSPOSED_MEMORY=True,
 )
 ABSENT = {"cu_seqlens", "chunk_offsets", "A_log", "dt_bias", "norms", "norms_out", "dA_log_out", "d_bias_out", "M_out", "states"}
-FLOATS = {"sums", "D", "D_out", "state", "state_out", "d_state", "d_state_out", "g", "dg_out"}
+FLOATS = {"dg_sums", "border_sums", "sums", "D", "D_out", "state", "state_out", "d_state", "d_state_out", "g", "dg_out"}
 KERNELS = {
-    "intra_chunk": intra_chunk.intra_chunk_kernel, "inter_chunk_fwd": inter_chunk_fwd.inter_chunk_fwd_kernel,
+    "inter_chunk_fwd": inter_chunk_fwd.inter_chunk_fwd_kernel,
     "inter_chunk_bwd": inter_chunk_bwd.inter_chunk_bwd_kernel,
-    "scores": gradient.scores_kernel, "gradient": gradient.gradient_kernel, "step": step.step_kernel,
+    "step": step.step_kernel,
     "sums": linear.sums_kernel, "running": linear.running_kernel, "reads": linear.reads_kernel,
 }
+LEVELS = {
+    "intra_chunk_by_levels": intra_chunk_by_levels.intra_chunk_by_levels_kernel,
+    "gradient_by_levels": gradient_by_levels.gradient_by_levels_kernel, "scores_by_levels": scores.scores_kernel,
+}
+BLOCKS = {"intra_chunk": intra_chunk.intra_chunk_kernel, "gradient": gradient.gradient_kernel, "scores": scores.scores_kernel}
+if dtype != "fp32":
+    KERNELS |= BLOCKS
+if dtype == "fp32" or K == 128:
+    KERNELS |= LEVELS
+if capability not in (80, 90):
+    KERNELS = BLOCKS | {name: KERNELS[name] for name in ("inter_chunk_fwd", "inter_chunk_bwd", "step")}
 
 def build(name):
     kernel, settings = KERNELS[name], config(name, WIDE)
@@ -64,31 +78,44 @@ for name in KERNELS:
     open(f"{folder}/{name}", "wb").write(found.asm["cubin"])
     print(name, found.metadata.shared)
 """
-SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may have
+SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}  # bytes a block may have
 STACK = {  # bytes of spilled registers a thread uses, on sm_80 and sm_90: less is welcome, more is a step back
     "bf16 64": dict(
-        intra_chunk=(1352, 1112), inter_chunk_fwd=(192, 0), inter_chunk_bwd=(3944, 0), gradient=(8528, 1928),
+        intra_chunk=(2048, 680), inter_chunk_fwd=(192, 0), inter_chunk_bwd=(3944, 0),
     ),
     "bf16 128": dict(
-        intra_chunk=(2776, 1792), inter_chunk_fwd=(288, 8), inter_chunk_bwd=(608, 80), scores=(72, 0),
-        gradient=(7016, 1912), sums=(136, 0), reads=(280, 0),
+        intra_chunk=(2096, 720), inter_chunk_fwd=(288, 8), inter_chunk_bwd=(608, 80), gradient=(208, 56),
+        scores=(168, 0), sums=(136, 0), reads=(280, 0),
+        intra_chunk_by_levels=(2776, 1792), scores_by_levels=(72, 0), gradient_by_levels=(7016, 1912),
     ),
     "bf16 256": dict(
-        intra_chunk=(9720, 10024), inter_chunk_fwd=(240, 176), inter_chunk_bwd=(8, 16), gradient=(248, 232),
+        intra_chunk=(0, 0), inter_chunk_fwd=(240, 176), inter_chunk_bwd=(8, 16), gradient=(792, 328),
     ),
     "fp32 128": dict(
-        intra_chunk=(2968, 2832), inter_chunk_fwd=(6608, 920), inter_chunk_bwd=(704, 728), scores=(432, 448),
-        gradient=(1336, 1144), reads=(224, 288),
+        intra_chunk_by_levels=(2968, 2832), inter_chunk_fwd=(6608, 920), inter_chunk_bwd=(704, 728),
+        scores_by_levels=(432, 448), gradient_by_levels=(1336, 1144), reads=(224, 288),
     ),
     "fp32 256": dict(
-        intra_chunk=(27816, 32104), inter_chunk_fwd=(13024, 13104), inter_chunk_bwd=(12488, 12760), scores=(8448, 8592),
-        gradient=(1352, 1104), reads=(9536, 8488),
+        intra_chunk_by_levels=(27816, 32104), inter_chunk_fwd=(13024, 13104), inter_chunk_bwd=(12488, 12760),
+        scores_by_levels=(8448, 8592), gradient_by_levels=(1352, 1104), reads=(9536, 8488),
     ),
 }  # fmt: skip
+OTHERS = {  # the same on other generations, "bf16 128"
+    89: dict(intra_chunk=1864, gradient=208, scores=96, inter_chunk_fwd=248, inter_chunk_bwd=528),
+    100: dict(gradient=104, inter_chunk_fwd=512, inter_chunk_bwd=176),
+    120: dict(intra_chunk=2208, gradient=96, scores=200, inter_chunk_fwd=336, inter_chunk_bwd=624),
+}
 
 
-@pytest.mark.parametrize("kind", STACK)
-@pytest.mark.parametrize("capability", [80, 90])
+def known(kernel: str, capability: int, kind: str) -> int:
+    if capability in OTHERS:
+        return OTHERS[capability].get(kernel, 0)
+    return STACK[kind].get(kernel, (0, 0))[capability == 90]
+
+
+@pytest.mark.parametrize(
+    ("capability", "kind"), [(c, kind) for c in (80, 90) for kind in STACK] + [(c, "bf16 128") for c in OTHERS]
+)
 def test_compiles_and_spills_no_more_than_known(capability, kind, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
@@ -108,4 +135,4 @@ def test_compiles_and_spills_no_more_than_known(capability, kind, tmp_path):
             [tool, "--dump-resource-usage", str(tmp_path / kernel)], capture_output=True, text=True
         ).stdout
         stack = int(re.search(r"STACK:(\d+)", usage)[1])
-        assert stack <= STACK[kind].get(kernel, (0, 0))[capability == 90], f"{kernel} spills {stack} bytes"
+        assert stack <= known(kernel, capability, kind), f"{kernel} spills {stack} bytes"

@@ -3,6 +3,8 @@
 forward    intra_chunk -> inter_chunk_fwd
 backward   intra_chunk (again, nothing of it is kept) -> inter_chunk_fwd (memories only) -> inter_chunk_bwd -> scores -> gradient
 
+intra_chunk and gradient exist twice: `by_blocks` chooses.
+
 Letters  B sequences, T tokens, H key heads, HV value heads, K key channels, V value channels, N packed sequences.
 """
 
@@ -14,10 +16,14 @@ from torch import Tensor
 
 from palimpsest.ops.gpu.triton.borders import borders_of
 from palimpsest.ops.gpu.triton.configs import CHUNK, WIDE_CHUNK, config, padded
-from palimpsest.ops.gpu.triton.gradient import gradient_kernel, scores_kernel
+from palimpsest.ops.gpu.triton.gradient import gradient_kernel
+from palimpsest.ops.gpu.triton.gradient_by_levels import gradient_by_levels_kernel
 from palimpsest.ops.gpu.triton.inter_chunk_bwd import inter_chunk_bwd_kernel
 from palimpsest.ops.gpu.triton.inter_chunk_fwd import inter_chunk_fwd_kernel
 from palimpsest.ops.gpu.triton.intra_chunk import intra_chunk_kernel
+from palimpsest.ops.gpu.triton.intra_chunk_by_levels import intra_chunk_by_levels_kernel
+from palimpsest.ops.gpu.triton.one_sided import BLOCK
+from palimpsest.ops.gpu.triton.scores import scores_kernel
 from palimpsest.ops.gpu.workspace import MemoryArguments, runs_of
 
 
@@ -36,6 +42,8 @@ class Plan(NamedTuple):
     wide: bool
     dtype: torch.dtype
     precision: str
+    m_precision: str  # of the products of M, whose errors grow where keys repeat
+    by_blocks: bool  # which kernels run inside a chunk: see `by_blocks`
     cu_seqlens: Tensor | None
     chunk_offsets: Tensor | None
     shared: dict  # constexpr arguments of every kernel
@@ -48,7 +56,17 @@ class Plan(NamedTuple):
         return min(settings.pop("block_v"), padded(self.V, self.wide))
 
 
-def plan_of(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Plan:
+def by_blocks(x: MemoryArguments) -> bool:
+    """Do intra_chunk.py and gradient.py serve the call, or the same by levels of the tree?
+
+    In fp32 the levels are more accurate than the products of one_sided.py. Calls from logits and those whose erase is a
+    vector keep the levels until the faster kernels have been judged in those forms, too.
+    """
+    return x.q.dtype != torch.float32 and not x.gate and x.erase.ndim == 3
+
+
+def plan_of(x: MemoryArguments) -> Plan:
+    q, v, cu_seqlens = x.q, x.v, x.cu_seqlens
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
     wide = q.dtype == torch.float32 or K > 128
@@ -60,9 +78,14 @@ def plan_of(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Plan:
         chunks = T // C + sequences
         cu_seqlens, offsets = borders_of(cu_seqlens, T, C, q.device)
     precision = "tf32x3" if q.dtype == torch.float32 else "tf32"
+    m_precision = "tf32" if q.dtype == torch.bfloat16 else "tf32x3"
+    inside = by_blocks(x)
     shared = dict(K=K, C=C, PACKED=cu_seqlens is not None, PRECISION=precision)
     block_k = padded(K, wide)
-    return Plan(T, H, HV, K, V, sequences, chunks, C, block_k, wide, q.dtype, precision, cu_seqlens, offsets, shared)
+    return Plan(
+        T, H, HV, K, V, sequences, chunks, C, block_k, wide, q.dtype, precision, m_precision, inside, cu_seqlens, offsets,
+        shared,
+    )  # fmt: skip
 
 
 class Prepared(NamedTuple):
@@ -83,13 +106,23 @@ def intra_chunk(plan: Plan, x: MemoryArguments, save: bool) -> Prepared:
     D = plan.empty(plan.K, dtype=torch.float32, like=x.q)
     M = plan.empty(plan.C, plan.C, like=x.q) if save else None
     norms = plan.empty(2, plan.C, dtype=torch.float32, like=x.q) if save and x.gate else None
-    if plan.chunks:
+    settings = config("intra_chunk" if plan.by_blocks else "intra_chunk_by_levels", plan.wide)
+    inputs = x.q, x.k, x.erase, x.log_decay, x.A_log, x.dt_bias
+    sizes = plan.cu_seqlens, plan.chunk_offsets, plan.T, plan.sequences, plan.H, plan.HV, x.scale, x.floor
+    shared = dict(
+        LEVELS=plan.C.bit_length() - 1, FROM_BETA=x.erase.ndim == 3, GATE=x.gate, ERASE_BEFORE_DECAY=x.erase_before_decay,
+        SAVE=save, **plan.shared,
+    )  # fmt: skip
+    if plan.chunks and plan.by_blocks:
+        block_k = min(settings.pop("block_k"), plan.block_k)
         intra_chunk_kernel[(plan.chunks * plan.HV,)](
-            x.q, x.k, x.erase, x.log_decay, x.A_log, x.dt_bias, E, Q, W, P, D, M, norms,
-            plan.cu_seqlens, plan.chunk_offsets, plan.T, plan.sequences, plan.H, plan.HV, x.scale, x.floor,
-            BLOCK_K=plan.block_k, LEVELS=plan.C.bit_length() - 1, FROM_BETA=x.erase.ndim == 3, GATE=x.gate,
-            ERASE_BEFORE_DECAY=x.erase_before_decay, SAVE=save, **plan.shared, **config("intra_chunk", plan.wide),
+            *inputs, E, Q, W, P, D, M, norms, *sizes,
+            BLOCK_K=block_k, M_PRECISION=plan.m_precision, **shared, **settings,
         )  # fmt: skip
+    elif plan.chunks:
+        intra_chunk_by_levels_kernel[(plan.chunks * plan.HV,)](
+            *inputs, E, Q, W, P, D, M, norms, *sizes, BLOCK_K=plan.block_k, **shared, **settings
+        )
     return Prepared(E, Q, W, P, D, M, norms)
 
 
@@ -123,7 +156,7 @@ def _readable(x: MemoryArguments) -> MemoryArguments:
 def forward(x: MemoryArguments) -> tuple[Tensor, Tensor]:
     """The output, and the last state."""
     x = _readable(x)
-    plan = plan_of(x.q, x.v, x.cu_seqlens)
+    plan = plan_of(x)
     prepared = intra_chunk(plan, x, save=False)
     return inter_chunk_fwd(plan, x, prepared, save=False)
 
@@ -135,7 +168,7 @@ def opened(x: MemoryArguments, rows: list[int]) -> tuple[Tensor, Tensor, Tensor,
         rows: of the states, those that are open. Where sequences are packed, neighbours go in one launch.
     """
     x = _readable(x)
-    plan = plan_of(x.q, x.v, x.cu_seqlens)
+    plan = plan_of(x)
     prepared = intra_chunk(plan, x, save=False)
     out, state_out = inter_chunk_fwd(plan, x, prepared, save=False)
     values = x.q.new_zeros(*x.v.shape[:3], plan.K)
@@ -158,7 +191,7 @@ def backward(d_out: Tensor, d_state: Tensor | None, x: MemoryArguments) -> tuple
     d_out = d_out.to(x.v.dtype).contiguous()
     d_state = x.new_state().zero_() if d_state is None else d_state.contiguous()
     q, k, v, g, erase, A_log, dt_bias, gate = x.q, x.k, x.v, x.log_decay, x.erase, x.A_log, x.dt_bias, x.gate
-    plan = plan_of(q, v, x.cu_seqlens)
+    plan = plan_of(x)
     prepared = intra_chunk(plan, x, save=True)
     E, Q, W, P, D, M, norms = prepared
     memories = inter_chunk_fwd(plan, x, prepared, save=True)
@@ -172,11 +205,11 @@ def backward(d_out: Tensor, d_state: Tensor | None, x: MemoryArguments) -> tuple
             plan.cu_seqlens, plan.chunk_offsets, plan.T, plan.HV,
             V=plan.V, BLOCK_K=plan.block_k, BLOCK_V=block_v, STAGES=stages, **plan.shared, **settings,
         )  # fmt: skip
-    del prepared, Q, W, P, D
+    del prepared, Q, W, P
 
     from_beta = erase.ndim == 3
     v_new, dP, dA = plan.empty(plan.C, plan.V, like=q), torch.empty_like(M), torch.empty_like(M)
-    settings = config("scores", plan.wide)
+    settings = config("scores" if plan.by_blocks else "scores_by_levels", plan.wide)
     block_v = plan.block_v(settings)
     if plan.chunks:
         scores_kernel[(plan.chunks * plan.HV,)](
@@ -191,16 +224,27 @@ def backward(d_out: Tensor, d_state: Tensor | None, x: MemoryArguments) -> tuple
     dg, d_erase, dv = torch.empty_like(g), torch.empty_like(erase), torch.empty_like(v) if from_beta else d_write
     dA_log = torch.zeros(plan.chunks, plan.HV, dtype=torch.float32, device=q.device) if gate else None
     d_bias = torch.zeros(plan.chunks, plan.HV, plan.K, dtype=torch.float32, device=q.device) if gate else None
-    settings = config("gradient", plan.wide)
+    settings = config("gradient" if plan.by_blocks else "gradient_by_levels", plan.wide)
     block_v = plan.block_v(settings)
-    if plan.chunks:
+    shared = dict(
+        V=plan.V, BLOCK_V=block_v, FROM_BETA=from_beta, GATE=gate, ERASE_BEFORE_DECAY=x.erase_before_decay,
+        **plan.shared,
+    )  # fmt: skip
+    if plan.chunks and plan.by_blocks:
+        dg_sums = dg if dg.dtype == torch.float32 else torch.empty_like(dg, dtype=torch.float32)
+        border_sums = plan.empty(plan.C // BLOCK.value, plan.K, dtype=torch.float32, like=q)
         gradient_kernel[(plan.chunks * plan.HV,)](
+            q, k, erase, g, A_log, dt_bias, v, norms, D, d_out, d_write, memories, d_memories, v_new, dP, dA,
+            dq, dk, d_erase, dg_sums, border_sums, dg, dv, dA_log, d_bias,
+            plan.cu_seqlens, plan.chunk_offsets, plan.T, plan.sequences, plan.H, plan.HV, x.scale, x.floor,
+            BLOCK_K=plan.block_k, **shared, **settings,
+        )  # fmt: skip
+    elif plan.chunks:
+        gradient_by_levels_kernel[(plan.chunks * plan.HV,)](
             q, k, erase, g, A_log, dt_bias, v, norms, d_out, d_write, memories, d_memories, v_new, dP, dA,
             dq, dk, d_erase, dg, dv, dA_log, d_bias,
             plan.cu_seqlens, plan.chunk_offsets, plan.T, plan.sequences, plan.H, plan.HV, x.scale, x.floor,
-            V=plan.V, BLOCK_K=min(settings.pop("block_k"), plan.block_k), BLOCK_V=block_v,
-            LEVELS=plan.C.bit_length() - 1, FROM_BETA=from_beta, GATE=gate, ERASE_BEFORE_DECAY=x.erase_before_decay,
-            **plan.shared, **settings,
+            BLOCK_K=min(settings.pop("block_k"), plan.block_k), LEVELS=plan.C.bit_length() - 1, **shared, **settings,
         )  # fmt: skip
     if plan.HV > plan.H:
         dq, dk = (x.unflatten(2, (plan.H, -1)).sum(3) for x in (dq, dk))
