@@ -21,6 +21,7 @@ from palimpsest.commands.generate import generate
 from palimpsest.commands.info import info
 from palimpsest.commands.lab import app as lab
 from palimpsest.commands.options import INTERRUPTED, Command, Group
+from palimpsest.commands.plan import plan
 from palimpsest.commands.recipes import recipes
 from palimpsest.commands.train import train
 from palimpsest.display import notes
@@ -88,7 +89,7 @@ def main(
     pass
 
 
-for command in (train, recipes, generate, chat, info, explain, convert, validate, doctor, bench):
+for command in (train, recipes, plan, generate, chat, info, explain, convert, validate, doctor, bench):
     app.command(cls=Command)(command)
 app.command(name="eval", cls=Command)(evaluate)
 app.add_typer(lab)

@@ -131,6 +131,7 @@ ONE_NAME = {  # modules that share a name, and the one thing that they all mean 
     "short_conv": "the short causal convolution: its function, its layer, its kernel",
     "linear": "linear attention: its kernels, its functions under another library's names",
     "cross_entropy": "the loss of logits: its function, its kernel",
+    "plan": "how a model is spread over processes: the fields, the command that weighs them",
     "options": "what may be chosen: of a layer, of a command",
     "plots": "the plots that a room draws of its results",
     "state_tracking": "composing permutations: the task, the experiment about it",

@@ -36,7 +36,7 @@ def info(
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     facts: dict[str, Any] = {"machine": machine(device) | {"device": device, "backends": card.answers()}}
-    facts |= {} if model is None else {"model": card.describe(_config_of(model))}
+    facts |= {} if model is None else {"model": card.describe(config_of(model))}
     if as_json:
         typer.echo(json.dumps(facts))
         return 0
@@ -47,7 +47,7 @@ def info(
     return 0
 
 
-def _config_of(name: str):
+def config_of(name: str):
     from palimpsest.models.kimi_linear.checkpoint import read_config
     from palimpsest.models.kimi_linear.config import KimiLinearConfig
 

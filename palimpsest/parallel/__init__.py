@@ -4,7 +4,7 @@
 >>> Plan(expert=2).sizes(8)
 {'data': 4, 'expert': 2, 'context': 1}
 
-Reading order: plan.py, which is the table of the axes; parallelize.py, which applies a plan; dealt_experts.py; context.py.
+Reading order: plan.py, which is the table of the axes; spread.py, which applies a plan; dealt_experts.py; context.py.
 """
 
 from importlib import import_module
@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 _HOME = {
     "Plan": "plan",
     "SequenceSplit": "context",
-    "Spread": "parallelize",
+    "Spread": "spread",
     "layout_of": "context",
     "make_mesh": "plan",
-    "parallelize": "parallelize",
+    "parallelize": "spread",
     "share": "context",
     "split_sequence": "context",
 }
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from palimpsest.parallel.context import layout_of as layout_of
     from palimpsest.parallel.context import share as share
     from palimpsest.parallel.context import split_sequence as split_sequence
-    from palimpsest.parallel.parallelize import Spread as Spread
-    from palimpsest.parallel.parallelize import parallelize as parallelize
     from palimpsest.parallel.plan import Plan as Plan
     from palimpsest.parallel.plan import make_mesh as make_mesh
+    from palimpsest.parallel.spread import Spread as Spread
+    from palimpsest.parallel.spread import parallelize as parallelize
 
 
 def __getattr__(name: str):

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from palimpsest.layers.precision import float32
 from palimpsest.ops.arguments import state_dtype
 from palimpsest.parallel.dealt_experts import DealtExperts
-from palimpsest.parallel.parallelize import Spread
+from palimpsest.parallel.spread import Spread
 
 LARGEST = 1 << 27  # numbers in one buffer
 

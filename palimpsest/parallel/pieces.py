@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from palimpsest.models.kimi_linear.official_names import official_tensors, place_of
 from palimpsest.parallel.dealt_experts import DealtExperts
-from palimpsest.parallel.parallelize import Spread
+from palimpsest.parallel.spread import Spread
 
 NAMES = {  # as safetensors calls them
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",

@@ -57,7 +57,6 @@ from palimpsest.models.kimi_linear.checkpoint import (
 )  # fmt: skip
 from palimpsest.models.kimi_linear.generation_config import GENERATION_CONFIG, generation_config
 from palimpsest.models.kimi_linear.official_names import place_of
-from palimpsest.parallel.parallelize import Spread
 from palimpsest.parallel.pieces import (
     Piece,
     Stretch,
@@ -69,6 +68,7 @@ from palimpsest.parallel.pieces import (
     split,
     write_rows,
 )  # fmt: skip
+from palimpsest.parallel.spread import Spread
 from palimpsest.text import Tokenizer, tokenizer_files
 from palimpsest.train.processes import agree, settle
 from palimpsest.train.progress import Progress

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from palimpsest.parallel.parallelize import Spread
+from palimpsest.parallel.spread import Spread
 from palimpsest.train.data import Heldout
 from palimpsest.train.processes import total
 from palimpsest.train.stretch import own_part

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from palimpsest.layers.moe import busiest_shares, gather_loads, update_router_bias
 from palimpsest.models.kimi_linear import KimiLinearForCausalLM
 from palimpsest.parallel.gradients import Gradients, copies
-from palimpsest.parallel.parallelize import Spread, parallelize
 from palimpsest.parallel.plan import make_mesh
+from palimpsest.parallel.spread import Spread, parallelize
 from palimpsest.train import checkpoints
 from palimpsest.train.captured import CapturedGradients
 from palimpsest.train.checkpoints import NonFiniteError

@@ -1,6 +1,6 @@
 """A process's part of a batch of whole rows, where several share the tokens of each."""
 
-from palimpsest.parallel.parallelize import Spread
+from palimpsest.parallel.spread import Spread
 from palimpsest.train.data import IGNORED, Batch
 
 
