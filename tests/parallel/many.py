@@ -32,6 +32,7 @@ PLANS = {
         "ddp": {},
         "fsdp": {"kind": "fsdp"},
         "experts": {"expert": 2},
+        "context": {"context": 2},
         "sharded experts": {"kind": "fsdp", "expert": 2},
     },
     3: {"experts": {"expert": 3}, "fsdp": {"kind": "fsdp"}},
@@ -39,6 +40,8 @@ PLANS = {
         "experts and data": {"expert": 2},
         "sharded experts and data": {"kind": "fsdp", "expert": 2},
         "hsdp": {"kind": "hsdp", "shard": 2},
+        "experts and context": {"expert": 2, "context": 2},
+        "sharded context": {"kind": "fsdp", "context": 2},
         "hsdp, experts": {"kind": "hsdp", "shard": 2, "expert": 2},
     },
 }
