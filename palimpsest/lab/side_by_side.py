@@ -77,7 +77,8 @@ class Lesson(Protocol):
         """The batch of a step, on the host; of one shape and kind at every step."""
         ...
 
-    def loss(self, model: nn.Module, *batch: Tensor) -> Tensor:
+    @property
+    def loss(self) -> Callable[..., Tensor]:
         """A scalar to descend; never waits for the device."""
         ...
 
@@ -89,7 +90,8 @@ class Lesson(Protocol):
         """What `score` is asked along the way, on the device."""
         ...
 
-    def score(self, model: nn.Module, *batch: Tensor) -> Tensor:
+    @property
+    def score(self) -> Callable[..., Tensor]:
         """[5]: answers right, of how many, the sum of their nats; sequences all right, of how many; without a wait."""
         ...
 

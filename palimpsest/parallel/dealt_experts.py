@@ -131,7 +131,9 @@ class DealtExperts(Experts):
         self.compiled = False
 
     @torch.compiler.disable
-    def forward(self, x_ND: Tensor, experts_Nk: Tensor, weights_Nk: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride] - what the decorator makes has no signature
+        self, x_ND: Tensor, experts_Nk: Tensor, weights_Nk: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """As Experts.forward; the tokens counted are those of this process, for all experts."""
         exchange = plan_exchange(experts_Nk, len(self.w1), self.group)
         x_MD = send(x_ND.to(product_dtype(x_ND)), exchange)

@@ -12,7 +12,7 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -187,7 +187,7 @@ def _aligned(stretches: Sequence[Stretch]) -> list[Stretch]:
 
 
 def _write_at(descriptor: int, tensor: Tensor, place: int) -> None:
-    content = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    content: Any = memoryview(cast(Any, tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
     while content:
         written = os.pwrite(descriptor, content, place)
         content, place = content[written:], place + written
@@ -198,4 +198,4 @@ def _first_row(rows: int, part: int, parts: int) -> int:
 
 
 def _local(x: Tensor) -> Tensor:
-    return x.detach().to_local() if isinstance(x, DTensor) else x.detach()
+    return x.to_local().detach() if isinstance(x, DTensor) else x.detach()

@@ -50,7 +50,7 @@ class StackedMuon(Optimizer):
         momentum: float = 0.95,
         ns_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315),
         ns_steps: int = 5,
-        copies: Mapping[Tensor, dist.ProcessGroup] = MappingProxyType({}),
+        copies: Mapping[Any, dist.ProcessGroup] = MappingProxyType({}),
     ):
         self._copies = copies
         rule = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
@@ -197,7 +197,7 @@ class MuonAdamW(Optimizer):
         optim: Optim,
         *,
         fused: bool = False,
-        copies: Mapping[Tensor, dist.ProcessGroup] = MappingProxyType({}),
+        copies: Mapping[Any, dist.ProcessGroup] = MappingProxyType({}),
     ):
         muon = [g for g in groups if g["rule"] == "muon"]
         adamw = [g for g in groups if g["rule"] == "adamw"]
@@ -231,7 +231,7 @@ def build_optimizer(
     optim: Optim,
     *,
     fused: bool = False,
-    copies: Mapping[Tensor, dist.ProcessGroup] = MappingProxyType({}),
+    copies: Mapping[Any, dist.ProcessGroup] = MappingProxyType({}),
 ) -> MuonAdamW:
     """The recipe's optimiser over the model's parameters; every group keeps its full rate as `base_lr`.
 

@@ -4,7 +4,7 @@ from palimpsest.parallel.spread import Spread
 from palimpsest.train.data import IGNORED, Batch
 
 
-def own_part(batch: Batch, num_predictions: int, spread: Spread) -> tuple[Batch, int]:
+def own_part(batch: Batch, num_predictions: int, spread: Spread) -> tuple[Batch, float]:
     """The part of a batch that this process computes, and the number of predictions in it.
 
     Args:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ImportError("the digits come with scikit-learn: pip install palimpsest-kda[vision]") from error
-    found = load_digits()
+    found: Any = load_digits()
     return (found.images * (255 / 16)).astype(np.uint8), found.target.astype(np.int64)
 
 

@@ -51,8 +51,8 @@ class Stretch:
     left: DecoderLayer | None
     layers: list[tuple[int, DecoderLayer]] = field(default_factory=list)
     entered: tuple[int, DecoderLayer] | None = None
-    read: Tensor | None = None
-    stream: Tensor | None = None
+    read: Any = None
+    stream: Any = None
     after: list[KDAState] = field(default_factory=list)
     q: Tensor | None = None
     latent: Tensor | None = None
@@ -81,7 +81,7 @@ class CapturedPrompt:
         self._parts: Parts | None = None
         self._fits = False
         self._busy = Lock()
-        self._done: torch.cuda.Event | None = None  # with what was read last, on whichever stream
+        self._done: Any = None  # with what was read last, on whichever stream
 
     def __reduce__(self):  # graphs hold addresses: a copy of the model makes its own
         return CapturedPrompt, ()

@@ -74,7 +74,8 @@ class VisionConfig:
     @property
     def grid(self) -> tuple[int, int]:
         """Patches of an image down and across."""
-        return (self.image_size // self.patch_size,) * 2
+        side = self.image_size // self.patch_size
+        return side, side
 
     def directions(self, layer: int) -> tuple[str, ...]:
         """In which layer number `layer`, from 0, reads."""

@@ -59,10 +59,12 @@ class Plan(NamedTuple):
 def by_blocks(x: MemoryArguments) -> bool:
     """Do intra_chunk.py and gradient.py serve the call, or the same by levels of the tree?
 
-    In fp32 the levels are more accurate than the products of one_sided.py. Calls from logits and those whose erase is a
-    vector keep the levels until the faster kernels have been judged in those forms, too.
+    In fp32 the levels are more accurate than the products of one_sided.py. Every form in which the faster kernels have not
+    been judged on a GPU yet keeps the levels: calls from logits, erases that are vectors, packed sequences, key heads that
+    share value heads, and heads of other than 128 channels.
     """
-    return x.q.dtype != torch.float32 and not x.gate and x.erase.ndim == 3
+    judged = not x.gate and x.erase.ndim == 3 and not x.erase_before_decay and x.cu_seqlens is None
+    return judged and x.q.dtype != torch.float32 and x.q.shape[2:] == x.v.shape[2:] and x.q.shape[3] == 128
 
 
 def plan_of(x: MemoryArguments) -> Plan:
