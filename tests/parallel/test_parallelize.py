@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from palimpsest.models.kimi_linear import KimiLinearForCausalLM
 from palimpsest.models.kimi_linear.official_names import official_tensors
 
-from .many import CONFIG, PLANS, model_of
+from .many import BY_ADAMW, CONFIG, PLANS, model_of
 
 RUNS = [f"{size} {name}" for size, plans in PLANS.items() for name in plans if size > 1]
 
@@ -31,8 +31,7 @@ def found(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["muon", "adamw"])
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(("run", "kind"), [(run, "muon") for run in RUNS] + [(run, "adamw") for run in BY_ADAMW[1:]])
 def test_many_train_as_one(found, run, kind):
     """Losses, gradient norms and the loads of experts at each step; then every weight."""
     alone, many = (torch.tensor(torch.load(found / f"{name} {kind}.pt")) for name in ("1 alone", run))
