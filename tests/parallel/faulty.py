@@ -19,8 +19,6 @@ from palimpsest import cli
 from palimpsest.parallel.watch import watching
 from palimpsest.train import checkpoints, data, logger, loop, processes
 
-processes.watching = partial(watching, every=0.2, silent=1.5)  # seconds, where they are 5 and 40
-logger.draw_loss_curve = lambda *arguments: []
 RECIPE = """
 from palimpsest.models.kimi_linear import KimiLinearConfig
 from palimpsest.train import Data, Evaluate, Output, Recipe, TextFiles
@@ -144,4 +142,6 @@ def main(folder, cases):
 
 
 if __name__ == "__main__":
+    processes.watching = partial(watching, every=0.2, silent=1.5)  # seconds, where they are 5 and 40
+    logger.draw_loss_curve = lambda *arguments: []
     main(Path(sys.argv[1]), sys.argv[2:] or list(CASES))
