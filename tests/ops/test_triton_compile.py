@@ -113,8 +113,12 @@ def known(kernel: str, capability: int, kind: str) -> int:
     return STACK[kind].get(kernel, (0, 0))[capability == 90]
 
 
+CASES = [(90, kind) for kind in STACK] + [(c, "bf16 128") for c in (80, *OTHERS)]
+USUAL = [(90, "bf16 64"), (90, "bf16 128"), (90, "fp32 128")]
+
+
 @pytest.mark.parametrize(
-    ("capability", "kind"), [(90, kind) for kind in STACK] + [(c, "bf16 128") for c in (80, *OTHERS)]
+    ("capability", "kind"), [pytest.param(*x, marks=[] if x in USUAL else pytest.mark.long) for x in CASES]
 )
 def test_compiles_and_spills_no_more_than_known(capability, kind, tmp_path):
     program = tmp_path / "program.py"
